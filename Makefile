@@ -1,0 +1,29 @@
+# Every target sets up what it needs: the virtual environment .venv and, in it, this package with its test tools.
+PYTHON ?= python3
+VENV := .venv
+INSTALLED := $(VENV)/.installed
+# torch is named beside the package, with pyproject's own range, so that pip settles its build before all else.
+TORCH := $(shell sed -n 's/^ *"\(torch>=[^"]*\)".*/\1/p' pyproject.toml)
+
+.PHONY: demo test slow lint
+
+demo: $(INSTALLED)    ## generate data and an encoder, train, evaluate, export, search: about a minute
+	$(VENV)/bin/trainer demo
+
+test: $(INSTALLED)    ## everything but the loops of tests/slow
+	$(VENV)/bin/python -m pytest tests --ignore=tests/slow --durations=10
+
+slow: $(INSTALLED)    ## parity with sentence-transformers' own trainer, kill-and-resume loops
+	$(VENV)/bin/python -m pytest tests/slow --durations=10
+
+lint: $(INSTALLED)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	@if command -v shellcheck >/dev/null; then shellcheck slurm/*.sh .ci/run; \
+	else echo "shellcheck is not installed: the shell scripts stay unread"; fi
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet '$(TORCH)' -e '.[test]'
+	touch $@

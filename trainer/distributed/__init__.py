@@ -1,0 +1,1 @@
+"""Everything that knows ranks: collectives, strategies, the exactness self-check."""

@@ -1,0 +1,193 @@
+"""The self-check: two steps of a run on its ranks, and the same two steps in one process, side by side.
+
+Rows, loss, parameter gradients before clipping and one metric are compared with dropout off. Each step of the one
+process starts from the weights the ranks had, so that a difference is named where it arises and is neither hidden
+nor blown up by the optimizer.
+"""
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+from trainer.batch import PackedBatch
+from trainer.data.module import StepBatches
+from trainer.distributed import gather
+from trainer.evaluation.sharded import evaluate
+from trainer.module import EmbeddingModule
+
+NUM_STEPS = 2
+# Largest difference relative to the whole vector; half precision rounds each product.
+TOLERANCES = {"32-true": 1e-5, "64-true": 1e-9}
+HALF_TOLERANCE = 5e-2
+
+
+@dataclass
+class Joint:
+    """One thing that must be equal, and by how much it is not."""
+
+    name: str
+    difference: float
+    tolerance: float
+    note: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return self.difference <= self.tolerance  # False for nan
+
+    def __str__(self) -> str:
+        verdict = "pass" if self.passed else "FAIL"
+        note = f"  ({self.note})" if self.note else ""
+        return f"  {self.name:<24} {verdict}   {self.difference:.1e} of {self.tolerance:.0e}{note}"
+
+
+@dataclass
+class StepRecord:
+    """What the ranks did in one step, as rank 0 saw it."""
+
+    rows: list[int]
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    loss: float = float("nan")
+
+
+class ExactnessCheck(Callback):
+    """Records the steps of a fit and replays them in rank 0 alone."""
+
+    def __init__(self) -> None:
+        self.records: list[StepRecord] = []
+        self.joints: list[Joint] = []
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, EmbeddingModule)
+        pl_module.encoder.set_dropout(0.0)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: PackedBatch, batch_idx: int
+    ) -> None:
+        rows = [row for part in gather.gather_objects(batch.targets.row_ids_B.tolist()) for row in part]
+        self.records.append(StepRecord(rows))
+        if trainer.is_global_zero:
+            self.records[-1].weights = {k: v.detach().cpu().clone() for k, v in pl_module.state_dict().items()}
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        if trainer.is_global_zero:
+            self.records[-1].gradients = _gradients(pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PackedBatch, batch_idx: int
+    ) -> None:
+        total = gather.reduce_sum(outputs["loss"].detach().float())
+        self.records[-1].loss = float(total) / gather.world_size()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, EmbeddingModule)
+        data, encoder = pl_module.data, pl_module.encoder
+        tolerance = TOLERANCES.get(str(trainer.precision), HALF_TOLERANCE)
+        digests = gather.gather_objects(_digest(pl_module))
+        self.joints.append(
+            Joint("weights of all ranks", float(len(set(digests)) - 1), 0.0, "bitwise, after the last step")
+        )
+        ranks, device = gather.world_size(), pl_module.device
+
+        def encode(batch: PackedBatch) -> Tensor:
+            return encoder.embed(batch.to(device))
+
+        pl_module.eval()
+        sets = data.validation_sets[:1]
+        with trainer.precision_plugin.val_step_context():
+            sharded = evaluate(encode, sets, gather.rank(), ranks, encoder.max_tokens)
+            if trainer.is_global_zero:
+                alone = evaluate(encode, sets, 0, 1, encoder.max_tokens)
+        pl_module.train()
+        if trainer.is_global_zero:
+            for number, record in enumerate(self.records):
+                self.joints += self._replay(trainer, pl_module, number, record, tolerance)
+            for name in list(alone)[:1]:
+                self.joints.append(Joint(f"metric {name}", abs(sharded[name] - alone[name]), 1e-6))
+        gather.barrier()
+
+    def _replay(
+        self,
+        trainer: Trainer,
+        module: EmbeddingModule,
+        number: int,
+        record: StepRecord,
+        tolerance: float,
+    ) -> list[Joint]:
+        module.load_state_dict(record.weights)
+        module.zero_grad()
+        data = module.data
+        batch = StepBatches(data.tables, data.order, data.steps_per_epoch, rank=0, world_size=1)[number]
+        rows = batch.targets.row_ids_B.tolist()
+        with trainer.precision_plugin.train_step_context():
+            loss = module.training_step(batch.to(module.device), number)
+        loss.backward()
+        ours, theirs = _gradients(module), record.gradients
+        assert ours.keys() == theirs.keys(), set(ours) ^ set(theirs)
+        norm = torch.cat([g.flatten() for g in ours.values()]).norm()
+        difference = torch.cat([(theirs[k] - ours[k]).flatten() for k in ours]).norm() / norm
+        ratio = torch.cat([g.flatten() for g in theirs.values()]).norm() / norm
+        worst = max(ours, key=lambda k: float((theirs[k] - ours[k]).abs().max()))
+        step = f"step {number + 1}"
+        size = f"{len(rows)} rows"
+        value = float(loss.detach())
+        relative_loss = abs(record.loss - value) / max(abs(value), 1e-8)
+        return [
+            Joint(f"{step} rows", float(sum(a != b for a, b in zip(rows, record.rows, strict=False))), 0.0, size),
+            Joint(f"{step} loss", relative_loss, tolerance, f"{record.loss:.6f} and {value:.6f}"),
+            Joint(f"{step} gradient", float(difference), tolerance, f"largest at {worst}"),
+            Joint(f"{step} gradient norm", abs(float(ratio) - 1.0), tolerance, f"ratio {float(ratio):.7f}"),
+        ]
+
+
+def check_exact(cli: Any) -> int:
+    """Run the check on the ranks the config asks for and print the result; the exit code.
+
+    Args:
+        cli: holds the built ``model``, ``datamodule`` and ``trainer``.
+
+    Raises:
+        ValueError: one rank alone has nothing to be compared with.
+    """
+    trainer, check = cli.trainer, ExactnessCheck()
+    if trainer.world_size == 1:
+        raise ValueError(
+            "check --exact compares several ranks with one process, but this config has one rank: add "
+            "--config configs/hardware/cpu2.yaml, or --trainer.devices 2, or run it under srun"
+        )
+    trainer.callbacks = [check]
+    trainer.loggers = []
+    trainer.fit_loop.epoch_loop.max_steps = NUM_STEPS
+    trainer.fit_loop.max_epochs = NUM_STEPS
+    trainer.limit_val_batches = 0
+    trainer.fit(cli.model, datamodule=cli.datamodule)
+    passed = all(joint.passed for joint in check.joints)
+    if trainer.is_global_zero:
+        rows = len(check.records[0].rows)
+        print(
+            f"{trainer.world_size} ranks against 1 process: {type(cli.model.loss).__name__}, {rows} rows a step, "
+            f"{trainer.precision}, dropout off"
+        )
+        for joint in check.joints:
+            print(joint)
+        failed = [joint.name for joint in check.joints if not joint.passed]
+        print("exact: pass" if passed else f"exact: FAIL at {', '.join(failed)}")
+    return 0 if gather.broadcast_object(passed) else 1
+
+
+def _gradients(module: nn.Module) -> dict[str, Tensor]:
+    return {k: p.grad.detach().float().cpu().clone() for k, p in module.named_parameters() if p.grad is not None}
+
+
+def _digest(module: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
