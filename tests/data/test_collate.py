@@ -1,0 +1,62 @@
+"""Packing: nothing lost, nothing padded, segments in order of length, rows found again."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trainer.batch import Targets
+from trainer.data.collate import pack, pack_texts
+
+
+@st.composite
+def texts_of_columns(draw: st.DrawFn) -> list[list[list[int]]]:
+    num_columns, num_rows = draw(st.integers(1, 4)), draw(st.integers(1, 12))
+    text = st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=9)
+    return [[draw(text) for _ in range(num_rows)] for _ in range(num_columns)]
+
+
+def _targets(num_rows: int) -> Targets:
+    return Targets((num_rows,), torch.arange(num_rows))
+
+
+@settings(max_examples=60, deadline=None)
+@given(columns=texts_of_columns())
+def test_each_text_is_found_again(columns: list[list[list[int]]]) -> None:
+    num_rows = len(columns[0])
+    arrays = [[np.array(ids, dtype=np.int32) for ids in column] for column in columns]
+    batch = pack(arrays, _targets(num_rows), num_rows=num_rows, source=3)
+    assert list(batch.lengths) == sorted(len(ids) for column in columns for ids in column)
+    assert batch.input_ids_T.shape == batch.positions_T.shape == (sum(batch.lengths),)
+    assert batch.input_ids_T.dtype == batch.positions_T.dtype == torch.int64
+    segments = [part.tolist() for part in batch.input_ids_T.split(list(batch.lengths))]
+    column_major = [segments[place] for place in batch.order_S.tolist()]
+    assert column_major == [ids for column in columns for ids in column]
+    for positions in batch.positions_T.split(list(batch.lengths)):
+        assert positions.tolist() == list(range(len(positions)))
+    assert (batch.num_columns, batch.num_rows, batch.source) == (len(columns), num_rows, 3)
+    assert batch.num_tokens == sum(batch.lengths)
+    assert batch.padded_tokens == sum(num_rows * max(len(ids) for ids in column) for column in columns)
+
+
+def test_a_placeholder_row_counts_for_nothing() -> None:
+    targets = Targets((1, 0), torch.empty(0, dtype=torch.int64), rank=1)
+    batch = pack([[np.array([5, 6])], [np.array([7])]], targets, num_rows=0)
+    assert batch.lengths == (1, 2)
+    assert batch.num_tokens == batch.padded_tokens == 0
+
+
+def test_a_text_without_tokens_is_a_mistake() -> None:
+    with pytest.raises(AssertionError, match="without a single token"):
+        pack([[np.array([1]), np.array([], dtype=np.int64)]], _targets(2), num_rows=2)
+
+
+def test_pack_texts_is_one_column() -> None:
+    batch = pack_texts([[4, 5, 6], [7]])
+    assert batch.input_ids_T.tolist() == [7, 4, 5, 6]
+    assert batch.order_S.tolist() == [1, 0]
+    assert (batch.num_columns, batch.num_rows) == (1, 2)
+    assert batch.targets.rows_per_rank == (2,)

@@ -1,0 +1,101 @@
+"""The data module: what a rank gets at a step, and what it refuses or says about sizes."""
+
+import gzip
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from trainer.data.module import PairData, StepBatches
+from trainer.data.sources import Source
+from trainer.encoder import EncoderSpec
+
+COLUMNS = {"anchor": "a", "positive": "b", "score": "s"}
+
+
+def make_data(folder: Path, encoder: Path, num_rows: int, batch_size: int, max_length: int = 32) -> PairData:
+    path = folder / "train.jsonl.gz"
+    with gzip.open(path, "wt") as file:
+        for i in range(num_rows):
+            file.write(json.dumps({"a": f"row {i}", "b": "the cat " * (1 + i % 5), "s": i / 100}) + "\n")
+    source = Source(str(path), COLUMNS)
+    spec = EncoderSpec(str(encoder), max_length=max_length)
+    data = PairData([source], spec, batch_size=batch_size, cache_dir=str(folder / "cache"))
+    data.prepare_data()
+    return data
+
+
+def test_ranks_share_out_the_rows_of_a_step(tmp_path: Path, tiny_encoder: Path) -> None:
+    """The ranks' rows, one behind the other, are the one process's rows with their own scores, on 1 to 5 ranks."""
+    data = make_data(tmp_path, tiny_encoder, num_rows=23, batch_size=8)
+    data.setup("fit")
+    alone = StepBatches(data.tables, data.order, 3, rank=0, world_size=1)
+    seen: list[int] = []
+    for step in range(3):
+        whole = alone[step]
+        rows = whole.targets.row_ids_B.tolist()
+        seen += rows
+        np.testing.assert_allclose(whole.targets.scores_B, np.array(rows) / 100, rtol=1e-6)
+        for world_size in range(2, 6):
+            parts = [
+                StepBatches(data.tables, data.order, 3, rank, world_size)[step].targets for rank in range(world_size)
+            ]
+            assert [row for part in parts for row in part.row_ids_B.tolist()] == rows
+            assert [len(part.row_ids_B) for part in parts] == list(parts[0].rows_per_rank)
+            assert [part.first_row for part in parts] == np.cumsum([0, *parts[0].rows_per_rank])[:-1].tolist()
+    assert sorted(seen) == list(range(23))
+
+
+def test_a_rank_without_rows_embeds_a_placeholder_that_does_not_count(tmp_path: Path, tiny_encoder: Path) -> None:
+    data = make_data(tmp_path, tiny_encoder, num_rows=9, batch_size=8)
+    data.setup("fit")
+    last = StepBatches(data.tables, data.order, 2, rank=1, world_size=2)[1]
+    assert last.targets.rows_per_rank == (1, 0)
+    assert last.num_rows == 0
+    assert last.num_tokens == 0
+    assert len(last.lengths) == 2  # one row of two texts keeps the graph the same on every rank
+
+
+def test_fewer_rows_than_a_batch_is_said_with_the_numbers(
+    tmp_path: Path, tiny_encoder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = make_data(tmp_path, tiny_encoder, num_rows=5, batch_size=8)
+    with caplog.at_level(logging.WARNING):
+        data.setup("fit")
+    assert "5 rows are fewer than data.batch_size 8: each epoch takes one short step of 5 rows" in caplog.text
+    assert data.steps_per_epoch == 1
+
+
+def test_truncated_texts_are_counted_and_said(
+    tmp_path: Path, tiny_encoder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = make_data(tmp_path, tiny_encoder, num_rows=20, batch_size=4, max_length=5)
+    with caplog.at_level(logging.WARNING):
+        data.setup("fit")
+    lengths = data.tables[0].lengths("positive")
+    assert lengths.max() == 5
+    cut = data.tables[0].num_truncated("positive")
+    assert 0 < cut <= (lengths == 5).sum()
+    assert f"{cut} of 20 texts of column 'positive' ({cut / 20:.1%}) are longer than max_length 5" in caplog.text
+
+
+def test_a_batch_smaller_than_the_number_of_ranks_is_refused(tmp_path: Path, tiny_encoder: Path, two_ranks) -> None:
+    data = make_data(tmp_path, tiny_encoder, num_rows=5, batch_size=1)
+    source, spec = data.train_sources[0], data.encoder_spec
+    for message in two_ranks(set_up_on_rank, source, spec, str(tmp_path / "cache")):
+        assert message.startswith("data.batch_size is 1 rows over all ranks, but there are 2 ranks; raise")
+
+
+def set_up_on_rank(source: Source, spec: EncoderSpec, cache: str) -> str:
+    data = PairData([source], spec, batch_size=1, cache_dir=cache)
+    with pytest.raises(ValueError, match="2 ranks") as error:
+        data.setup("fit")
+    return str(error.value)
+
+
+@pytest.mark.parametrize("batch_size", [0, -3])
+def test_a_batch_without_rows_is_refused(batch_size: int) -> None:
+    with pytest.raises(ValueError, match=f"data.batch_size is {batch_size}; it must be 1 or more"):
+        PairData([], EncoderSpec("x"), batch_size=batch_size)

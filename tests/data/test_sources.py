@@ -1,0 +1,451 @@
+"""Whatever the format, the same rows come out; whatever is wrong with a row is named with its place."""
+
+import gzip
+import json
+import multiprocessing
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+
+from trainer.data import sources
+from trainer.data.sources import EvalSource, Source, fingerprint, load, num_skipped
+from trainer.evaluation import STS, Triplet
+
+PAIR = {"anchor": "a", "positive": "b"}
+TEXTS = [
+    "plain",
+    "comma, and tab\there",
+    'a "quoted" word',
+    "חתול ישן",
+    "a b",
+    "two\nlines",
+    "'s",
+    "x" * 5000,
+]
+FRAME = pd.DataFrame({"a": TEXTS, "b": TEXTS[::-1], "score": np.linspace(0, 5, len(TEXTS)), "other": range(8)})
+SCORED = PAIR | {"score": "score"}
+
+
+def write_lines(path: Path, *rows: object) -> str:
+    """JSON lines; bytes are written as they are."""
+    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() + b"\n" for row in rows]
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "wb") as file:
+        file.writelines(lines)
+    return str(path)
+
+
+def good(number: int = 0) -> dict[str, object]:
+    return {"a": f"left {number}", "b": f"right {number}", "score": 2.5}
+
+
+def failure(source: Source, cache_dir: Path) -> str:
+    with pytest.raises(ValueError) as caught:
+        load(source, cache_dir)
+    assert not [p for p in cache_dir.rglob("*") if p.suffix not in ("", ".lock")], "a refused set left a cache"
+    return str(caught.value)
+
+
+def save_as(frame: pd.DataFrame, folder: Path, kind: str) -> str:
+    path = folder / f"rows{kind}"
+    if kind.startswith((".jsonl", ".ndjson", ".json")):
+        frame.to_json(path, orient="records", lines=True)
+    elif kind.startswith((".csv", ".tsv")):
+        frame.to_csv(path, sep="\t" if "tsv" in kind else ",", index=False)
+    elif kind == ".parquet":
+        frame.to_parquet(path)
+    elif kind == ".parquet.gz":
+        frame.to_parquet(folder / "rows.parquet")
+        path.write_bytes(gzip.compress((folder / "rows.parquet").read_bytes()))
+    elif kind == ".arrow":
+        frame.to_feather(path)  # the Arrow file format
+    elif kind == "-saved":
+        Dataset.from_pandas(frame).save_to_disk(str(path), num_shards=min(3, len(frame)))
+    elif kind == "-splits":
+        dev = Dataset.from_pandas(frame.head(1))
+        DatasetDict({"train": Dataset.from_pandas(frame), "dev": dev}).save_to_disk(str(path))
+    return str(path)
+
+
+TEXT_KINDS = [".jsonl", ".jsonl.gz", ".ndjson", ".json", ".csv", ".csv.gz", ".tsv"]
+TABLE_KINDS = [".parquet", ".parquet.gz", ".arrow", "-saved", "-splits"]
+
+
+@pytest.mark.parametrize("kind", TEXT_KINDS + TABLE_KINDS)
+def test_formats_agree_with_what_pandas_and_datasets_wrote(kind: str, tmp_path: Path) -> None:
+    frame = FRAME
+    if kind == ".tsv":  # cells of a TSV never span lines
+        frame = FRAME[[not any("\n" in text for text in pair) for pair in zip(FRAME.a, FRAME.b, strict=True)]]
+    rows = load(Source(save_as(frame, tmp_path, kind), SCORED, score_range=(0, 5)), tmp_path / "cache")
+    assert rows.column_names == ["anchor", "positive", "score"]
+    assert rows["anchor"][:] == frame.a.tolist()
+    assert rows["positive"][:] == frame.b.tolist()
+    assert rows.data.column("score").to_numpy().dtype == np.float32
+    np.testing.assert_allclose(rows["score"][:], frame.score / 5, rtol=1e-6)
+
+
+def test_tsv_with_bare_quotes_keeps_lines_apart(tmp_path: Path) -> None:
+    (tmp_path / "x.tsv").write_text('a\tb\n"He said\tno\nyes\tthe end"\n"all ""quoted"""\t"x"\n')
+    rows = load(Source(str(tmp_path / "x.tsv"), PAIR), tmp_path / "cache")
+    assert rows["anchor"][:] == ['"He said', "yes", 'all "quoted"']
+    assert rows["positive"][:] == ["no", 'the end"', "x"]
+
+
+def test_globs_and_folders_join_files_in_the_order_of_their_names(tmp_path: Path) -> None:
+    for part in (2, 0, 1):
+        write_lines(tmp_path / f"part-{part}.jsonl", good(part))
+    (tmp_path / "README.md").write_text("not data")
+    for path in (tmp_path, tmp_path / "part-*.jsonl", tmp_path / "**" / "*.jsonl"):
+        assert load(Source(str(path), PAIR), tmp_path / "c")["anchor"][:] == ["left 0", "left 1", "left 2"]
+
+
+def test_a_folder_with_train_and_dev_files_gives_only_the_split(tmp_path: Path) -> None:
+    write_lines(tmp_path / "x.train.jsonl", good(1))
+    write_lines(tmp_path / "x.dev.jsonl", good(2))
+    assert load(Source(str(tmp_path), PAIR), tmp_path / "c")["anchor"][:] == ["left 1"]
+    assert load(Source(str(tmp_path), PAIR, split="validation"), tmp_path / "c")["anchor"][:] == ["left 2"]
+    with pytest.raises(ValueError, match=r"no file of split 'test'; the file names say train, validation"):
+        load(Source(str(tmp_path), PAIR, split="test"), tmp_path / "c")
+
+
+def test_text_columns_come_in_canonical_order(tmp_path: Path) -> None:
+    row = {"p": "P", "n10": "N10", "n": "N", "n2": "N2", "a": "A", "y": 3}
+    columns = {
+        "negative_10": "n10",
+        "label": "y",
+        "positive": "p",
+        "negative_2": "n2",
+        "negative": "n",
+        "anchor": "a",
+    }
+    rows = load(Source(write_lines(tmp_path / "x.jsonl", row), columns), tmp_path / "c")
+    assert rows.column_names == ["anchor", "positive", "negative", "negative_2", "negative_10", "label"]
+    assert list(rows[0].values()) == ["A", "P", "N", "N2", "N10", 3]
+
+
+def test_bom_crlf_and_blank_lines_are_accepted(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_bytes(b'\xef\xbb\xbf{"a": "1", "b": "2"}\r\n\r\n{"a": "3", "b": "4"}\r\n\n')
+    (tmp_path / "x.csv").write_bytes(b'\xef\xbb\xbfa,b\r\n1,2\r\n\r\n"3",4\r\n')
+    (tmp_path / "x.tsv").write_bytes(b"\xef\xbb\xbfa\tb\r\n1\t2\r\n3\t4\r\n")
+    for suffix in ("jsonl", "csv", "tsv"):
+        rows = load(Source(str(tmp_path / f"x.{suffix}"), PAIR), tmp_path / "c")
+        assert rows[:] == {"anchor": ["1", "3"], "positive": ["2", "4"]}
+
+
+# Every bad row stands on line 2 between good ones.
+BAD_LINES = {
+    "null": (b'{"a": null, "b": "y", "score": 1}\n', "column 'a' is null"),
+    "missing": (b'{"b": "y", "score": 1}\n', "column 'a' is missing"),
+    "empty": (b'{"a": "", "b": "y", "score": 1}\n', "column 'a' is empty"),
+    "blank": (b'{"a": "x", "b": " \\t\\u00a0", "score": 1}\n', "column 'b' is blank"),
+    "number": (b'{"a": 3.5, "b": "y", "score": 1}\n', "column 'a' holds a number (3.5), not text"),
+    "list": (b'{"a": ["x"], "b": "y", "score": 1}\n', "column 'a' holds a list"),
+    "latin-1": (b'{"a": "caf\xe9", "b": "y", "score": 1}\n', "column 'a' is not valid UTF-8"),
+    "lone surrogate": (b'{"a": "\\ud83d", "b": "y", "score": 1}\n', "column 'a' is not valid UTF-8"),
+    "megabyte": (
+        b'{"a": "' + b"x" * 1_000_001 + b'", "b": "y", "score": 1}\n',
+        "has 1,000,001 characters, 1,000,000",
+    ),
+    "json": (b'{"a": "x", "b": "y" "score": 1}\n', "invalid JSON: Expecting ',' delimiter at column 21"),
+    "array": (b"[1, 2]\n", "a JSON object is expected, not list"),
+    "range": (b'{"a": "x", "b": "y", "score": 5.1}\n', "column 'score' is 5.1, outside score_range 0..5"),
+    "nan": (b'{"a": "x", "b": "y", "score": NaN}\n', "column 'score' is nan, not a finite number"),
+    "no number": (b'{"a": "x", "b": "y", "score": "high"}\n', "column 'score' is 'high', not a number"),
+    "deep": (b"[" * 100_000 + b"\n", "invalid JSON"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_LINES)
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+def test_a_bad_line_is_named_or_skipped(kind: str, suffix: str, tmp_path: Path) -> None:
+    line, cause = BAD_LINES[kind]
+    path = write_lines(tmp_path / f"x{suffix}", good(1), line, good(2))
+    message = failure(Source(path, SCORED, score_range=(0, 5)), tmp_path / "c")
+    assert message.startswith(f"{path}:2: ")
+    assert cause in message
+    assert f"{path}: 1 bad row; mend them, or set on_bad_row: skip" in message
+    skipping = Source(path, SCORED, score_range=(0, 5), on_bad_row="skip", max_bad_rows=1)
+    assert load(skipping, tmp_path / "c")["anchor"][:] == ["left 1", "left 2"]
+    assert num_skipped(skipping, tmp_path / "c") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "cause", "kept"),
+    [
+        ('a,b\n1,2\n3,"4\n5,6\n7,"8"\n', 3, "a quote is not closed", ["1", "5", "7"]),
+        ('a,b\n1,2\n3,"4\n5,6\n', 3, "a quote is not closed", ["1", "5"]),
+        ('a,b\n"1\n2",2\n3,4,5\n6,7\n', 4, "3 cells, the header has 2", ["1\n2", "6"]),
+        ("a,b\n1,2\n3\n6,7\n", 3, "1 cells, the header has 2", ["1", "6"]),
+        ("a,b\n1,2\n3,\n6,7\n", 3, "column 'b' is empty", ["1", "6"]),
+        (f"a,b\n1,2\n3,{'x' * 1_000_001}\n6,7\n", 3, "a text is over 1,000,000 characters", ["1", "6"]),
+        ("a,b\n1,2\n3,caf\udce9\n6,7\n", 3, "column 'b' is not valid UTF-8", ["1", "6"]),
+    ],
+)
+def test_a_bad_csv_row_costs_no_other_row(text: str, line: int, cause: str, kept: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    message = failure(Source(str(path), PAIR), tmp_path / "c")
+    assert message.startswith(f"{path}:{line}: ")
+    assert cause in message
+    assert "1 bad row;" in message
+    assert load(Source(str(path), PAIR, on_bad_row="skip"), tmp_path / "c")["anchor"][:] == kept
+
+
+def test_a_bad_parquet_row_is_named_by_its_number(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    pd.DataFrame({"a": ["x"] * 1500 + [None], "b": "y"}).to_parquet(path)
+    assert failure(Source(str(path), PAIR), tmp_path / "c").startswith(f"{path}: row 1501: column 'a' is null")
+
+
+def test_skipping_ends_at_the_budget(tmp_path: Path) -> None:
+    bad = [{"a": "", "b": "y"}] * 7
+    path = write_lines(tmp_path / "x.jsonl", good(), *bad, good())
+    message = failure(Source(path, PAIR, on_bad_row="skip", max_bad_rows=6), tmp_path / "c")
+    assert message.splitlines()[:5] == [f"{path}:{n}: column 'a' is empty" for n in range(2, 7)]
+    assert message.splitlines()[5] == f"{path}: 7 bad rows, over max_bad_rows 6; mend them"
+    within = Source(path, PAIR, on_bad_row="skip", max_bad_rows=7)
+    assert len(load(within, tmp_path / "c")) == 2
+    assert num_skipped(within, tmp_path / "c") == 7
+    # The cache of a lenient run must not let a strict one pass.
+    with pytest.raises(ValueError, match="7 bad rows"):
+        load(Source(path, PAIR), tmp_path / "c")
+
+
+def test_truncated_gzip_is_refused_even_when_skipping(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl.gz"
+    rng = np.random.default_rng(0)
+    write_lines(path, *({"a": str(rng.integers(1 << 62)), "b": "y"} for _ in range(2000)))
+    path.write_bytes(path.read_bytes()[:-2000])
+    for mode in ("fail", "skip"):
+        message = failure(Source(str(path), PAIR, on_bad_row=mode), tmp_path / "c")
+        assert message.startswith(f"{path}:")
+        # The first line that zlib alone does not give back whole.
+        known = zlib.decompressobj(wbits=31).decompress(path.read_bytes()).count(b"\n")
+        assert int(message.split(":")[1]) in (known + 1, known + 2), message
+        assert "gzip data cut short or damaged" in message
+    path.write_bytes(b'{"a": "x", "b": "y"}\n')
+    assert failure(Source(str(path), PAIR), tmp_path / "c").startswith(f"{path}:1: gzip data")
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".csv", ".tsv", ".parquet", ".arrow", "-saved"])
+def test_a_missing_column_names_the_found_ones_and_the_nearest(kind: str, tmp_path: Path) -> None:
+    frame = pd.DataFrame({"sentence1": ["x"], "sentence2": ["y"], "score": [1.0]})
+    source = Source(save_as(frame, tmp_path, kind), {"anchor": "sentence1", "positive": "sentense2"})
+    message = failure(source, tmp_path / "c")
+    assert message.startswith(str(tmp_path / "rows"))
+    assert "no column 'sentense2' (columns.positive); found: sentence1, sentence2, score." in message
+    assert message.endswith("Did you mean 'sentence2'?")
+
+
+def test_missing_files_and_formats_are_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_lines(tmp_path / "train.jsonl.gz", good())
+    cache = tmp_path / "c"
+    path = tmp_path / "trian.jsonl.gz"
+    assert failure(Source(str(path), PAIR), cache) == f"{path}: no such file or folder. Did you mean 'train.jsonl.gz'?"
+    path = tmp_path / "nowhere" / "deep" / "x.jsonl"
+    assert failure(Source(str(path), PAIR), cache) == f"{path}: there is no folder {tmp_path / 'nowhere'}."
+    assert "no file matches this pattern" in failure(Source(str(tmp_path / "*.csv"), PAIR), cache)
+    (tmp_path / "x.txt").touch()
+    assert "unknown format '.txt'; known are .jsonl" in failure(Source(str(tmp_path / "x.txt"), PAIR), cache)
+    (tmp_path / "none").mkdir()
+    assert "the folder holds no data file" in failure(Source(str(tmp_path / "none"), PAIR), cache)
+    (tmp_path / "x.parquet").write_bytes(b"PAR0")
+    assert "x.parquet: cannot be read as parquet" in failure(Source(str(tmp_path / "x.parquet"), PAIR), cache)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    message = failure(Source("nobody/nothing-2f", PAIR), cache)
+    assert "nobody/nothing-2f: neither a file or folder here nor a hub data set that can be read" in message
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.csv", "x.parquet", "x.jsonl.gz"])
+def test_a_set_without_rows_is_refused(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    if name == "x.parquet":
+        FRAME.head(0).to_parquet(path)
+    else:
+        path.write_bytes({"x.csv": b"a,b\n", "x.jsonl": b"\n\n", "x.jsonl.gz": gzip.compress(b"")}[name])
+    assert failure(Source(str(path), PAIR), tmp_path / "c") == f"{path}: there is no row"
+
+
+def test_a_set_of_bad_rows_only_is_refused(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "x.jsonl", {"a": "", "b": "y"})
+    message = failure(Source(path, PAIR, on_bad_row="skip"), tmp_path / "c")
+    assert "there is no row left after 1 bad ones were skipped" in message
+
+
+def test_a_line_without_end_is_refused_before_memory_is_full(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "x.jsonl.gz", good(), b"x" * (20 << 20))
+    assert failure(Source(path, PAIR), tmp_path / "c").startswith(f"{path}:2: a line over 16,777,216 bytes")
+
+
+def test_other_encodings_and_shapes_of_json_are_named(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"a": "1", "b": "2"}\n', encoding="utf-16")
+    assert "is UTF-16, not UTF-8" in failure(Source(str(tmp_path / "x.jsonl"), PAIR), tmp_path / "c")
+    (tmp_path / "y.json").write_text(json.dumps([good(), good()], indent=1))
+    assert "is one JSON document, not one object per line" in failure(
+        Source(str(tmp_path / "y.json"), PAIR), tmp_path / "c"
+    )
+
+
+LABELLED = {"text": "t", "label": "y"}
+
+
+def test_words_as_labels_show_the_label_map_to_write(tmp_path: Path) -> None:
+    rows = [{"t": "x", "y": word} for word in ["neutral", "entailment", "no", "entailment"]]
+    path = write_lines(tmp_path / "x.jsonl", *rows)
+    message = failure(Source(path, LABELLED, on_bad_row="skip"), tmp_path / "c")
+    assert "column 'y' holds words: entailment, neutral, no." in message
+    # The shown map works as it stands: 'no' is quoted, for YAML would read a truth value.
+    assert message.endswith("label_map: {entailment: 0, neutral: 1, 'no': 2}")
+    label_map = {"entailment": 0.0, "neutral": 1.0, "no": 2.0}
+    labels = load(Source(path, LABELLED, label_map=label_map), tmp_path / "c").data.column("label").to_numpy()
+    assert labels.dtype == np.int64
+    assert labels.tolist() == [1, 0, 2, 0]
+    message = failure(Source(path, {"text": "t", "score": "y"}), tmp_path / "c2")
+    assert "Map them to scores, with numbers of your own: label_map: {entailment: 0.0" in message
+
+
+def test_a_value_outside_the_label_map_is_a_bad_row(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "x.jsonl", {"t": "x", "y": "yes"}, {"t": "x", "y": "maybe"})
+    message = failure(Source(path, LABELLED, label_map={"yes": 1, "no": 0}), tmp_path / "c")
+    assert message.startswith(f"{path}:2: column 'y' is 'maybe', which is not in label_map (yes, no)")
+
+
+@pytest.mark.parametrize(
+    ("value", "cause"),
+    [
+        (1.5, "is 1.5, not a whole class number"),
+        (-1, "is -1, classes are numbered"),
+        ("?", "is '?', not a number"),
+    ],
+)
+def test_labels_that_are_no_class_are_bad_rows(value: object, cause: str, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "x.jsonl", {"t": "x", "y": 0}, {"t": "x", "y": 1}, {"t": "x", "y": value})
+    message = failure(Source(path, LABELLED), tmp_path / "c")
+    assert message.startswith(f"{path}:3: column 'y' {cause}")
+
+
+def test_a_hub_data_set_is_read_like_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub itself cannot be reached in tests: what it would give is put in its place."""
+    asked = []
+    features = Features({"t": Value("string"), "y": ClassLabel(names=["bad", "good"]), "other": Value("int8")})
+    rows = Dataset.from_dict({"t": ["x", "", "z"] * 800, "y": [1, 0, 1] * 800, "other": [0] * 2400}, features)
+
+    def load_dataset(path: str, **where: object) -> Dataset:
+        asked.append((path, where))
+        return rows
+
+    monkeypatch.setattr(sources, "load_dataset", load_dataset)
+    source = Source("someone/something", LABELLED, label_map={"good": 7}, split="dev", subset="en", revision="v1")
+    message = failure(source, tmp_path / "c")
+    assert asked == [("someone/something", {"name": "en", "split": "dev", "revision": "v1"})]
+    assert message.startswith("someone/something: row 2: column 't' is empty\n")
+    source.on_bad_row, source.max_bad_rows, source.label_map = "skip", 800, {"good": 7.0, "bad": 8.0}
+    assert load(source, tmp_path / "c")[:3] == {"text": ["x", "z", "x"], "label": [7, 7, 7]}
+
+
+def test_label_map_takes_words_numbers_truth_values_and_class_names(tmp_path: Path) -> None:
+    def scores(values: list[object], label_map: dict[str, float], **spec: object) -> list[float]:
+        path = write_lines(tmp_path / "x.jsonl", *({"t": "x", "y": value} for value in values))
+        source = Source(path, {"text": "t", "score": "y"}, label_map=label_map, **spec)
+        return load(source, tmp_path / "c")["score"][:]
+
+    assert scores(["e", "n"], {"e": 1.0, "n": 0.5}) == [1.0, 0.5]
+    assert scores([2, 1.0, "2"], {"1": 0.25, "2": 0.75}) == [0.75, 0.25, 0.75]
+    assert scores([True, False], {"true": 1, "false": 0}) == [1.0, 0.0]
+    assert scores(["low", "high"], {"low": 1, "high": 5}, score_range=(1, 5)) == [0.0, 1.0]
+
+    features = Features({"t": Value("string"), "y": ClassLabel(names=["entailment", "neutral"])})
+    Dataset.from_dict({"t": ["x", "z"], "y": [1, 0]}, features).save_to_disk(str(tmp_path / "saved"))
+    source = Source(str(tmp_path / "saved"), {"text": "t", "score": "y"}, label_map={"entailment": 1, "neutral": 0.5})
+    assert load(source, tmp_path / "c")["score"][:] == [0.5, 1.0]
+    assert load(Source(str(tmp_path / "saved"), LABELLED), tmp_path / "c")["label"][:] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"columns": {"anchr": "a", "positive": "b"}}, r"columns has 'anchr'.*Did you mean 'anchor'\?"),
+        ({"columns": {"anchor": "a"}}, "either text, or anchor and positive"),
+        ({"columns": {"text": "t", "anchor": "a", "positive": "b"}}, "either text, or anchor and positive"),
+        ({"columns": {"score": "s"}}, "it names score"),
+        ({"columns": SCORED, "score_range": (5, 0)}, r"score_range is 5..0; write \[lowest, highest\]"),
+        ({"columns": PAIR, "label_map": {"x": 1}}, "label_map needs entries, and a score or a label"),
+        (
+            {"columns": LABELLED, "label_map": {"x": 0.5}},
+            "label_map gives 'x' the number 0.5; a label is a class",
+        ),
+        (
+            {"columns": LABELLED, "label_map": {False: 0}},
+            "label_map has the truth value false as a key.*quote it",
+        ),
+        ({"columns": PAIR, "max_bad_rows": -1}, "max_bad_rows is -1"),
+    ],
+)
+def test_a_spec_that_cannot_be_meant_is_refused(spec: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Source("x.jsonl", **spec)
+
+
+def test_eval_source_has_a_name_and_an_evaluator() -> None:
+    assert isinstance(EvalSource("x.jsonl", SCORED, name="dev"), Source)
+    assert isinstance(EvalSource("x.jsonl", SCORED, name="dev").evaluator, STS)
+    assert isinstance(EvalSource("x.jsonl", PAIR, name="dev", evaluator=Triplet()).evaluator, Triplet)
+    with pytest.raises(TypeError, match="name"):
+        EvalSource("x.jsonl", PAIR)
+    with pytest.raises(ValueError, match=r"validation set name '\.\./x'"):
+        EvalSource("x.jsonl", PAIR, name="../x")
+
+
+def test_fingerprint_follows_content_and_spec_not_place(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    first = Source(write_lines(tmp_path / "x.jsonl", good()), SCORED)
+    moved = Source(write_lines(tmp_path / "other" / "z.jsonl", good()), SCORED)
+    assert fingerprint(first) == fingerprint(moved)
+    assert fingerprint(first) == fingerprint(EvalSource(first.path, SCORED, name="dev"))
+    variants = [
+        Source(first.path, PAIR),
+        Source(first.path, SCORED | {"anchor": "b"}),
+        Source(first.path, SCORED, score_range=(0, 5)),
+        Source(first.path, SCORED, on_bad_row="skip"),
+        Source(write_lines(tmp_path / "y.jsonl", good(1)), SCORED),
+        Source(write_lines(tmp_path / "y.csv", good()), SCORED),  # the same bytes read in another way
+    ]
+    assert len({fingerprint(source) for source in [first, *variants]}) == 1 + len(variants)
+    before = fingerprint(first)
+    write_lines(tmp_path / "x.jsonl", good(), good(1))
+    assert fingerprint(first) != before, "the file changed"
+
+
+def _count_rows(path: str, cache_dir: Path) -> int:
+    return len(load(Source(path, PAIR), cache_dir))
+
+
+def test_processes_that_start_together_build_one_cache(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "x.jsonl", *(good(n) for n in range(3000)))
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        assert pool.starmap(_count_rows, [(path, tmp_path / "c")] * 4) == [3000] * 4
+    assert len([p for p in (tmp_path / "c" / "rows").iterdir() if p.is_dir()]) == 1
+
+
+def test_a_build_that_was_killed_is_done_again(tmp_path: Path) -> None:
+    source = Source(write_lines(tmp_path / "x.jsonl", good()), PAIR)
+    unfinished = tmp_path / "c" / "rows" / f"{fingerprint(source)}.unfinished"
+    unfinished.mkdir(parents=True)
+    (unfinished / "rows.arrow").write_bytes(b"half")
+    assert len(load(source, tmp_path / "c")) == 1
+    assert not unfinished.exists()
+
+
+def test_real_data_has_the_rows_pandas_reads(data_dir: Path, tmp_path: Path) -> None:
+    path = data_dir / "sts" / "korsts.dev.jsonl.gz"
+    columns = {"anchor": "sentence1", "positive": "sentence2", "score": "score"}
+    rows = load(Source(str(path), columns, score_range=(0, 5)), tmp_path)
+    frame = pd.read_json(path, lines=True)
+    assert rows["anchor"][:] == frame.sentence1.tolist()
+    assert rows["positive"][:] == frame.sentence2.tolist()
+    np.testing.assert_allclose(rows["score"][:], frame.score / 5, rtol=1e-6)

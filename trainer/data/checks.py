@@ -1,0 +1,121 @@
+"""Rows of a file against what the config asks for: good ones become cells, bad ones are counted."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from itertools import chain, islice
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from trainer.data.files import did_you_mean
+from trainer.data.rows import Record, Rows
+from trainer.data.values import BadValueError, check_text, is_word, label_check, score_check
+
+if TYPE_CHECKING:
+    from trainer.data.sources import Source
+
+logger = logging.getLogger(__name__)
+
+_LISTED = 5  # bad rows that an error quotes
+_COUNTED = 1000  # bad rows over the budget until reading stops
+_PEEKED = 100  # rows that show whether labels are words
+
+
+def checked_rows(source: Source, rows: Rows, bad: BadRows) -> Iterator[list[Any]]:
+    """Cells of the good rows in canonical order; the others are told to ``bad``."""
+    for canonical, column in source.columns.items():
+        if rows.columns and column not in rows.columns:
+            raise ValueError(
+                f"{rows.name}: no column '{column}' (columns.{canonical}); found: {', '.join(rows.columns)}."
+                f"{did_you_mean(column, rows.columns)}"
+            )
+    records = _refuse_words(source, rows)
+    checks = _checks(source, rows)
+    for number, row in records:
+        if isinstance(row, str):
+            bad.add(f"{rows.place(number)}: {row}")
+            continue
+        cells = []
+        for column, check in checks:
+            try:
+                cells.append(check(row[column]))
+            except BadValueError as error:
+                bad.add(f"{rows.place(number)}: column '{column}' {error}")
+                break
+            except KeyError:
+                bad.add(f"{rows.place(number)}: column '{column}' is missing")
+                break
+        else:
+            yield cells
+
+
+def _checks(source: Source, rows: Rows) -> list[tuple[str, Callable[[object], Any]]]:
+    fed = "score" if "score" in source.columns else "label"
+    checks: list[tuple[str, Callable[[object], Any]]] = []
+    for name in source.canonical_columns:
+        column = source.columns[name]
+        label_map = source.label_map if name == fed else None
+        class_names = rows.class_names.get(column)
+        if name == "score":
+            checks.append((column, score_check(source.score_range, label_map, class_names)))
+        elif name == "label":
+            checks.append((column, label_check(label_map, class_names)))
+        else:
+            checks.append((column, check_text))
+    return checks
+
+
+def _refuse_words(source: Source, rows: Rows) -> Iterator[Record]:
+    """The records of ``rows``; labels that are words without a label_map are one error, not one per row."""
+    first = list(islice(rows.records, _PEEKED))
+    records = chain(first, rows.records)
+    for name in ("score", "label"):
+        column = source.columns.get(name)
+        if column is None or (source.label_map is not None and (name == "score" or "score" not in source.columns)):
+            continue
+        seen = [row[column] for _, row in first if isinstance(row, dict) and column in row]
+        if seen and 2 * sum(map(is_word, seen)) > len(seen):
+            words = {str(row[column]) for _, row in records if isinstance(row, dict) and is_word(row.get(column))}
+            raise ValueError(f"{rows.name}: column '{column}' {_words_remedy(name, sorted(words))}")
+    return records
+
+
+def _words_remedy(name: str, words: list[str]) -> str:
+    if len(words) > 20:
+        return f"holds {len(words)} different words ({', '.join(words[:_LISTED])}, ...), not a {name}"
+    numbers = {word: number if name == "label" else 0.0 for number, word in enumerate(words)}
+    written = yaml.safe_dump({"label_map": numbers}, default_flow_style=True, allow_unicode=True, width=10_000)
+    kind = "class numbers" if name == "label" else "scores, with numbers of your own"
+    return f"holds words: {', '.join(words)}. Map them to {kind}: {written.strip()[1:-1]}"
+
+
+class BadRows:
+    """Counts the rows that cannot be used and quotes the first ones."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.budget = source.max_bad_rows if source.on_bad_row == "skip" else 0
+        self.count = 0
+        self.first: list[str] = []
+
+    def add(self, reason: str) -> None:
+        self.count += 1
+        if len(self.first) < _LISTED:
+            self.first.append(reason)
+        if self.count >= self.budget + _COUNTED:
+            self._refuse(f"{self.count:,} or more bad rows")
+
+    def close(self) -> None:
+        """Called behind the last row: now the count is complete."""
+        if self.count > self.budget:
+            self._refuse("1 bad row" if self.count == 1 else f"{self.count:,} bad rows")
+        if self.count:
+            logger.warning("%s: %d bad rows skipped; the first: %s", self.source.path, self.count, self.first[0])
+
+    def _refuse(self, count: str) -> None:
+        quoted = "\n".join(self.first)
+        if self.source.on_bad_row == "skip":
+            raise ValueError(f"{quoted}\n{self.source.path}: {count}, over max_bad_rows {self.budget}; mend them")
+        raise ValueError(f"{quoted}\n{self.source.path}: {count}; mend them, or set on_bad_row: skip")

@@ -1,0 +1,101 @@
+"""Which files the ``path`` of a source means: a file, a glob, a folder of files or a saved Arrow data set."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import re
+from collections.abc import Collection
+from difflib import get_close_matches
+from pathlib import Path
+
+FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+# Words in file names that say which split a file belongs to.
+_SPLIT_WORDS = {
+    "train": "train", "training": "train",
+    "dev": "validation", "val": "validation", "valid": "validation", "validation": "validation",
+    "test": "test", "testing": "test",
+}  # fmt: skip
+
+
+def data_format(path: Path) -> str:
+    """The suffix that says how to read a file, without ``.gz``; empty where it is none of FORMATS."""
+    suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+    return suffix.lower() if suffix.lower() in FORMATS else ""
+
+
+def did_you_mean(name: str, known: Collection[str]) -> str:
+    """The sentence `` Did you mean 'x'?``, or nothing where no known name is near."""
+    lowered = {k.lower(): k for k in known}
+    near = get_close_matches(name.lower(), lowered, n=1, cutoff=0.5)
+    return f" Did you mean '{lowered[near[0]]}'?" if near else ""
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether ``path`` can only mean a data set of the hub: nothing local has its name or its folder."""
+    local = Path(path).expanduser()
+    if local.exists() or not _HUB_ID.fullmatch(path) or data_format(local) or path.endswith(".gz"):
+        return False
+    return str(local.parent) == "." or not local.parent.exists()
+
+
+def data_files(path: str, split: str) -> list[Path]:
+    """The files that ``path`` names, in the order of their names.
+
+    Args:
+        path: file, glob or folder.
+        split: of a saved DatasetDict, or of a folder whose file names say train, dev, test, ...
+
+    Raises:
+        ValueError: nothing is there, or nothing of a known format.
+    """
+    local = Path(path).expanduser()
+    if local.is_dir():
+        files = _folder_files(local, split)
+    elif local.exists():
+        files = [local]
+    elif glob.has_magic(path):
+        files = [Path(p) for p in sorted(glob.glob(os.path.expanduser(path), recursive=True))]
+        files = [f for f in files if f.is_file()]
+        if not files:
+            raise ValueError(f"{path}: no file matches this pattern")
+    else:
+        raise ValueError(_missing(local))
+    for file in files:
+        if not data_format(file):
+            raise ValueError(
+                f"{file}: unknown format '{file.suffix}'; known are {', '.join(FORMATS)}, each also with .gz"
+            )
+    return files
+
+
+def _missing(path: Path) -> str:
+    first = path  # of its parts that does not exist
+    while not first.parent.exists():
+        first = first.parent
+    what = "no such file or folder." if first == path else f"there is no folder {first}."
+    return f"{path}: {what}{did_you_mean(first.name, os.listdir(first.parent) if first.parent.is_dir() else [])}"
+
+
+def _folder_files(folder: Path, split: str) -> list[Path]:
+    if (folder / "dataset_dict.json").exists():
+        splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
+        if split not in splits:
+            raise ValueError(f"{folder}: no split '{split}'; found: {', '.join(splits)}.{did_you_mean(split, splits)}")
+        folder = folder / split
+    if (folder / "state.json").exists():  # written by datasets' save_to_disk
+        return [folder / f["filename"] for f in json.loads((folder / "state.json").read_text())["_data_files"]]
+    files = sorted(f for f in folder.iterdir() if f.is_file() and data_format(f) and not f.name.startswith("."))
+    if not files:
+        raise ValueError(f"{folder}: the folder holds no data file ({', '.join(FORMATS)}, also with .gz)")
+    by_split = {f: {_SPLIT_WORDS[w] for w in re.findall("[a-z]+", f.name.lower()) if w in _SPLIT_WORDS} for f in files}
+    named = set().union(*by_split.values())
+    if len(named) < 2:
+        return files
+    # A folder with train and dev files: training on both would spoil the evaluation.
+    wanted = {f for f, words in by_split.items() if _SPLIT_WORDS.get(split, split) in words}
+    if not wanted:
+        raise ValueError(f"{folder}: no file of split '{split}'; the file names say {', '.join(sorted(named))}")
+    return sorted(wanted)

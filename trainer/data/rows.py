@@ -1,0 +1,266 @@
+"""Rows of one file as dictionaries, each with its place in the file, so that a bad row can be found again."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import zlib
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from trainer.data.files import data_format
+
+MAX_TEXT_CHARS = 1_000_000
+_MAX_LINE_BYTES = 1 << 24
+_PEEK = 100  # JSON lines have no header: their first rows say which columns there are
+
+# A row, or the reason why there is none; the number counts lines of text files, rows of tables, from 1.
+Record = tuple[int, "dict[str, Any] | str"]
+
+
+@dataclass
+class Rows:
+    """The rows of one file.
+
+    Attributes:
+        name: of the file, as the user wrote it.
+        unit: what stands between name and number in a place: ``name:17`` or ``name: row 17``.
+        columns: found in the file; empty where no row could be read.
+        records: numbered rows.
+        class_names: for columns that hold class numbers of a datasets ClassLabel, their names.
+    """
+
+    name: str
+    unit: str
+    columns: list[str]
+    records: Iterator[Record]
+    class_names: dict[str, list[str]] = field(default_factory=dict)
+
+    def place(self, number: int) -> str:
+        return f"{self.name}{self.unit}{number}"
+
+
+def read_file(path: Path, wanted: Collection[str]) -> Rows:
+    """Open a data file; its rows are read while the iterator runs.
+
+    Args:
+        path: of a known format.
+        wanted: columns to read of a table; a text file yields all its columns.
+
+    Raises:
+        ValueError: the file as a whole cannot be read.
+    """
+    suffix = data_format(path)
+    try:
+        if suffix == ".parquet":
+            return _read_parquet(path, wanted)
+        if suffix == ".arrow":
+            return _read_arrow(path, wanted)
+        if suffix == ".csv":
+            return _read_csv(path)
+        if suffix == ".tsv":
+            return _read_tsv(path)
+        return _read_json_lines(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path}: cannot be read as {suffix[1:]}: {error}") from error
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbered lines without their end.
+
+    Bytes that are not UTF-8 become lone surrogates, which the check of the text refuses: so only the row that
+    holds them is bad.
+    """
+    number = 0
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            for number, raw in enumerate(_split_lines(file), 1):
+                if number == 1:
+                    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+                        raise ValueError(f"{path}: is UTF-16, not UTF-8; convert it with `iconv -f UTF-16 -t UTF-8`")
+                    raw = raw.removeprefix(b"\xef\xbb\xbf")
+                yield number, raw.decode("utf-8", errors="surrogateescape").rstrip("\r")
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        # Never skipped as one bad row: nobody knows how many rows are behind it.
+        raise ValueError(
+            f"{path}:{number + 1}: gzip data cut short or damaged ({error}); fetch the file again"
+        ) from error
+    except OverflowError:
+        raise ValueError(f"{path}:{number + 1}: a line over {_MAX_LINE_BYTES:,} bytes; is it text?") from None
+
+
+def _split_lines(file: Any) -> Iterator[bytes]:
+    """Lines of a binary file. A gzip file's own iterator loses those in its buffer where the data break."""
+    rest = b""
+    while chunk := file.read1(1 << 20):
+        *lines, rest = (rest + chunk).split(b"\n")
+        yield from lines
+        if len(rest) > _MAX_LINE_BYTES:
+            raise OverflowError
+    if rest:
+        yield rest
+
+
+def _read_json_lines(path: Path) -> Rows:
+    records = _json_records(path)
+    first = list(islice(records, _PEEK))
+    columns = dict.fromkeys(key for _, row in first if isinstance(row, dict) for key in row)
+    return Rows(str(path), ":", list(columns), chain(first, records))
+
+
+def _json_records(path: Path) -> Iterator[Record]:
+    for number, line in _lines(path):
+        if not line or line.isspace():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            if number == 1 and line.strip() in ("[", "{"):
+                raise ValueError(
+                    f"{path}: is one JSON document, not one object per line; convert it with `jq -c '.[]'`"
+                ) from error
+            cause = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+            yield number, f"invalid JSON: {cause}"
+            continue
+        yield number, row if isinstance(row, dict) else f"a JSON object is expected, not {type(row).__name__}"
+
+
+def _read_csv(path: Path) -> Rows:
+    return _with_header(path, _csv_records(path))
+
+
+def _csv_records(path: Path) -> Iterator[tuple[int, list[str] | str]]:
+    """Records of a CSV file, numbered by their first line; a quoted cell may span lines.
+
+    A quote that is never closed swallows lines up to the next quote. Reading goes on at the line after the
+    record's first one, so that only that row is lost.
+    """
+    lines = (line for _, line in _lines(path))
+    ahead: deque[str] = deque()
+    taken: list[str] = []
+
+    def feed() -> Iterator[str]:
+        while True:
+            line = ahead.popleft() if ahead else next(lines, None)
+            if line is None:
+                return
+            taken.append(line)
+            yield line + "\n"
+
+    limit = csv.field_size_limit(MAX_TEXT_CHARS)
+    try:
+        reader = csv.reader(feed(), strict=True)
+        number = 1
+        while True:
+            taken.clear()
+            try:
+                cells: list[str] | str = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                cells = f"a quote is not closed or a text is over {MAX_TEXT_CHARS:,} characters ({error})"
+                ahead.extendleft(reversed(taken[1:]))
+                del taken[1:]
+                reader = csv.reader(feed(), strict=True)
+            if cells:  # a blank line is no row
+                yield number, cells
+            number += len(taken)
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _read_tsv(path: Path) -> Rows:
+    return _with_header(path, ((number, _split_tabs(line)) for number, line in _lines(path) if line))
+
+
+def _split_tabs(line: str) -> list[str]:
+    """Cells of a line. Many TSV files hold bare quotes: a quote binds only if it closes in its own cell."""
+    cells = line.split("\t")
+    if '"' not in line:
+        return cells
+    try:
+        return next(csv.reader([line], delimiter="\t", strict=True))
+    except csv.Error:
+        return cells
+
+
+def _with_header(path: Path, records: Iterator[tuple[int, list[str] | str]]) -> Rows:
+    _, header = next(records, (1, []))
+    if isinstance(header, str):
+        raise ValueError(f"{path}:1: {header}")
+    header = [name.strip() for name in header]
+    twice = sorted({name for name in header if header.count(name) > 1})
+    if twice:
+        raise ValueError(f"{path}:1: the header names column '{twice[0]}' twice")
+
+    def rows() -> Iterator[Record]:
+        for number, cells in records:
+            if isinstance(cells, str):
+                yield number, cells
+            elif len(cells) != len(header):
+                yield number, f"{len(cells)} cells, the header has {len(header)}"
+            else:
+                yield number, dict(zip(header, cells, strict=True))
+
+    return Rows(str(path), ":", header, rows())
+
+
+def _read_parquet(path: Path, wanted: Collection[str]) -> Rows:
+    # Parquet is compressed inside; a gzipped one has to be unpacked whole.
+    file = pq.ParquetFile(io.BytesIO(gzip.decompress(path.read_bytes())) if path.suffix == ".gz" else path)
+    columns = [name for name in file.schema_arrow.names if name in wanted]
+    return table_rows(str(path), file.schema_arrow, file.iter_batches(batch_size=1000, columns=columns))
+
+
+def _read_arrow(path: Path, wanted: Collection[str]) -> Rows:
+    data = pa.memory_map(str(path)) if path.suffix != ".gz" else pa.BufferReader(gzip.decompress(path.read_bytes()))
+    reader: Any
+    try:
+        reader = pa.ipc.open_file(data)
+        batches: Iterable[pa.RecordBatch] = (reader.get_batch(i) for i in range(reader.num_record_batches))
+    except pa.ArrowInvalid:  # datasets writes streams
+        data.seek(0)
+        reader = batches = pa.ipc.open_stream(data)
+    columns = [name for name in reader.schema.names if name in wanted]
+    return table_rows(str(path), reader.schema, (batch.select(columns) for batch in batches))
+
+
+def table_rows(name: str, schema: pa.Schema, batches: Iterable[pa.RecordBatch | pa.Table]) -> Rows:
+    """Rows of Arrow batches; ``schema`` may have more columns than they."""
+    from datasets import ClassLabel, Features  # slow to import, and JSON lines do not need it
+
+    class_names: dict[str, list[str]] = {}
+    if b"huggingface" in (schema.metadata or {}):
+        features = Features.from_arrow_schema(schema)
+        class_names = {k: f.names for k, f in features.items() if isinstance(f, ClassLabel)}
+    return Rows(name, ": row ", schema.names, _table_records(batches), class_names)
+
+
+def _table_records(batches: Iterable[pa.RecordBatch | pa.Table]) -> Iterator[Record]:
+    number = 0
+    for batch in batches:
+        for start in range(0, batch.num_rows, 1000):  # a batch of a saved data set may hold the whole set
+            part = batch.slice(start, 1000)
+            try:
+                rows = part.to_pylist()
+            except UnicodeDecodeError:
+                rows = [_decode(part.slice(i, 1)) for i in range(part.num_rows)]
+            for row in rows:
+                number += 1
+                yield number, row
+
+
+def _decode(row: pa.RecordBatch | pa.Table) -> dict[str, Any] | str:
+    try:
+        return row.to_pylist()[0]
+    except UnicodeDecodeError as error:
+        return f"not valid UTF-8 ({error.reason})"

@@ -1,0 +1,118 @@
+"""Checks of single cells: a text, a score, a class number, or the reason why it is none."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
+from typing import Any
+
+from trainer.data.rows import MAX_TEXT_CHARS
+
+MAX_LABEL = 2**31 - 1
+
+
+class BadValueError(ValueError):
+    """Why a cell cannot be used; the sentence goes on after the column's name."""
+
+
+def check_text(value: object) -> str:
+    if not isinstance(value, str):
+        raise BadValueError("is null" if value is None else f"holds {_kind(value)} ({value!s:.40}), not text")
+    if not value or value.isspace():
+        raise BadValueError("is empty" if not value else "is blank")
+    if len(value) > MAX_TEXT_CHARS:
+        raise BadValueError(f"has {len(value):,} characters, {MAX_TEXT_CHARS:,} at most are taken")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:  # a lone surrogate: bytes that are not UTF-8, or half a pair in a JSON escape
+            raise BadValueError("is not valid UTF-8") from None
+    return value
+
+
+def score_check(
+    score_range: tuple[float, float] | None,
+    label_map: Mapping[str, float] | None,
+    names: Sequence[str] | None,
+) -> Callable[[object], float]:
+    """A check that turns a cell into a score, mapped linearly from ``score_range`` (if given) to 0..1."""
+
+    def check(value: object) -> float:
+        number = _look_up(value, label_map, names) if label_map is not None else to_number(value)
+        if score_range is None:
+            return number
+        low, high = score_range
+        if not low <= number <= high:
+            raise BadValueError(f"is {number:g}, outside score_range {low:g}..{high:g}")
+        return (number - low) / (high - low)
+
+    return check
+
+
+def label_check(label_map: Mapping[str, float] | None, names: Sequence[str] | None) -> Callable[[object], int]:
+    """A check that turns a cell into a class number from 0."""
+
+    def check(value: object) -> int:
+        number = _look_up(value, label_map, names) if label_map is not None else to_number(value)
+        if not number.is_integer():
+            raise BadValueError(f"is {number:g}, not a whole class number")
+        if not 0 <= number <= MAX_LABEL:
+            raise BadValueError(f"is {number:g}, classes are numbered 0, 1, 2, ...")
+        return int(number)
+
+    return check
+
+
+def to_number(value: object) -> float:
+    """A finite number; numbers in text count, for CSV has nothing else."""
+    if value is None:
+        raise BadValueError("is null")
+    if not isinstance(value, (str, int, float, Decimal)):
+        raise BadValueError(f"holds {_kind(value)}, not a number")
+    try:
+        number = float(value)
+    except ValueError:
+        raise BadValueError("is empty" if not value else f"is '{value!s:.40}', not a number") from None
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise BadValueError(f"is {number}, not a finite number")
+    return number
+
+
+def is_word(value: object) -> bool:
+    """Whether a label can only be read through a label_map."""
+    if not isinstance(value, str) or not value.strip():
+        return False
+    try:
+        float(value)
+    except ValueError:
+        return True
+    return False
+
+
+def _look_up(value: object, label_map: Mapping[str, float], names: Sequence[str] | None) -> float:
+    if value is None:
+        raise BadValueError("is null")
+    keys = [_key(value)]
+    if names is not None and isinstance(value, int) and 0 <= value < len(names):
+        keys.insert(0, names[value])
+    for key in keys:
+        if key in label_map:
+            return float(label_map[key])
+    raise BadValueError(f"is '{keys[0]:.40}', which is not in label_map ({', '.join(label_map)})")
+
+
+def _key(value: object) -> str:
+    """How a value of the data is written as a key of label_map."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value)
+
+
+def _kind(value: Any) -> str:
+    names = {bool: "a truth value", int: "a number", float: "a number", Decimal: "a number", list: "a list"}
+    return names.get(type(value), f"a {type(value).__name__}")
