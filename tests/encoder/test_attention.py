@@ -1,0 +1,118 @@
+"""Packed attention is plain attention on each segment alone.
+
+Shape suffixes: T tokens of the stream, N heads, D head dimension.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.testing import assert_close
+from transformers import AttentionInterface
+
+from trainer.encoder.attention import PACKED_ATTENTION, Bucket, packed_attention, plan_buckets
+
+N, D = 3, 8
+CPU = torch.device("cpu")
+LENGTHS = {
+    "one segment": (7,),
+    "one token each": (1, 1, 1),
+    "fewer segments than buckets": (2, 9),
+    "equal lengths": (6,) * 8,
+    "ragged": (1, 2, 2, 3, 5, 5, 5, 8, 9, 13, 21),
+    "equal and ragged": (4, 4, 4, 4, 6, 6, 6, 7, 9, 9),
+}
+
+
+def _streams(num_tokens: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(1, N, num_tokens, D, generator=generator, requires_grad=True) for _ in range(3)]
+
+
+def _attend(streams: list[Tensor], packing: list[Bucket], **kwargs: Any) -> Tensor:
+    query, key, value = streams
+    return packed_attention(nn.Module(), query, key, value, None, packing=packing, **kwargs)[0]
+
+
+def _plain(streams: list[Tensor], lengths: tuple[int, ...], scale: float | None) -> Tensor:
+    segments = zip(*(x.split(list(lengths), dim=2) for x in streams), strict=True)
+    outs = [scaled_dot_product_attention(q, k, v, scale=scale) for q, k, v in segments]
+    return torch.cat(outs, dim=2).transpose(1, 2)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
+@pytest.mark.parametrize("scale", [None, 0.7])
+def test_packed_is_plain_per_segment(lengths: tuple[int, ...], scale: float | None) -> None:
+    """In value and in the gradient of queries, keys and values."""
+    ours, theirs = _streams(sum(lengths)), _streams(sum(lengths))
+    out = _attend(ours, plan_buckets(lengths, CPU), scaling=scale)  # type: ignore[arg-type]
+    expected = _plain(theirs, lengths, scale)
+    assert out.shape == (1, sum(lengths), N, D)
+    assert_close(out, expected, rtol=0.0, atol=1e-6)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    (out * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for our, their in zip(ours, theirs, strict=True):
+        assert our.grad is not None
+        assert their.grad is not None
+        assert_close(our.grad, their.grad, rtol=0.0, atol=1e-6 * max(1.0, float(their.grad.abs().max())))
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
+def test_buckets_cover_the_stream(lengths: tuple[int, ...]) -> None:
+    buckets = plan_buckets(lengths, CPU)
+    assert [bucket.start for bucket in buckets] == [0, *[bucket.stop for bucket in buckets[:-1]]]
+    assert buckets[-1].stop == sum(lengths)
+    assert sum(bucket.num for bucket in buckets) == len(lengths)
+    for bucket in buckets:
+        ragged = bucket.stop - bucket.start != bucket.num * bucket.longest
+        assert (bucket.mask is not None) == (bucket.slots is not None) == (bucket.real is not None) == ragged
+
+
+def test_unsorted_segments_are_a_mistake() -> None:
+    with pytest.raises(AssertionError, match="sorted by length"):
+        plan_buckets((3, 2), CPU)
+
+
+def _weights_under_dropout(lengths: tuple[int, ...], rate: float) -> list[Tensor]:
+    """Attention weights after dropout, times the length of the segment, one tensor (N, L, L) a segment.
+
+    Queries of 0 give every key the weight 1 / L, and one-hot values make the output the weights themselves.
+    """
+    longest = max(lengths)
+    values = torch.cat([torch.eye(longest)[:n] for n in lengths]).expand(N, -1, -1)[None]
+    zeros = torch.zeros_like(values)
+    out_1TNL = _attend([zeros, zeros, values], plan_buckets(lengths, CPU), dropout=rate)
+    segments = out_1TNL[0].split(list(lengths))
+    return [segment.transpose(0, 1)[..., :n] * n for segment, n in zip(segments, lengths, strict=True)]
+
+
+@pytest.mark.parametrize("lengths", [(40,) * 8, (31, 34, 36, 37, 39, 40, 40, 40)], ids=["equal", "ragged"])
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_dropout_has_its_rate_and_expectation(lengths: tuple[int, ...], rate: float) -> None:
+    """A weight is 0 with probability p and else grows by 1 / (1 - p), each on its own; on every bucket."""
+    torch.manual_seed(0)
+    weights = _weights_under_dropout(lengths, rate)
+    for segment, n in zip(weights, lengths, strict=True):
+        kept = segment != 0.0
+        assert_close(segment[kept], torch.full_like(segment[kept], 1.0 / (1.0 - rate)))
+        sigma = (rate * (1.0 - rate) / (N * n * n)) ** 0.5
+        assert abs(float((~kept).double().mean()) - rate) < 4.5 * sigma
+    everything = torch.cat([segment.flatten() for segment in weights])
+    assert abs(float(everything.mean()) - 1.0) < 4.5 * (rate / (1.0 - rate) / len(everything)) ** 0.5
+    # Heads and segments draw their own masks.
+    assert not torch.equal(weights[-1][0], weights[-1][1])
+    assert not torch.equal(weights[-1], weights[-2])
+
+
+def test_no_dropout_is_exact() -> None:
+    for segment in _weights_under_dropout((3, 5, 5), 0.0):
+        assert_close(segment, torch.ones_like(segment))
+
+
+def test_registered_with_transformers() -> None:
+    assert AttentionInterface()[PACKED_ATTENTION] is packed_attention

@@ -1,0 +1,283 @@
+"""The encoder against sentence-transformers' padded forward of the same folder, in value and in gradient."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from tests.batches import build_batch, gradients_of, largest_difference, norm_of
+from trainer.batch import PackedBatch
+from trainer.data.collate import pack_texts
+from trainer.encoder import Encoder, EncoderSpec
+
+WHOLE = 16384
+TEXTS = [  # of very different lengths, one empty, one twice
+    "The doctor bought the car at the shop in winter.",
+    "In winter, at dusk, the physician purchased a vehicle.",
+    "a",
+    "",
+    "It was the thief who stole that clock last week by the sea.",
+    "The doctor bought the car at the shop in winter.",
+    "stone " * 30,
+    "At noon the lamp was painted by the stranger on the hill, and the picture was hidden in the cellar.",
+]
+
+
+def _load(folder: Path | str, max_tokens: int = WHOLE, **spec: object) -> Encoder:
+    spec.setdefault("dropout", 0.0)
+    return Encoder(EncoderSpec(backbone=str(folder), **spec), max_tokens)  # type: ignore[arg-type]
+
+
+def _pack(encoder: Encoder, texts: list[str]) -> PackedBatch:
+    return pack_texts(encoder.text(texts))
+
+
+def _embed(encoder: Encoder, texts: list[str] = TEXTS) -> Tensor:
+    with torch.no_grad():
+        return encoder.embed(_pack(encoder, texts))
+
+
+def _backward(embeddings: Tensor) -> None:
+    """Of a function whose gradient differs at every element."""
+    weights = torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(3))
+    (embeddings * weights).sum().backward()
+
+
+def _peer(folder: Path | str) -> Any:
+    return SentenceTransformer(str(folder), device="cpu").eval()
+
+
+def _peer_embed(peer: Any, texts: list[str] = TEXTS, prompt: str | None = None) -> Tensor:
+    return peer(peer.preprocess(texts, prompt=prompt))["sentence_embedding"]
+
+
+def _peer_gradients(peer: Any) -> dict[str, Tensor]:
+    return {f"backbone.{name}": grad for name, grad in gradients_of(peer[0].model).items()}
+
+
+@pytest.fixture(params=["bert", "roberta", "mpnet", "minilm"])
+def folder(request: pytest.FixtureRequest, tiny_encoders: dict[str, Path]) -> Path:
+    return request.getfixturevalue("minilm") if request.param == "minilm" else tiny_encoders[request.param]
+
+
+@pytest.mark.parametrize("max_tokens", [WHOLE, 60], ids=["whole", "chunked"])
+def test_equals_the_padded_forward(folder: Path, max_tokens: int) -> None:
+    """Embeddings and the gradients of all parameters: packed (BERT, RoBERTa with its position offset) or padded
+    by us (MPNet), in one forward or in chunks under activation checkpointing."""
+    peer, encoder = _peer(folder), _load(folder, max_tokens)
+    encoder.train()  # dropout is 0
+    assert encoder.packed == ("mpnet" not in str(folder))
+    assert (len(list(encoder._chunks(_pack(encoder, TEXTS).lengths))) > 2) == (max_tokens != WHOLE)
+    ours, theirs = encoder.embed(_pack(encoder, TEXTS)), _peer_embed(peer)
+    assert ours.dtype == torch.float32
+    assert largest_difference({"": ours}, {"": theirs}) < 1e-5
+    _backward(ours)
+    _backward(theirs)
+    our_gradients, their_gradients = gradients_of(encoder), _peer_gradients(peer)
+    assert largest_difference(our_gradients, their_gradients) < 1e-5
+    assert norm_of(our_gradients) / norm_of(their_gradients) == pytest.approx(1.0, abs=1e-5)
+    for name, gradient in their_gradients.items():
+        # A key bias has gradient 0: only its rounding error is there to compare.
+        if gradient.abs().max() > 1e-3 * max(float(g.abs().max()) for g in their_gradients.values()):
+            assert largest_difference({"": our_gradients[name]}, {"": gradient}) < 5e-5, name
+
+
+def test_columns_of_the_rows_that_count(tiny_encoder: Path) -> None:
+    encoder = _load(tiny_encoder).eval()
+    ids = encoder.text(TEXTS)
+    anchors, positives = encoder(build_batch([ids[:4], ids[4:]]))
+    alone = torch.cat([encoder.embed(pack_texts([text])) for text in ids])
+    assert_close(anchors, alone[:4], rtol=0.0, atol=2e-6)
+    assert_close(positives, alone[4:], rtol=0.0, atol=2e-6)
+    nothing = encoder(build_batch([ids[:1], ids[4:5]], world_size=2, rank=1))
+    assert [column.shape for column in nothing] == [(0, 32)] * 2
+    assert all(column.requires_grad for column in nothing)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "max", "last"])
+@pytest.mark.parametrize("kind", ["bert", "mpnet"])
+def test_poolings(tiny_encoders: dict[str, Path], kind: str, pooling: str) -> None:
+    encoder = _load(tiny_encoders[kind], pooling=pooling).eval()
+    peer = _peer(tiny_encoders[kind])
+    features = peer.preprocess(TEXTS)
+    with torch.no_grad():
+        tokens, mask = peer[0](features)["token_embeddings"], features["attention_mask"].bool()
+    rows = [vectors[real] for vectors, real in zip(tokens, mask, strict=True)]
+    pool = {"mean": lambda x: x.mean(0), "cls": lambda x: x[0], "max": lambda x: x.amax(0), "last": lambda x: x[-1]}
+    expected = torch.stack([pool[pooling](row) for row in rows])
+    assert_close(_embed(encoder), expected, rtol=0.0, atol=1e-5)
+
+
+@pytest.mark.parametrize("include_prompt", [True, False])
+def test_prompt(tiny_encoder: Path, tmp_path: Path, include_prompt: bool) -> None:
+    """A prompt stands before every text; pooling leaves its pieces out where the folder says so."""
+    peer = _peer(tiny_encoder)
+    peer[1].include_prompt = include_prompt
+    peer.prompts, peer.default_prompt_name = {"find": "At night: "}, "find"
+    peer.save_pretrained(str(tmp_path / "prompted"))
+    given, stored = _load(tmp_path / "prompted", prompt="last week "), _load(tmp_path / "prompted")
+    none = _load(tmp_path / "prompted", prompt="")
+    for encoder, prompt in ((given, "last week "), (stored, "At night: "), (none, None)):
+        expected = _peer_embed(peer, prompt=prompt).detach()
+        assert_close(_embed(encoder.eval()), expected, rtol=0.0, atol=1e-5)
+    assert float((_embed(given) - _embed(none)).abs().max()) > 1e-2
+
+
+def test_overrides_are_said(tiny_encoder: Path, minilm: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="trainer"):
+        plain = _load(tiny_encoder)
+        assert caplog.messages == []
+        added = _load(tiny_encoder, pooling="cls", normalize=True)
+        removed = _load(minilm, normalize=False)
+        _load(minilm, normalize=True, pooling="mean")
+    assert caplog.messages == [
+        "pooling: the folder says mean, the config overrides it with cls",
+        "normalize: the folder does not, the config adds it",
+        "normalize: the folder does, the config removes it",
+    ]
+    assert float((_embed(plain.eval()).norm(dim=1) - 1.0).abs().min()) > 1e-3
+    assert_close(_embed(added.eval()).norm(dim=1), torch.ones(len(TEXTS)))
+    unnormalized = _embed(removed.eval())
+    expected = _peer_embed(_peer(minilm)).detach()
+    assert_close(nn.functional.normalize(unnormalized, dim=1), expected, rtol=0.0, atol=1e-5)
+    assert float((unnormalized.norm(dim=1) - 1.0).abs().min()) > 1e-3
+
+
+def test_padded_backbones_say_so_once(tiny_encoders: dict[str, Path], caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="trainer"):
+        encoder = _load(tiny_encoders["mpnet"])
+        _embed(encoder)
+    assert caplog.messages == ["backbone type 'mpnet' runs padded; packed forward: bert, roberta, xlm-roberta"]
+
+
+def test_a_plain_transformers_folder_is_pooled_by_mean(tiny_encoder: Path, tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    shutil.copytree(tiny_encoder, plain)
+    shutil.rmtree(plain / "1_Pooling")
+    for name in ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"):
+        (plain / name).unlink()
+    encoder = _load(plain).eval()
+    assert_close(_embed(encoder), _embed(_load(tiny_encoder).eval()), rtol=0.0, atol=1e-6)
+    assert encoder.text.max_length == 128
+
+
+@pytest.mark.parametrize(("kind", "positions"), [("bert", 128), ("roberta", 128), ("mpnet", 128)])
+def test_the_longest_text_and_one_piece_more(tiny_encoders: dict[str, Path], kind: str, positions: int) -> None:
+    """RoBERTa's and MPNet's position tables have two entries more, which no text may use."""
+    long_text = ["stone " * 300]
+    encoder = _load(tiny_encoders[kind], max_length=positions).eval()
+    assert [len(ids) for ids in encoder.text(long_text)] == [positions]
+    peer = _peer(tiny_encoders[kind])
+    peer.max_seq_length = positions
+    assert_close(_embed(encoder, long_text), _peer_embed(peer, long_text).detach(), rtol=0.0, atol=1e-5)
+    message = rf"model.encoder.max_length is 129, but '.*{kind}' has 128 positions; set max_length to 128 or less"
+    with pytest.raises(ValueError, match=message):
+        _load(tiny_encoders[kind], max_length=129)
+
+
+def test_a_backbone_that_is_nowhere() -> None:
+    with pytest.raises(ValueError, match="backbone 'no/such-model' is neither a model folder nor a reachable"):
+        _load("no/such-model")
+
+
+# -- dropout ------------------------------------------------------------------------------------------
+
+
+def _keep_only_attention_dropout(encoder: Encoder) -> int:
+    """Switch every other dropout off; returns how many are left."""
+    kept = 0
+    for name, module in encoder.named_modules():
+        if isinstance(module, nn.Dropout):
+            # MPNet's attention module holds its own and, one level up, that of the layer's output.
+            attention = name.endswith(("self.dropout", "attn.dropout"))
+            module.p = 0.5 if attention else 0.0
+            kept += attention
+    return kept
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "mpnet"])
+@pytest.mark.parametrize("texts", [TEXTS, TEXTS[:1] * 4], ids=["ragged", "equal"])
+def test_attention_dropout_is_on_in_training_only(tiny_encoders: dict[str, Path], kind: str, texts: list[str]) -> None:
+    encoder = _load(tiny_encoders[kind])
+    assert _keep_only_attention_dropout(encoder) == 2
+    encoder.train()
+    torch.manual_seed(0)
+    one, other = _embed(encoder, texts), _embed(encoder, texts)
+    spread = ((one - other).norm(dim=1) / one.norm(dim=1)).tolist()
+    assert min(spread) > 1e-4, "a text without attention dropout"
+    encoder.eval()
+    assert torch.equal(_embed(encoder, texts), _embed(encoder, texts))
+    encoder.set_dropout(0.0)
+    assert torch.equal(_embed(encoder.train(), texts), _embed(encoder.eval(), texts))
+
+
+def test_dropout_of_the_folder_is_kept_unless_set(tiny_encoder: Path) -> None:
+    rates = {
+        rate: {m.p for m in _load(tiny_encoder, dropout=rate).modules() if isinstance(m, nn.Dropout)}
+        for rate in (None, 0.0, 0.3)
+    }
+    assert rates == {None: {0.1}, 0.0: {0.0}, 0.3: {0.3}}
+
+
+def test_chunks_replay_their_dropout(tiny_encoder: Path) -> None:
+    """Masks follow the chunks, so chunked and whole differ in their draw; but the gradient of the chunked forward
+    is that of the same forwards without checkpointing, one after the other from the same seed."""
+    chunked, plain = _load(tiny_encoder, 60, dropout=0.3).train(), _load(tiny_encoder, dropout=0.3).train()
+    batch = _pack(chunked, TEXTS)
+    ids = [part.tolist() for part in batch.input_ids_T.split(list(batch.lengths))]
+    chunks = [ids[segments] for segments, _ in chunked._chunks(batch.lengths)]
+    assert len(chunks) > 2
+    torch.manual_seed(5)
+    ours = chunked.embed(batch)
+    torch.manual_seed(5)
+    theirs = torch.cat([plain.embed(pack_texts(chunk)) for chunk in chunks])[batch.order_S]
+    assert torch.equal(ours, theirs)
+    _backward(ours)
+    _backward(theirs)
+    assert largest_difference(gradients_of(chunked), gradients_of(plain)) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["bert", "mpnet"])
+def test_chunks_keep_to_the_budget(tiny_encoders: dict[str, Path], kind: str) -> None:
+    """Tokens of a packed chunk, or slots of a padded one; a text over the budget runs alone."""
+    encoder = _load(tiny_encoders[kind], max_tokens=20)
+    lengths: tuple[int, ...] = (1, 1, 2, 3, 4, 4, 5, 6, 7, 7, 11, 19, 20, 21, 90)
+    chunks = list(encoder._chunks(lengths))
+    assert [i for segments, _ in chunks for i in range(segments.start, segments.stop)] == list(range(len(lengths)))
+    for segments, tokens in chunks:
+        inside = lengths[segments]
+        assert tokens.stop - tokens.start == sum(inside)
+        assert tokens.start == sum(lengths[: segments.start])
+        cost = sum(inside) if encoder.packed else len(inside) * max(inside)
+        assert cost <= 20 or len(inside) == 1
+
+
+# -- the way out --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "mpnet"])
+def test_as_sentence_transformer_is_the_same_model(tiny_encoders: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    """Inside the block and after a save and a load; behind it training goes on as before."""
+    encoder = _load(tiny_encoders[kind], dropout=None).train()
+    encoder.compact_vocabulary(torch.unique(torch.cat([torch.tensor(ids) for ids in encoder.text(TEXTS[:3])])))
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.add_(0.01)
+    vocabulary = encoder.vocabulary
+    with encoder.as_sentence_transformer() as model:
+        inside = model.encode(TEXTS, convert_to_tensor=True)
+        model.save_pretrained(str(tmp_path / "saved"))
+    assert encoder.vocabulary is vocabulary
+    assert all(module.training for module in encoder.modules())
+    loaded = SentenceTransformer(str(tmp_path / "saved"), device="cpu").encode(TEXTS, convert_to_tensor=True)
+    ours = _embed(encoder.eval())
+    assert_close(inside, ours, rtol=0.0, atol=1e-5)
+    assert_close(loaded, ours, rtol=0.0, atol=1e-5)

@@ -1,0 +1,159 @@
+"""Token ids against those that sentence-transformers makes of the same texts."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import pickle
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from sentence_transformers import SentenceTransformer
+from transformers import AutoConfig, AutoModel
+
+from trainer.encoder.spec import EncoderSpec
+from trainer.encoder.text import TextPreparation, load_text_preparation, num_positions, position_offset
+
+ODD_TEXTS = [
+    "",
+    "   ",
+    "  leading, trailing and double  spaces \n and a newline\t",
+    "UPPER case, Straße, İstanbul, ΟΔΥΣΣΕΥΣ, naïve café, ﬁne ½",
+    "emoji 🙂👩‍👩‍👧, control \x00\u200b\ufeff, combining e\u0301",
+    "[MASK] of <mask> and [SEP] or </s>",
+    "word " * 400,
+]
+
+
+def _rows(path: Path, keys: tuple[str, ...], num: int) -> list[str]:
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line, _ in zip(file, range(num), strict=False)]
+    return [row[key] for row in rows for key in keys]
+
+
+@pytest.fixture(scope="module")
+def texts(data_dir: Path) -> list[str]:
+    """English, Korean, Japanese, Hebrew and Amharic."""
+    sources = [
+        ("sts/stsb-en.dev.jsonl.gz", ("sentence1", "sentence2")),
+        ("sts/korsts.dev.jsonl.gz", ("sentence1", "sentence2")),
+        ("bitext/tanaka-ja-en.dev.jsonl.gz", ("ja", "en")),
+        ("qa/heq-he.dev.jsonl.gz", ("question", "paragraph")),
+        ("qa/amharic.dev.jsonl.gz", ("question", "paragraph")),
+    ]
+    return ODD_TEXTS + [text for path, keys in sources for text in _rows(data_dir / path, keys, 40)]
+
+
+def _write(folder: Path, tokenizer: Path, model_type: str, **said: object) -> Path:
+    """A sentence-transformers folder with a real tokenizer and hardly any weights."""
+    shutil.copytree(tokenizer, folder)
+    vocabulary = json.loads((tokenizer / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+    config = AutoConfig.for_model(
+        model_type,
+        vocab_size=len(vocabulary) + 50,
+        hidden_size=4,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        intermediate_size=4,
+        max_position_embeddings=514 if model_type == "xlm-roberta" else 512,
+        pad_token_id=1 if model_type == "xlm-roberta" else 0,
+    )
+    AutoModel.from_config(config).save_pretrained(folder)
+    modules = [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 128, **said}))
+    return folder
+
+
+@pytest.fixture(scope="module", params=["minilm", "mbert", "mbert-lower", "xlmr"])
+def folder(
+    request: pytest.FixtureRequest, data_dir: Path, minilm: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    if request.param == "minilm":
+        return minilm
+    name, _, lower = request.param.partition("-")
+    model_type = {"mbert": "bert", "xlmr": "xlm-roberta"}[name]
+    target = tmp_path_factory.mktemp("text") / request.param
+    return _write(target, data_dir / "tokenizers" / name, model_type, do_lower_case=bool(lower))
+
+
+def _peer_ids(peer: SentenceTransformer, texts: list[str], prompt: str | None = None) -> list[list[int]]:
+    features = peer.preprocess(texts, prompt=prompt)
+    return [
+        row[mask.bool()].tolist() for row, mask in zip(features["input_ids"], features["attention_mask"], strict=True)
+    ]
+
+
+def test_ids_are_those_of_sentence_transformers(folder: Path, texts: list[str]) -> None:
+    """At the folder's length, at another, and behind a prompt."""
+    peer = SentenceTransformer(str(folder), device="cpu")
+    text = load_text_preparation(EncoderSpec(str(folder)))
+    assert text.max_length == peer.max_seq_length == (256 if "minilm" in str(folder) else 128)
+    assert text(texts) == _peer_ids(peer, texts)
+    assert max(len(ids) for ids in text(texts)) == text.max_length
+    prompted = replace(text, prompt="Query: ", max_length=20)
+    peer.max_seq_length = 20
+    assert prompted(texts) == _peer_ids(peer, texts, "Query: ")
+    assert prompted.prompt_length == peer.preprocess(texts[:1], prompt="Query: ")["prompt_length"]
+    assert text.prompt_length == 0
+
+
+def test_lower_case_matters(data_dir: Path, tmp_path: Path) -> None:
+    tokenizer = data_dir / "tokenizers" / "mbert"
+    kept, lowered = (
+        _prepare(_write(tmp_path / str(lower), tokenizer, "bert", do_lower_case=lower)) for lower in (False, True)
+    )
+    assert kept(["Der Arzt"]) != kept(["der arzt"]) == lowered(["Der Arzt"]) == lowered(["der arzt"])
+    assert kept.fingerprint != lowered.fingerprint
+
+
+def _prepare(folder: Path, **spec: object) -> TextPreparation:
+    return load_text_preparation(EncoderSpec(str(folder), **spec))  # type: ignore[arg-type]
+
+
+def test_fingerprint_follows_the_ids(tiny_encoders: dict[str, Path], demo_texts: list[str]) -> None:
+    """The same for the same preparation, used or not, in this process or another; else another."""
+    bert = tiny_encoders["bert"]
+    used = _prepare(bert)
+    used(demo_texts)
+    used(demo_texts[:1])
+    assert used.fingerprint == _prepare(bert).fingerprint == _prepare(bert, max_length=128).fingerprint
+    copy = pickle.loads(pickle.dumps(_prepare(bert)))
+    assert copy.fingerprint == used.fingerprint
+    assert copy(demo_texts[:5]) == used(demo_texts[:5])
+    others = [
+        _prepare(bert, max_length=64),
+        _prepare(bert, prompt="to "),
+        _prepare(tiny_encoders["roberta"]),
+        _prepare(tiny_encoders["mpnet"]),
+    ]
+    assert len({used.fingerprint, *(other.fingerprint for other in others)}) == 5
+
+
+def test_a_copy_of_the_folder_has_the_same_fingerprint(tiny_encoder: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_encoder, tmp_path / "elsewhere")
+    assert _prepare(tmp_path / "elsewhere").fingerprint == _prepare(tiny_encoder).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "offset", "positions"),
+    [
+        ("bert", {"max_position_embeddings": 512}, 0, 512),
+        ("roberta", {"max_position_embeddings": 514, "pad_token_id": 1}, 2, 512),
+        ("xlm-roberta", {"max_position_embeddings": 514, "pad_token_id": 1}, 2, 512),
+        ("mpnet", {"max_position_embeddings": 514, "pad_token_id": 1}, 2, 512),
+        ("t5", {}, 0, None),
+    ],
+)
+def test_positions(model_type: str, settings: dict[str, int], offset: int, positions: int | None) -> None:
+    config = AutoConfig.for_model(model_type, **settings)
+    assert position_offset(config) == offset
+    assert num_positions(config) == positions
+
+
+def test_no_weights_are_read(tiny_encoder: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_encoder, tmp_path / "light")
+    (tmp_path / "light" / "model.safetensors").unlink()
+    assert _prepare(tmp_path / "light")(["The doctor"]) == _prepare(tiny_encoder)(["The doctor"])

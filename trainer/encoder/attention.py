@@ -1,0 +1,119 @@
+"""Attention over packed segments, registered with transformers under one name.
+
+The stream holds segments sorted by length. It is cut into a few buckets of neighbouring segments; in a bucket
+attention is padded to the longest segment, which is little longer than the shortest. Nothing outside attention
+is ever padded. Attention dropout is SDPA's own, on every path.
+
+Shape suffixes: T tokens of the stream, N heads, D head dimension, S segments, L longest segment of a bucket.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+PACKED_ATTENTION = "packed_segments"
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Neighbouring segments of the stream that attend in one call.
+
+    Attributes:
+        start, stop: tokens of the stream.
+        num: segments.
+        longest: L.
+        slots: (num * L,) token of the bucket in each padded slot, 0 in padding; None where lengths are equal.
+        real: (stop - start,) slot of each token; None where lengths are equal.
+        mask: (num, 1, 1, L) True where a slot holds a token; None where lengths are equal.
+    """
+
+    start: int
+    stop: int
+    num: int
+    longest: int
+    slots: Tensor | None = None
+    real: Tensor | None = None
+    mask: Tensor | None = None
+
+
+def padded_layout(lengths_S: Tensor) -> tuple[Tensor, Tensor]:
+    """Segments padded to the longest, on the host: (S, L) True where a slot holds a token, and the slot of each
+    token (T,)."""
+    mask_SL = torch.arange(int(lengths_S.max())) < lengths_S[:, None]
+    return mask_SL, mask_SL.flatten().nonzero()[:, 0]
+
+
+def _bucket(lengths: Tensor, start: int, device: torch.device) -> Bucket:
+    num, longest, tokens = len(lengths), int(lengths[-1]), int(lengths.sum())
+    if int(lengths[0]) == longest:
+        return Bucket(start, start + tokens, num, longest)
+    mask, real = padded_layout(lengths)
+    slots = torch.zeros(num * longest, dtype=torch.int64)
+    slots[real] = torch.arange(tokens)
+    to_device = [t.to(device, non_blocking=True) for t in (slots, real, mask[:, None, None, :])]
+    return Bucket(start, start + tokens, num, longest, *to_device)
+
+
+def plan_buckets(lengths: Sequence[int], device: torch.device) -> list[Bucket]:
+    """Cut segments of ascending length into buckets: several on a CPU, where arithmetic on padding costs most;
+    two on a GPU, where small batches are bound by the number of kernels."""
+    num_buckets = 4 if device.type == "cpu" else 2
+    lengths_S = torch.tensor(lengths)
+    assert bool((lengths_S[1:] >= lengths_S[:-1]).all()), "segments must be sorted by length"
+    buckets, start = [], 0
+    for part in lengths_S.tensor_split(min(num_buckets, len(lengths))):
+        buckets.append(_bucket(part, start, device))
+        start = buckets[-1].stop
+    return buckets
+
+
+def _padded(x_TND: Tensor, bucket: Bucket) -> Tensor:
+    """The tokens of a bucket, segment by segment: (T, N, D) -> (num, N, L, D)."""
+    if bucket.slots is not None:
+        x_TND = x_TND.index_select(0, bucket.slots)
+    return x_TND.reshape(bucket.num, bucket.longest, *x_TND.shape[1:]).transpose(1, 2)
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    packing: Sequence[Bucket] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Block-diagonal attention over one packed stream; transformers' attention interface.
+
+    Args:
+        query, key, value: (1, N, T, D).
+        packing: the buckets that cover the stream, from :func:`plan_buckets`.
+
+    Returns:
+        (1, T, N, D) and no weights.
+    """
+    assert packing is not None, "packed attention needs the buckets of the stream"
+    sizes = [bucket.stop - bucket.start for bucket in packing]
+    # One split, not a slice per bucket: the backward of a slice fills a gradient as long as the stream.
+    streams = [x[0].transpose(0, 1).split(sizes) for x in (query, key, value)]
+    parts = []
+    for bucket, *tokens in zip(packing, *streams, strict=True):
+        q_SNLD, k_SNLD, v_SNLD = (_padded(x_TND, bucket) for x_TND in tokens)
+        out_SNLD = scaled_dot_product_attention(
+            q_SNLD, k_SNLD, v_SNLD, attn_mask=bucket.mask, dropout_p=dropout, scale=scaling
+        )
+        out = out_SNLD.transpose(1, 2).flatten(0, 1)
+        parts.append(out if bucket.real is None else out.index_select(0, bucket.real))
+    return torch.cat(parts).unsqueeze(0), None
+
+
+AttentionInterface.register(PACKED_ATTENTION, packed_attention)

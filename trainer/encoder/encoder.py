@@ -1,0 +1,219 @@
+"""The siamese encoder: a transformers backbone, and sentence-transformers' own modules behind it.
+
+Shape suffixes: T tokens of the stream, S segments (texts), H hidden, D embedding, B rows of this rank.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from trainer.batch import PackedBatch
+from trainer.distributed import gather
+from trainer.encoder.attention import PACKED_ATTENTION, padded_layout, plan_buckets
+from trainer.encoder.spec import EncoderSpec
+from trainer.encoder.text import load_text_preparation, position_offset
+from trainer.encoder.vocabulary import CompactEmbedding
+
+logger = logging.getLogger(__name__)
+
+# Backbones whose attention goes through transformers' interface, with learned absolute positions.
+PACKED_MODEL_TYPES = frozenset({"bert", "roberta", "xlm-roberta"})
+_ST_POOLING = {"mean": "mean", "cls": "cls", "max": "max", "last": "lasttoken"}
+
+
+class Encoder(nn.Module):
+    """Texts to embeddings.
+
+    Args:
+        spec: what to load.
+        max_tokens: tokens of one forward; a longer batch is embedded chunk by chunk under activation
+            checkpointing (one graph, one backward, dropout replayed).
+
+    Raises:
+        ValueError: a backbone that can't be read, or max_length over its positions.
+    """
+
+    def __init__(self, spec: EncoderSpec, max_tokens: int) -> None:
+        super().__init__()
+        self.text = load_text_preparation(spec)
+        shell = SentenceTransformer(
+            spec.backbone,
+            device="cpu",
+            revision=spec.revision,
+            trust_remote_code=spec.trust_remote_code,
+            model_kwargs={"dtype": torch.float32},
+        )
+        shell.max_seq_length = self.text.max_length
+        _override_modules(shell, spec)
+        # A tuple hides the shell from nn.Module: its modules are registered below, once.
+        self._shell = (shell,)
+        transformer, *head = list(shell)
+        backbone = transformer.model
+        assert isinstance(backbone, PreTrainedModel)
+        self.backbone = backbone
+        self.head = nn.Sequential(*head)
+        self.max_tokens = max_tokens
+        self._position_offset = position_offset(self.backbone.config)
+        self.packed = self.backbone.config.model_type in PACKED_MODEL_TYPES
+        if self.packed:
+            self.backbone.set_attn_implementation(PACKED_ATTENTION)
+        else:
+            gather.warn(
+                logger,
+                f"backbone type '{self.backbone.config.model_type}' runs padded; packed forward: "
+                + ", ".join(sorted(PACKED_MODEL_TYPES)),
+            )
+        # BERT's pooler is not part of the embedding: a parameter without gradient would stall DDP.
+        pooler = getattr(self.backbone, "pooler", None)
+        if isinstance(pooler, nn.Module):
+            pooler.requires_grad_(False)
+        if spec.dropout is not None:
+            self.set_dropout(spec.dropout)
+
+    @property
+    def embedding_dimension(self) -> int:
+        dimension = self._shell[0].get_embedding_dimension()
+        assert dimension is not None
+        return dimension
+
+    def set_dropout(self, rate: float) -> None:
+        """Set every dropout of the encoder, attention included."""
+        for module in self.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = rate
+            # Some attentions keep their rate as a plain number.
+            for name, value in list(vars(module).items()):
+                if "dropout" in name and isinstance(value, float):
+                    setattr(module, name, rate)
+
+    # -- vocabulary ---------------------------------------------------------------------------------------
+
+    @property
+    def vocabulary(self) -> CompactEmbedding | None:
+        """The compacted embedding matrix, if it was compacted."""
+        embedding = self.backbone.get_input_embeddings()
+        return embedding if isinstance(embedding, CompactEmbedding) else None
+
+    def compact_vocabulary(self, used_ids: Tensor) -> None:
+        """Train only these rows of the embedding matrix (and those of special pieces)."""
+        vocabulary = self.vocabulary
+        embedding = self.backbone.get_input_embeddings()
+        assert isinstance(embedding.weight, Tensor)
+        full = embedding.weight if vocabulary is None else vocabulary.frozen_VH
+        special = torch.tensor(self.text.tokenizer.all_special_ids, dtype=torch.int64)
+        used_ids = torch.unique(torch.cat([used_ids.to("cpu", torch.int64), special]))
+        self.backbone.set_input_embeddings(CompactEmbedding(full, used_ids.to(full.device)))
+
+    # -- forward ------------------------------------------------------------------------------------------
+
+    def forward(self, batch: PackedBatch) -> list[Tensor]:
+        """Embeddings of the rows that count, one (B, D) tensor a column, float32."""
+        return [column[: batch.num_rows] for column in self.embed(batch).chunk(batch.num_columns)]
+
+    def embed(self, batch: PackedBatch) -> Tensor:
+        """Embeddings of all texts of a batch, (S, D) float32, in column-major order."""
+        chunks = list(self._chunks(batch.lengths))
+        parts = []
+        for segments, tokens in chunks:
+            inputs = batch.input_ids_T[tokens], batch.positions_T[tokens], batch.lengths[segments]
+            if len(chunks) > 1 and torch.is_grad_enabled():
+                parts.append(checkpoint(self._embed_stream, *inputs, use_reentrant=False))
+            else:
+                parts.append(self._embed_stream(*inputs))
+        return torch.cat(parts)[batch.order_S]
+
+    def _chunks(self, lengths: Sequence[int]) -> Iterator[tuple[slice, slice]]:
+        """Consecutive segments within the token budget, as (segments, tokens); at least one segment each."""
+        first, start, stop = 0, 0, 0
+        for i, length in enumerate(lengths):
+            # Lengths ascend: a padded forward is as wide as its last segment.
+            cost = stop - start + length if self.packed else (i + 1 - first) * length
+            if i > first and cost > self.max_tokens:
+                yield slice(first, i), slice(start, stop)
+                first, start = i, stop
+            stop += length
+        yield slice(first, len(lengths)), slice(start, stop)
+
+    def _embed_stream(self, input_ids_T: Tensor, positions_T: Tensor, lengths: Sequence[int]) -> Tensor:
+        device = input_ids_T.device
+        if self.packed:
+            hidden_TH = self.backbone(
+                input_ids=input_ids_T[None],
+                position_ids=positions_T[None] + self._position_offset,
+                packing=plan_buckets(lengths, device),
+            ).last_hidden_state[0]
+        else:
+            hidden_TH = self._padded_forward(input_ids_T, lengths)
+        boundaries = torch.tensor([0, *lengths]).cumsum(0).to(device, non_blocking=True)
+        features: dict[str, Any] = {"token_embeddings": hidden_TH[None], "cu_seq_lens_q": boundaries}
+        if self.text.prompt:
+            features["prompt_length"] = self.text.prompt_length
+        return self.head(features)["sentence_embedding"].float()
+
+    def _padded_forward(self, input_ids_T: Tensor, lengths: Sequence[int]) -> Tensor:
+        device = input_ids_T.device
+        mask, real = padded_layout(torch.tensor(lengths))
+        real = real.to(device, non_blocking=True)
+        tokenizer = self.text.tokenizer
+        # A masked slot may hold any piece whose row is trained.
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.all_special_ids[0]
+        input_ids = torch.full((mask.numel(),), pad, dtype=torch.int64, device=device)
+        input_ids = input_ids.index_copy(0, real, input_ids_T).view(mask.shape)
+        hidden = self.backbone(
+            input_ids=input_ids, attention_mask=mask.to(device=device, dtype=torch.int64)
+        ).last_hidden_state
+        return hidden.flatten(0, 1).index_select(0, real)
+
+    # -- export -------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def as_sentence_transformer(self) -> Iterator[SentenceTransformer]:
+        """The same weights as a plain sentence-transformers model inside the block: full vocabulary, stock
+        attention, evaluation mode."""
+        shell, vocabulary, training = self._shell[0], self.vocabulary, self.training
+        if vocabulary is not None:
+            full = nn.Embedding.from_pretrained(vocabulary.full_weight())
+            self.backbone.set_input_embeddings(full)
+        if self.packed:
+            self.backbone.set_attn_implementation("sdpa")
+        shell.eval()
+        try:
+            yield shell
+        finally:
+            if vocabulary is not None:
+                self.backbone.set_input_embeddings(vocabulary)
+            if self.packed:
+                self.backbone.set_attn_implementation(PACKED_ATTENTION)
+            self.train(training)
+
+
+def _override_modules(shell: SentenceTransformer, spec: EncoderSpec) -> None:
+    """Apply pooling and normalize of the spec to the folder's modules, and say what was overridden."""
+    for name, module in list(shell.named_children()):
+        if isinstance(module, Pooling) and spec.pooling != "auto":
+            wanted = _ST_POOLING[spec.pooling]
+            if module.pooling_mode != wanted:
+                gather.warn(
+                    logger,
+                    f"pooling: the folder says {module.pooling_mode}, the config overrides it with {spec.pooling}",
+                )
+                replacement = Pooling(module.embedding_dimension, wanted, include_prompt=module.include_prompt)
+                shell._modules[name] = replacement
+    normalizes = [name for name, module in shell.named_children() if isinstance(module, Normalize)]
+    if spec.normalize is True and not normalizes:
+        gather.warn(logger, "normalize: the folder does not, the config adds it")
+        shell.append(Normalize())
+    if spec.normalize is False and normalizes:
+        gather.warn(logger, "normalize: the folder does, the config removes it")
+        for name in normalizes:
+            del shell._modules[name]

@@ -1,0 +1,134 @@
+"""From text to token ids: tokenizer, truncation and prompt of an encoder, without its weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from sentence_transformers.util import load_file_path
+from tokenizers import normalizers
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+from trainer.encoder.spec import EncoderSpec
+
+# Position tables of these start behind the padding index.
+_OFFSET_MODEL_TYPES = frozenset({"roberta", "xlm-roberta", "camembert", "mpnet"})
+
+
+@dataclass
+class TextPreparation:
+    """Turns texts into token ids exactly as the exported sentence-transformers folder will.
+
+    Attributes:
+        tokenizer: a fast tokenizer with its special tokens.
+        max_length: pieces kept of a text, special tokens included.
+        prompt: put before every text; empty for none.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    prompt: str = ""
+
+    def __call__(self, texts: Sequence[str]) -> list[list[int]]:
+        if self.prompt:
+            texts = [self.prompt + text for text in texts]
+        encoded = self.tokenizer(
+            list(texts),
+            truncation=True,
+            max_length=self.max_length,
+            padding=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )
+        return encoded["input_ids"]
+
+    @cached_property
+    def prompt_length(self) -> int:
+        """Pieces of the prompt, the leading special token included: what pooling may leave out."""
+        if not self.prompt:
+            return 0
+        ids = self([""])[0]
+        # A trailing separator is not part of the prompt when text follows it.
+        return len(ids) - (1 if ids and ids[-1] in self.tokenizer.all_special_ids else 0)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes whenever the ids of some text could change."""
+        backend = json.loads(self.tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
+        # Both are set by the last call, not by the tokenizer's files.
+        backend["truncation"] = backend["padding"] = None
+        knobs = [backend, self.max_length, self.prompt]
+        return hashlib.sha256(json.dumps(knobs, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def num_positions(config: PretrainedConfig) -> int | None:
+    """Longest text the backbone has positions for; None where positions are not learned."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None or positions <= 0:
+        return None
+    return positions - position_offset(config)
+
+
+def position_offset(config: PretrainedConfig) -> int:
+    """Place of a text's first piece in the position table."""
+    return config.pad_token_id + 1 if config.model_type in _OFFSET_MODEL_TYPES else 0
+
+
+def load_text_preparation(spec: EncoderSpec) -> TextPreparation:
+    """Read the tokenizer, the length and the prompt of an encoder; no weights.
+
+    Raises:
+        ValueError: no such folder or hub id, or max_length over the positions of the backbone.
+    """
+    where: dict[str, Any] = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
+    folder = _read_json(spec, "modules.json") or [{"path": ""}]
+    subfolder = folder[0]["path"]
+    try:
+        config = AutoConfig.from_pretrained(spec.backbone, subfolder=subfolder, **where)
+        tokenizer = AutoTokenizer.from_pretrained(spec.backbone, subfolder=subfolder, **where)
+    except OSError as error:
+        cause = str(error).splitlines()[0]
+        raise ValueError(
+            f"model.encoder.backbone '{spec.backbone}' is neither a model folder nor a reachable hub id: {cause}"
+        ) from error
+    transformer = _read_json(spec, "sentence_bert_config.json", subfolder) or {}
+    model = _read_json(spec, "config_sentence_transformers.json") or {}
+    positions = num_positions(config)
+    max_length = spec.max_length
+    if max_length is None:
+        said = transformer.get("max_seq_length") or tokenizer.model_max_length
+        max_length = min(said, positions or said, 8192)
+    if positions is not None and max_length > positions:
+        raise ValueError(
+            f"model.encoder.max_length is {max_length}, but '{spec.backbone}' has {positions} positions; "
+            f"set max_length to {positions} or less"
+        )
+    prompt = spec.prompt
+    if prompt is None:
+        prompt = (model.get("prompts") or {}).get(model.get("default_prompt_name") or "", "")
+    if transformer.get("do_lower_case"):
+        _lower_first(tokenizer)
+    return TextPreparation(tokenizer, max_length, prompt)
+
+
+def _lower_first(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Lower texts inside the tokenizer, as sentence-transformers does for old folders that ask for it.
+    ``str.lower`` differs: at a word's last sigma, and in special pieces that stand in a text."""
+    backend = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+    parts = [] if backend.normalizer is None else [backend.normalizer]
+    if isinstance(backend.normalizer, normalizers.Sequence):
+        parts = [backend.normalizer[i] for i in range(len(backend.normalizer))]
+    if not any(isinstance(part, normalizers.Lowercase) for part in parts):
+        backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *parts])
+
+
+def _read_json(spec: EncoderSpec, name: str, subfolder: str = "") -> Any:
+    path = load_file_path(spec.backbone, name, subfolder=subfolder, revision=spec.revision)
+    if path is None:
+        return None
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
