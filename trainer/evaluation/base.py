@@ -1,0 +1,72 @@
+"""The contract of an evaluator, and the similarities evaluators score with.
+
+Shape suffixes: N texts, B rows, D embedding.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+# A datasets.Dataset or a plain dict: column name -> values.
+Rows = Any
+
+
+class Evaluator(ABC):
+    """Says which texts of a validation set to embed and turns their embeddings into metrics.
+
+    Pure: it knows no ranks, files or trackers.
+
+    Attributes:
+        columns: canonical columns the rows must have; those named in `text_columns` are embedded.
+        text_columns: the columns with text, in the order of their embeddings.
+        primary: the metric that stands for the whole, higher is better.
+    """
+
+    columns: ClassVar[tuple[str, ...]]
+    text_columns: ClassVar[tuple[str, ...]]
+    primary: ClassVar[str]
+
+    def texts(self, rows: Rows) -> list[str]:
+        """All texts to embed, column by column: (len(text_columns) * B,)."""
+        return [text for column in self.text_columns for text in rows[column]]
+
+    @abstractmethod
+    def score(self, embeddings_ND: Tensor, rows: Rows) -> dict[str, float]:
+        """Metrics of the embeddings of `texts(rows)`: float32, on the CPU, in the same order.
+
+        Raises:
+            ValueError: embeddings that are not finite, or rows that can't be scored.
+        """
+
+    def split(self, embeddings_ND: Tensor, rows: Rows) -> Sequence[Tensor]:
+        """The embeddings of each text column, (B, D) each.
+
+        Raises:
+            ValueError: some embeddings are not finite.
+        """
+        num_columns = len(self.text_columns)
+        assert embeddings_ND.shape[0] == num_columns * len(rows[self.text_columns[0]]), embeddings_ND.shape
+        num_bad = int((~torch.isfinite(embeddings_ND)).any(dim=1).sum())
+        if num_bad:
+            raise ValueError(
+                f"{num_bad} of {embeddings_ND.shape[0]} embeddings are not finite: the weights diverged. "
+                "Lower model.learning_rate, or train in bf16 or fp32 instead of fp16."
+            )
+        return embeddings_ND.chunk(num_columns)
+
+
+def _cosine(a_BD: Tensor, b_BD: Tensor) -> Tensor:
+    normalize = torch.nn.functional.normalize
+    return (normalize(a_BD, dim=-1) * normalize(b_BD, dim=-1)).sum(dim=-1)
+
+
+# Row by row, higher is more similar; in float32 like sentence-transformers, so that ties are the same ties.
+SIMILARITIES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cosine": _cosine,
+    "dot": lambda a_BD, b_BD: (a_BD * b_BD).sum(dim=-1),
+    "euclidean": lambda a_BD, b_BD: -torch.linalg.vector_norm(a_BD - b_BD, dim=-1),
+    "manhattan": lambda a_BD, b_BD: -(a_BD - b_BD).abs().sum(dim=-1),
+}

@@ -1,0 +1,161 @@
+"""When and how a run is evaluated: the callback around `evaluate`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+from trainer.distributed import gather
+from trainer.evaluation.sharded import TokenizedSet, evaluate, tokenize_set
+from trainer.module import EmbeddingModule
+from trainer.tracking.metrics import MetricsLog
+
+__all__ = ["Evaluation", "evaluate", "is_due"]
+
+
+@contextmanager
+def _evaluation_mode(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Every submodule in evaluation mode, then each in its own mode again; the random state is left alone."""
+    training = [(part, part.training) for part in module.modules()]
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        module.eval()
+        try:
+            yield
+        finally:
+            for part, mode in training:
+                part.training = mode
+
+
+class Evaluation(Callback):
+    """Evaluates before training, every `trainer.val_check_interval` and at the end of training.
+
+    An int interval counts optimizer steps of the run, a float is a fraction of an epoch (1.0: at the end of
+    each). `trainer.check_val_every_n_epoch` leaves out epochs, `trainer.limit_val_batches=0` everything.
+    Lightning's own validation loop is off during `fit`, because its position does not survive a restart in
+    the middle of an epoch. Metrics go to `trainer.callback_metrics`, where early stopping and checkpoints
+    find them, and to `MetricsLog`. `trainer.validate` and `trainer.test` return them.
+
+    Place it behind `MetricsLog` and before checkpoint callbacks, so that a checkpoint holds the metrics of
+    its own step.
+    """
+
+    def __init__(self) -> None:
+        self.sets: list[TokenizedSet] = []
+        self.last_step = -1
+        self.last_metrics: dict[str, float] = {}
+        self._limit_val_batches: int | float | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._limit_val_batches = trainer.limit_val_batches
+            trainer.limit_val_batches = 0
+        if self._limit_val_batches == 0 or self.sets:
+            return
+        self.sets = [tokenize_set(one) for one in trainer.datamodule.validation_sets]  # type: ignore[attr-defined]
+        if stage == "fit" and self.sets and not hasattr(trainer, "val_check_interval"):
+            raise ValueError(
+                "trainer.val_check_interval is a time, but clocks differ between ranks. "
+                "Give a number of steps (500) or a fraction of an epoch (0.5)."
+            )
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and self._limit_val_batches is not None:
+            trainer.limit_val_batches = self._limit_val_batches
+            self._limit_val_batches = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.last_step, "metrics": self.last_metrics}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.last_step, self.last_metrics = state_dict["step"], state_dict["metrics"]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step == 0:
+            self._evaluate_step(trainer, pl_module)
+        else:
+            trainer.callback_metrics.update(_as_tensors(self.last_metrics))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not self._is_due(trainer, pl_module):
+            return
+        self._evaluate_step(trainer, pl_module)
+        # They would wait for the end of Lightning's validation loop, which does not run.
+        for callback in trainer.early_stopping_callbacks:
+            callback.on_validation_end(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # A run that stops early; the planned last step was evaluated in its own hook, before its checkpoint.
+        if self.last_step != trainer.global_step:
+            self._evaluate_step(trainer, pl_module)
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._evaluate_outside_fit(trainer, pl_module)
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._evaluate_outside_fit(trainer, pl_module)
+
+    def _is_due(self, trainer: Trainer, pl_module: LightningModule) -> bool:
+        assert isinstance(pl_module, EmbeddingModule)
+        if trainer.global_step == self.last_step:
+            return False
+        if trainer.global_step == pl_module.num_training_steps:
+            return True
+        return is_due(
+            trainer.global_step,
+            trainer.val_check_interval,
+            pl_module.data.steps_per_epoch,
+            trainer.check_val_every_n_epoch or 1,
+        )
+
+    def _run(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
+        assert isinstance(pl_module, EmbeddingModule)
+        encoder, device = pl_module.encoder, pl_module.device
+        with _evaluation_mode(pl_module, device), trainer.precision_plugin.val_step_context():
+            return evaluate(
+                lambda batch: encoder.embed(batch.to(device)),
+                self.sets,
+                gather.rank(),
+                gather.world_size(),
+                pl_module.max_tokens,
+            )
+
+    def _evaluate_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.sets:
+            return
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        log = next((callback for callback in callbacks if isinstance(callback, MetricsLog)), None)
+        with log.paused() if log else nullcontext():
+            self.last_metrics = self._run(trainer, pl_module)
+        self.last_step = trainer.global_step
+        trainer.callback_metrics.update(_as_tensors(self.last_metrics))
+        if log:
+            log.record(self.last_metrics, self.last_step)
+
+    def _evaluate_outside_fit(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != "fit" and self.sets:
+            # Equal on all ranks: sync_dist only keeps Lightning from warning that they might not be.
+            pl_module.log_dict(self._run(trainer, pl_module), sync_dist=True)
+
+
+def is_due(step: int, interval: int | float, steps_per_epoch: int, every_n_epoch: int = 1) -> bool:
+    """Whether to evaluate after optimizer step `step` (counted from 1 over the whole run)."""
+    epoch, position = divmod(step - 1, steps_per_epoch)
+    if (epoch + 1) % every_n_epoch:
+        return False
+    if isinstance(interval, int):
+        return step % interval == 0
+    # The k-th evaluation of an epoch is at the first step at or behind the fraction k * interval of it, so an
+    # interval of 1/k always meets the end of the epoch. The small number absorbs rounding (3 * 0.1 > 0.3).
+    gap = interval * steps_per_epoch
+    return int((position + 1) / gap + 1e-9) > int(position / gap + 1e-9)
+
+
+def _as_tensors(metrics: Mapping[str, float]) -> dict[str, Tensor]:
+    return {name: torch.tensor(value, dtype=torch.float64) for name, value in metrics.items()}

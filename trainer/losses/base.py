@@ -1,0 +1,59 @@
+"""The contract of a loss: plain tensors in, a scalar out.
+
+A loss sees the embeddings of this rank's rows and the targets. It returns the value whose mean over ranks is the
+loss of the global batch: ``targets.weight`` (W / b) times the sum of its own rows' terms, or a value computed on
+the gathered whole, which is the same on every rank. Other ranks' rows come through ``gather_rows`` alone, which
+carries the exact gradient.
+
+Shape suffixes: B rows of this rank, b rows of the global batch, N candidates, D embedding.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from trainer.batch import Targets
+
+# The paper of the losses that have none of their own.
+SENTENCE_BERT = """@inproceedings{reimers-2019-sentence-bert,
+    title = "Sentence-BERT: Sentence Embeddings using Siamese BERT-Networks",
+    author = "Reimers, Nils and Gurevych, Iryna",
+    booktitle = "Proceedings of EMNLP 2019",
+    year = "2019",
+    url = "https://arxiv.org/abs/1908.10084",
+}"""
+
+
+class Loss(nn.Module, ABC):
+    """Turns the columns of a batch into a scalar. It may own small heads, never an encoder.
+
+    Attributes:
+        needs: which targets it wants besides row ids: "scores", "labels".
+        min_columns, max_columns: text columns it takes; max_columns None for any number.
+        citation: BibTeX of the paper, for the model card.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    min_columns: ClassVar[int] = 2
+    max_columns: ClassVar[int | None] = 2
+    citation: ClassVar[str] = ""
+
+    def build(self, embedding_dimension: int) -> None:
+        """Make the heads, once the embedding dimension is known."""
+
+    @abstractmethod
+    def forward(self, columns: Sequence[Tensor], targets: Targets) -> Tensor:
+        """Loss of this rank.
+
+        Args:
+            columns: (B, D) embeddings, one tensor a text column; B may be 0.
+            targets: of the same rows.
+        """
+
+    def describe(self) -> dict[str, Any]:
+        """Plain values for the model card."""
+        return {}
