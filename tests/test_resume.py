@@ -1,0 +1,122 @@
+"""A run that was killed and resumed ends with the weights, bit for bit, of a run that was never stopped.
+
+Real processes through the real command line: CPU, fp32, dropout on. These tests start processes of their own,
+because what is tested is the death of a process.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from trainer.demo_data import write_pairs
+from trainer.demo_encoder import write_encoder
+
+TESTS = Path(__file__).parent
+ROWS, BATCH = 44, 4  # 11 steps an epoch, 22 in all
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("resume")
+    train, dev = write_pairs(folder, num_train=ROWS, num_dev=12, seed=1)
+    texts = [line for path in (train, dev) for line in _texts(path)]
+    write_encoder(folder / "encoder", texts, hidden=32, layers=2, heads=2, vocab=300)
+    columns = {"anchor": "sentence1", "positive": "sentence2", "score": "score"}
+    source = {"path": str(train), "columns": columns, "score_range": [0, 5]}
+    content = {
+        "model": {"encoder": {"backbone": str(folder / "encoder")}, "loss": "CosineSimilarity",
+                  "learning_rate": 1e-3, "weight_decay": 0.01, "warmup_ratio": 0.1},
+        "data": {"train": [source], "validation": [{**source, "name": "dev", "path": str(dev)}], "batch_size": BATCH,
+                 "cache_dir": str(folder / "cache")},
+        "trainer": {"max_epochs": 2, "accelerator": "cpu", "val_check_interval": 5, "log_every_n_steps": 1},
+        "checkpoint": {"save_every_steps": 3, "keep": -1},
+        "tracking": {"wandb": "off"},
+    }  # fmt: skip
+    path = folder / "run.yaml"
+    path.write_text(json.dumps(content))
+    return path
+
+
+def _texts(path: Path) -> list[str]:
+    import gzip
+
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    return [row[key] for row in rows for key in ("sentence1", "sentence2")]
+
+
+def fit(config: Path, run_dir: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "trainer", "fit", "--config", str(config)]
+    command += ["--trainer.default_root_dir", str(run_dir), *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment, check=False)
+
+
+def last_checkpoint(run_dir: Path) -> dict:
+    return torch.load(run_dir / "checkpoints" / "step-00000022.ckpt", weights_only=True)
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    left, right = last_checkpoint(one), last_checkpoint(other)
+    assert left["global_step"] == right["global_step"] == 22
+    assert left["state_dict"].keys() == right["state_dict"].keys()
+    for name, tensor in left["state_dict"].items():
+        assert torch.equal(tensor, right["state_dict"][name]), name
+    moments, others = (end["optimizer_states"][0]["state"] for end in (left, right))
+    assert moments.keys() == others.keys()
+    for number, moment in moments.items():
+        assert all(torch.equal(moment[key], others[number][key]) for key in moment), number
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    steps = [row["step"] for row in rows if "train/loss" in row]
+    assert len(steps) == len(set(steps)), "a step stands twice in the metrics"
+    return {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["1-rank", "2-ranks"])
+def undisturbed(request: pytest.FixtureRequest, config: Path) -> tuple[tuple[str, ...], Path]:
+    devices = ("--trainer.devices", str(request.param), *(["--trainer.strategy", "ddp"] * (request.param > 1)))
+    run_dir = config.parent / f"undisturbed-{request.param}"
+    done = fit(config, run_dir, *devices)
+    assert done.returncode == 0, done.stderr
+    return devices, run_dir
+
+
+@pytest.mark.parametrize(("workers", "kills"), [(0, [16]), (2, [7, 13])], ids=["workers-0", "workers-2-twice"])
+def test_killed_run_ends_bitwise_equal(
+    undisturbed: tuple[tuple[str, ...], Path], config: Path, workers: int, kills: list[int]
+) -> None:
+    """Killed at step 16, in the middle of the second epoch; or twice, in the first and the second epoch."""
+    devices, reference = undisturbed
+    run_dir = config.parent / f"killed-{len(devices)}-{workers}"
+    flags = (*devices, "--data.num_workers", str(workers))
+    for number, step in enumerate(kills):
+        again = ("--ckpt_path", "auto") if number else ()
+        kill = ("--trainer.callbacks+=kill_at.KillAt", f"--trainer.callbacks.step={step}")
+        killed = fit(config, run_dir, *flags, *again, *kill)
+        assert killed.returncode != 0
+        assert not (run_dir / "checkpoints" / "step-00000022.ckpt").exists(), killed.stderr
+    resumed = fit(config, run_dir, *flags, "--ckpt_path", "auto")
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_end(reference, run_dir)
+    assert losses(run_dir) == losses(reference)
+
+
+@pytest.mark.parametrize("undisturbed", [1], indirect=True)
+def test_checkpoint_at_the_end_of_an_epoch(undisturbed: tuple[tuple[str, ...], Path], config: Path) -> None:
+    """Step 11 is the last of the first epoch: the resumed run starts the second one, once."""
+    devices, reference = undisturbed
+    run_dir = config.parent / "epoch-end"
+    flags = (*devices, "--checkpoint.save_every_steps", "11")
+    kill = ("--trainer.callbacks+=kill_at.KillAt", "--trainer.callbacks.step=13")
+    assert fit(config, run_dir, *flags, *kill).returncode != 0
+    resumed = fit(config, run_dir, *flags, "--ckpt_path", "auto")
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_end(reference, run_dir)

@@ -1,0 +1,187 @@
+"""metrics.jsonl against what each step did, in one process, on two ranks, and over a resume."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
+
+from tests.tracking.small_run import (
+    STEPS_PER_EPOCH,
+    Recorder,
+    SaveAt,
+    make_parts,
+    make_trainer,
+    read_metrics,
+    write_rows,
+)
+from tests.two_ranks import TwoRanks
+from trainer.tracking.metrics import MetricsLog, drop_rows_after
+
+TIMED = {"train/rows_per_s", "train/tokens_per_s"}
+
+
+def fit(
+    run_dir: Path, encoder: Path, rows: Path, save_at: int = -1, ckpt: Path | None = None, **options: Any
+) -> list[dict[str, float]]:
+    """Train on each rank; what the steps of this rank did."""
+    module, data = make_parts(encoder, rows)
+    recorder = Recorder()
+    callbacks = [recorder, MetricsLog(), SaveAt(save_at, run_dir / "saved.ckpt")]
+    make_trainer(run_dir, callbacks, **options).fit(module, data, ckpt_path=ckpt)
+    return recorder.steps
+
+
+def expected(ranks: list[list[dict[str, float]]], every: int = 5) -> list[dict[str, float]]:
+    """The rows that the steps of all ranks must give."""
+    num_steps = len(ranks[0])
+    table = {key: np.array([[step[key] for step in steps] for steps in ranks]) for key in ranks[0][0]}
+    logs = []
+    first = 0
+    for last in [*range(every, num_steps, every), num_steps]:
+        span = slice(first, last)
+        logs.append(
+            {
+                "step": last,
+                "train/loss": table["loss"][:, span].mean(),
+                "train/lr": table["lr"][0, last - 1],
+                "train/grad_norm": table["grad_norm"][0, span].mean(),
+                "train/rows_seen": table["rows"][:, :last].sum(),
+                "train/tokens_seen": table["tokens"][:, :last].sum(),
+                "train/padding_efficiency": table["tokens"][:, span].sum() / table["padded"][:, span].sum(),
+            }
+        )
+        first = last
+    return logs
+
+
+def assert_rows(found: list[dict[str, Any]], wanted: list[dict[str, float]]) -> None:
+    assert [row["step"] for row in found] == [row["step"] for row in wanted]
+    for row, want in zip(found, wanted, strict=True):
+        assert row.keys() == want.keys() | TIMED
+        for name, value in want.items():
+            assert row[name] == pytest.approx(value, rel=1e-9), name
+        assert all(row[name] > 0 for name in TIMED)
+
+
+def test_rows_are_means_and_sums_of_the_steps(tmp_path: Path, tiny_encoder: Path, demo_texts: list[str]) -> None:
+    logger = CSVLogger(tmp_path, name="csv", version="")
+    steps = fit(tmp_path, tiny_encoder, write_rows(tmp_path, demo_texts), logger=logger)
+    assert len(steps) == 2 * STEPS_PER_EPOCH
+    found = read_metrics(tmp_path)
+    assert_rows(found, expected([steps]))
+    assert [row["step"] for row in found] == [5, 10, 12]
+    assert steps[0]["lr"] == 0.0 < steps[4]["lr"] == found[0]["train/lr"]
+    assert 0.3 < found[0]["train/padding_efficiency"] < 1.0
+    assert found[-1]["train/rows_seen"] == 44
+    with open(tmp_path / "csv" / "metrics.csv", encoding="utf-8") as file:
+        logged = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    assert logged == [{**row, "step": row["step"]} for row in found]
+
+
+def test_two_ranks_log_the_whole(
+    tmp_path: Path, tiny_encoder: Path, demo_texts: list[str], two_ranks: TwoRanks
+) -> None:
+    """Sums and means over both ranks, equal to one process that takes the same global batches."""
+    rows = write_rows(tmp_path, demo_texts)
+    ranks = two_ranks(fit, tmp_path / "two", tiny_encoder, rows)
+    found = read_metrics(tmp_path / "two")
+    assert_rows(found, expected(ranks))
+    fit(tmp_path / "one", tiny_encoder, rows)
+    for row, alone in zip(found, read_metrics(tmp_path / "one"), strict=True):
+        for name in row.keys() - TIMED - {"train/padding_efficiency"}:
+            assert row[name] == pytest.approx(alone[name], rel=1e-5), name
+
+
+@pytest.mark.parametrize("save_at", [5, 7])
+def test_a_resumed_run_writes_the_same_rows(
+    tmp_path: Path, tiny_encoder: Path, demo_texts: list[str], save_at: int
+) -> None:
+    """Stopped in the middle of a log interval; rows behind the checkpoint are not written twice."""
+    rows = write_rows(tmp_path, demo_texts)
+    fit(tmp_path, tiny_encoder, rows, save_at=save_at)
+    undisturbed = read_metrics(tmp_path)
+    with open(tmp_path / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"step": 11, "train/lo')  # a kill in the middle of a line
+    steps = fit(tmp_path, tiny_encoder, rows, ckpt=tmp_path / "saved.ckpt")
+    assert len(steps) == 12 - save_at
+    resumed = read_metrics(tmp_path)
+    assert [without_times(row) for row in resumed] == [without_times(row) for row in undisturbed]
+    assert all(0 < row[name] < math.inf for row in resumed for name in TIMED)
+
+
+def test_two_ranks_resumed(tmp_path: Path, tiny_encoder: Path, demo_texts: list[str], two_ranks: TwoRanks) -> None:
+    """Shares of both ranks that were not logged yet survive, on one rank or on two."""
+    rows = write_rows(tmp_path, demo_texts)
+    two_ranks(fit, tmp_path, tiny_encoder, rows, 7)
+    undisturbed = read_metrics(tmp_path)
+    two_ranks(fit, tmp_path, tiny_encoder, rows, -1, tmp_path / "saved.ckpt")
+    assert [without_times(row) for row in read_metrics(tmp_path)] == [without_times(row) for row in undisturbed]
+    fit(tmp_path, tiny_encoder, rows, ckpt=tmp_path / "saved.ckpt")
+    for row, before in zip(read_metrics(tmp_path), undisturbed, strict=True):
+        for name in row.keys() - TIMED - {"train/padding_efficiency"}:
+            assert row[name] == pytest.approx(before[name], rel=1e-5), name
+
+
+def without_times(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name not in TIMED}
+
+
+class Sleep(Callback):
+    """Half a second behind every step, on the log's account or not."""
+
+    def __init__(self, log: MetricsLog, paused: bool) -> None:
+        self.metrics, self.paused = log, paused
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.paused:
+            with self.metrics.paused():
+                time.sleep(0.5)
+        else:
+            time.sleep(0.5)
+
+
+def test_rates_leave_out_paused_time(tmp_path: Path, tiny_encoder: Path, demo_texts: list[str]) -> None:
+    rows = write_rows(tmp_path, demo_texts)
+    rates = []
+    for paused in (True, False):
+        log = MetricsLog()
+        module, data = make_parts(tiny_encoder, rows)
+        run_dir = tmp_path / str(paused)
+        callbacks = [log, Sleep(log, paused)]
+        make_trainer(run_dir, callbacks, max_steps=4, log_every_n_steps=2).fit(module, data)
+        rates.append(read_metrics(run_dir)[1]["train/rows_per_s"])
+    # Not paused, two steps of 4 rows take a second at least.
+    assert rates[1] < 8 < rates[0]
+
+
+def test_values_that_are_not_finite_stay_readable(tmp_path: Path) -> None:
+    log = MetricsLog()
+    trainer = make_trainer(tmp_path, [log])
+    log.setup(trainer, None, "fit")  # type: ignore[arg-type]
+    log.record({"a": math.nan, "b": math.inf, "c": 1.5}, step=3)
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {"step": 3, "a": None, "b": None, "c": 1.5}
+
+
+def test_rows_are_dropped_from_where_a_run_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step, "x": 1}) + "\n" for step in (0, 5, 5, 10, 15)]
+    path.write_text("".join(lines) + '{"step": 2')
+    drop_rows_after(path, 10)
+    assert path.read_text() == "".join(lines[:4])
+    # A run that starts again from nothing evaluates step 0 again.
+    drop_rows_after(path, 0)
+    assert path.read_text() == ""
+    drop_rows_after(tmp_path / "none.jsonl", 3)
+    assert sorted(tmp_path.iterdir()) == [path]

@@ -1,0 +1,240 @@
+"""The LightningModule: an encoder, a loss and an optimizer, nothing else."""
+
+import math
+from typing import Any, Literal, Optional
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from transformers import get_scheduler
+
+from trainer.batch import PackedBatch
+from trainer.data.module import PairData
+from trainer.data.order import mix
+from trainer.distributed import gather
+from trainer.encoder import Encoder, EncoderSpec
+from trainer.losses import Loss
+
+
+class EmbeddingModule(LightningModule):
+    """Fine-tunes a siamese encoder.
+
+    Args:
+        encoder: the encoder to fine-tune.
+        loss: function of the embeddings, by class name.
+        learning_rate: peak of the schedule.
+        weight_decay: of AdamW; never on biases and norms unless decay_all.
+        warmup_ratio: share of the steps in which the learning rate rises from 0.
+        schedule: course of the learning rate after the warm-up.
+        optimizer: AdamW, or plain SGD (no momentum).
+        max_tokens: memory budget of one forward on one device, in tokens; a longer batch runs in chunks.
+        decay_all: weight decay on biases and norms too.
+        print_first_batch: decode and print the first batch (debugging).
+    """
+
+    def __init__(
+        self,
+        encoder: EncoderSpec,
+        loss: Loss,
+        learning_rate: float = 5.0e-5,
+        weight_decay: float = 0.0,
+        warmup_ratio: float = 0.0,
+        schedule: Literal["linear", "cosine", "constant"] = "linear",
+        optimizer: Literal["adamw", "sgd"] = "adamw",
+        max_tokens: int = 16384,
+        decay_all: bool = False,
+        print_first_batch: bool = False,
+    ) -> None:
+        super().__init__()
+        if not 0.0 <= warmup_ratio < 1.0:
+            raise ValueError(f"model.warmup_ratio is {warmup_ratio}; it is a share of the steps, 0 to below 1")
+        if max_tokens < 1:
+            raise ValueError(f"model.max_tokens is {max_tokens}; it must be 1 or more")
+        self.encoder_spec = encoder
+        self.loss = loss
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.warmup_ratio = warmup_ratio
+        self.schedule = schedule
+        self.optimizer_name = optimizer
+        self.max_tokens = max_tokens
+        self.decay_all = decay_all
+        self.print_first_batch = print_first_batch
+        self.last_grad_norm: Optional[Tensor] = None
+        self.encoder: Encoder
+
+    # -- building -----------------------------------------------------------------------------------------
+
+    @property
+    def data(self) -> PairData:
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(data, PairData)
+        return data
+
+    def configure_model(self) -> None:
+        """Load the encoder and make the heads; Lightning calls it inside the strategy's context."""
+        if hasattr(self, "encoder"):
+            return
+        self.encoder = Encoder(self.encoder_spec, self.max_tokens)
+        self.loss.build(self.encoder.embedding_dimension)
+        self.train()  # transformers loads in evaluation mode, in which dropout is off
+        if self.trainer.training:
+            self._check_columns()
+            # The loss scaler of fp16 leaves out steps, and would not tell us to leave out their decay.
+            known_decay = not self.weight_decay or str(self.trainer.precision) != "16-mixed"
+            if self.encoder_spec.compact_vocabulary == "auto" and known_decay:
+                self.encoder.compact_vocabulary(self.data.used_ids())
+        # No buffer of ours changes from batch to batch differently on different ranks. DDP would broadcast all of
+        # them before every forward, the frozen embedding matrix (hundreds of MB) included.
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+            self, [name for name, _ in self.named_buffers()]
+        )
+
+    def _check_columns(self) -> None:
+        """The columns of every source against what the loss takes."""
+        name = type(self.loss).__name__
+        low, high = self.loss.min_columns, self.loss.max_columns
+        num_labels = getattr(self.loss, "num_labels", None)
+        for source, table in zip(self.data.train_sources, self.data.tables, strict=True):
+            found = f"{source.path} has {', '.join(sorted(source.columns))}"
+            if len(table.columns) < low or (high is not None and len(table.columns) > high):
+                wanted = f"{low}" if high == low else f"{low} or more" if high is None else f"{low} to {high}"
+                columns = "text column" if wanted == "1" else "text columns"
+                raise ValueError(f"{name} takes {wanted} {columns}, {found}; change data.train columns")
+            for need in sorted(self.loss.needs):
+                if getattr(table, need) is None:
+                    raise ValueError(f"{name} needs a column '{need[:-1]}', {found}; map it in data.train columns")
+            if num_labels is not None and table.labels is not None:
+                low_label, high_label = int(table.labels.min()), int(table.labels.max())
+                if low_label < 0 or high_label >= num_labels:
+                    raise ValueError(
+                        f"{source.path} has labels {low_label} to {high_label}, but {name} has "
+                        f"{num_labels} classes 0 to {num_labels - 1}; set num_labels or a label_map"
+                    )
+
+    @property
+    def num_training_steps(self) -> int:
+        """Optimizer steps of the whole run, known from our own order. Asking Lightning for its estimate would
+        drop the loader's state on resume (Lightning #20550)."""
+        trainer = self.trainer
+        steps = self.data.steps_per_epoch * (trainer.max_epochs or 1) if (trainer.max_epochs or 1) > 0 else -1
+        if trainer.max_steps > 0:
+            steps = trainer.max_steps if steps < 0 else min(steps, trainer.max_steps)
+        if steps < 0:
+            raise ValueError("trainer.max_epochs is -1 and trainer.max_steps is not set: give one of them")
+        return steps
+
+    def configure_optimizers(self) -> Any:
+        decayed: list[nn.Parameter] = []
+        plain: list[nn.Parameter] = []
+        norms = {id(p) for m in self.modules() if _is_norm(m) for p in m.parameters(recurse=False)}
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                exempt = not self.decay_all and (id(parameter) in norms or name.endswith("bias"))
+                (plain if exempt else decayed).append(parameter)
+        groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        groups = [group for group in groups if group["params"]]
+        optimizer: torch.optim.Optimizer
+        if self.optimizer_name == "sgd":
+            optimizer = torch.optim.SGD(groups, lr=self.learning_rate)
+        else:
+            # Under fp16 the loss scaler must unscale before we clip, which a fused step would do itself.
+            fused = str(self.trainer.precision) != "16-mixed"
+            optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, fused=fused)
+        steps = self.num_training_steps
+        scheduler = get_scheduler(
+            "constant_with_warmup" if self.schedule == "constant" else self.schedule,
+            optimizer,
+            num_warmup_steps=math.ceil(steps * self.warmup_ratio),
+            num_training_steps=steps,
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # -- one step -----------------------------------------------------------------------------------------
+
+    def on_train_batch_start(self, batch: PackedBatch, batch_idx: int) -> None:
+        # Dropout of a step is a function of (seed, step, rank): it is the same after a kill, without saved
+        # generator states, and needs no rule for ranks that come or go.
+        torch.manual_seed(mix(self.data.seed, self.trainer.global_step, gather.rank()) >> 1)
+        if self.print_first_batch and batch_idx == 0 and self.trainer.global_step == 0 and gather.rank() == 0:
+            self._print(batch)
+
+    def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
+        return self.loss(self.encoder(batch), batch.targets)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the global norm and keep the norm before clipping for the log."""
+        if gradient_clip_algorithm not in (None, "norm"):
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        limit = gradient_clip_val if gradient_clip_val else float("inf")
+        self.last_grad_norm = nn.utils.clip_grad_norm_(parameters, limit)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        rate = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
+        super().optimizer_step(*args, **kwargs)
+        vocabulary = self.encoder.vocabulary
+        if vocabulary is not None and self.weight_decay and self.optimizer_name == "adamw":
+            vocabulary.decay_unused(1.0 - rate * self.weight_decay)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Nothing: the evaluation callback embeds and scores."""
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Nothing: the evaluation callback embeds and scores."""
+
+    # -- checkpoints --------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        vocabulary = self.encoder.vocabulary
+        if vocabulary is not None:
+            checkpoint["base_vocabulary"] = self._base_checksum()
+
+    def _base_checksum(self) -> str:
+        vocabulary = self.encoder.vocabulary
+        assert vocabulary is not None
+        if not hasattr(self, "_checksum"):
+            self._checksum = vocabulary.base_checksum()
+        return self._checksum
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Make the vocabulary fit the checkpoint's before its weights are loaded."""
+        state = checkpoint["state_dict"]
+        name = next((key for key in state if key.endswith(".used_ids")), None)
+        if name is None:
+            return
+        vocabulary = self.encoder.vocabulary
+        if vocabulary is None or not torch.equal(vocabulary.used_ids.cpu(), state[name].cpu()):
+            if vocabulary is not None and self.trainer.training:
+                raise ValueError(
+                    f"the checkpoint was trained on texts with {len(state[name])} distinct pieces, this data has "
+                    f"{len(vocabulary.used_ids)} others: go on with the same data, or start from its model/ folder"
+                )
+            self.encoder.compact_vocabulary(state[name])
+        if self._base_checksum() != checkpoint["base_vocabulary"]:
+            raise ValueError(
+                f"the embedding matrix of '{self.encoder_spec.backbone}' is not the one the checkpoint was trained "
+                "from: restore the backbone folder or its revision"
+            )
+
+    def _print(self, batch: PackedBatch) -> None:
+        segments = torch.split(batch.input_ids_T.cpu(), list(batch.lengths))
+        targets = batch.targets
+        for row in range(batch.num_rows):
+            texts = []
+            for column in range(batch.num_columns):
+                place = int(batch.order_S[column * batch.num_rows + row])
+                texts.append(str(self.encoder.text.tokenizer.decode(segments[place])))
+            score = "" if targets.scores_B is None else f" score {float(targets.scores_B[row]):.3f}"
+            label = "" if targets.labels_B is None else f" label {int(targets.labels_B[row])}"
+            print(f"row {int(targets.row_ids_B[row])}{score}{label}: " + " | ".join(texts))
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower()

@@ -1,0 +1,72 @@
+"""Where a run lives: a function of command line and environment alone, the same on all ranks."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trainer.config_files import ConfigError, Flag
+
+# These say where a run is and how it is watched, not what it computes: on other hardware it keeps its name.
+_NOT_IN_NAME = re.compile(
+    r"ckpt_path|weights_only|seed_everything|tracking(\..*)?|data\.(num_workers|cache_dir)"
+    r"|trainer\.(default_root_dir|devices|num_nodes|accelerator|strategy(\..*)?|logger(\..*)?|enable_.*)"
+)
+_MAX_NAME = 100
+_RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
+
+
+def name_run(configs: Sequence[str], flags: Sequence[Flag], seed: int, environ: Mapping[str, str]) -> Path:
+    """``runs/<recipe>/<overrides>_seed=<seed>[_job=<id>]``; a requeued job keeps its id, so its folder."""
+    recipe = _sanitise(Path(configs[0]).stem) if configs else "run"
+    overrides = {flag.key: flag.text or "" for flag in flags if not _NOT_IN_NAME.fullmatch(flag.key)}
+    whole = "_".join(f"{key.rpartition('.')[2]}={overrides[key]}" for key in sorted(overrides))
+    short = _sanitise(whole)[:_MAX_NAME] if whole else ""
+    if short != whole:  # something was cut or replaced: two different runs must not share a name
+        short += "-" + hashlib.sha256(repr(sorted(overrides.items())).encode()).hexdigest()[:8]
+    job = environ.get("SLURM_JOB_ID")
+    parts = [short, f"seed={seed}", f"job={_sanitise(job)}" if job else ""]
+    return Path("runs") / recipe / "_".join(part for part in parts if part)
+
+
+def _sanitise(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._=-]", "-", text).strip(".") or "-"
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether an earlier run left metrics or checkpoints in ``folder``."""
+    checkpoints = folder / "checkpoints"
+    return (folder / "metrics.jsonl").exists() or (checkpoints.is_dir() and any(checkpoints.iterdir()))
+
+
+def refuse_used(folder: Path) -> None:
+    """Raises ConfigError where a fresh fit would mix two runs in one folder."""
+    if holds_run(folder):
+        raise ConfigError(
+            f"{folder} already holds a run; go on with it: --ckpt_path auto"
+            f" · or start anew beside it: --trainer.default_root_dir {folder}-2"
+        )
+
+
+def write_config(config: dict[str, Any], path: Path) -> None:
+    """In one step, over an older file: a requeued run writes its config again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    part.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    part.replace(path)
+
+
+def is_first_rank(environ: Mapping[str, str]) -> bool:
+    """Whether this process is global rank 0, known before any process group: by what launchers set."""
+    return all(environ.get(name, "0") in ("0", "") for name in (*_RANKS, "NODE_RANK", "GROUP_RANK"))
+
+
+def rank_name(environ: Mapping[str, str]) -> str:
+    """The global rank where the launcher says it, else the rank on this node."""
+    return next((environ[name] for name in _RANKS if name in environ), "0")

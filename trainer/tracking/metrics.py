@@ -1,0 +1,231 @@
+"""The metrics of a run: means over the steps between two logs, for metrics.jsonl and the loggers."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from trainer.batch import PackedBatch
+from trainer.distributed import gather
+
+FILE_NAME = "metrics.jsonl"
+Listener = Callable[[Mapping[str, float], int], None]
+
+
+@dataclass
+class _Sums:
+    """Sums over the steps since the last log. Tokens and loss are this rank's share of the sum over ranks;
+    steps, rows and the norm of the global gradient are the same on every rank."""
+
+    steps: int = 0
+    rows: int = 0
+    tokens: int = 0
+    padded_tokens: int = 0
+    loss: float | Tensor = 0.0
+    grad_norm: float | Tensor = 0.0
+
+    def as_numbers(self) -> dict[str, Any]:
+        return {name: value.item() if isinstance(value, Tensor) else value for name, value in vars(self).items()}
+
+
+class MetricsLog(Callback):
+    """Writes one JSON object per log to `metrics.jsonl` in the run directory, and the same to the loggers.
+
+    Every `trainer.log_every_n_steps` steps, and at the end of training:
+
+    - `step`: optimizer steps taken.
+    - `train/loss`: mean over ranks, and over the steps since the last log.
+    - `train/lr`: learning rate of the step.
+    - `train/grad_norm`: norm of the global gradient before clipping, mean over the same steps.
+    - `train/rows_seen`, `train/tokens_seen`: sums over ranks since the start of the run, kept over restarts.
+    - `train/rows_per_s`, `train/tokens_per_s`: over all ranks, by the clock since the last log, without the
+      time spent inside `paused()` (evaluation, checkpoints).
+    - `train/padding_efficiency`: tokens of the texts divided by the tokens a padded forward would take in
+      which each rank pads each column of its rows to the longest text of that column. 1 means that padding
+      would have cost nothing; our own forward is packed and pays for the tokens only.
+
+    A value that is not finite is null in the file. Ranks and device are synchronised once per log and once
+    per checkpoint, on no other step. Place it before callbacks that evaluate or save.
+
+    Attributes:
+        listeners: called on rank 0 with every logged row and its step.
+    """
+
+    def __init__(self) -> None:
+        self.listeners: list[Listener] = []
+        self.rows_seen = 0
+        self.tokens_seen = 0
+        self._sums = _Sums()
+        self._restored = _Sums()  # steps that another process took: their time is not on our clock
+        self._lr = math.nan
+        self._since = 0.0
+        self._paused = 0.0
+        self._trainer: Trainer | None = None
+
+    # -- for other callbacks ------------------------------------------------------------------------------
+
+    def record(self, metrics: Mapping[str, float], step: int) -> None:
+        """Write one row; call it on all ranks or on rank 0. (`log` is a name Lightning sets on callbacks.)"""
+        trainer = self._trainer
+        assert trainer is not None, "record() before setup()"
+        if not trainer.is_global_zero:
+            return
+        row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        path = _path(trainer)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **row}) + "\n")
+        for logger in trainer.loggers:
+            logger.log_metrics(dict(metrics), step=step)
+            logger.save()
+        for listener in self.listeners:
+            listener(metrics, step)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent in here does not count as training."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._paused += time.perf_counter() - start
+
+    # -- hooks --------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._trainer = trainer
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            drop_rows_after(_path(trainer), trainer.global_step)
+        self._start_clock()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        # Before the step: when it ends, the scheduler has moved on to the rate of the next one.
+        self._lr = trainer.optimizers[0].param_groups[0]["lr"]
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PackedBatch, batch_idx: int
+    ) -> None:
+        sums = self._sums
+        sums.steps += 1
+        sums.rows += batch.targets.num_global_rows
+        sums.tokens += batch.num_tokens
+        sums.padded_tokens += batch.padded_tokens
+        # On the device and without reading the value: a read would wait for the step.
+        sums.loss = sums.loss + outputs["loss"].detach().double() / gather.world_size()
+        grad_norm = getattr(pl_module, "last_grad_norm", None)
+        sums.grad_norm = sums.grad_norm + (math.nan if grad_norm is None else grad_norm.detach().double())
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        is_last = trainer.global_step == getattr(pl_module, "num_training_steps", None)
+        if every and (trainer.global_step % every == 0 or is_last):
+            self._write(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # A run that stops early; the planned last step was logged in its own hook, before its checkpoint.
+        if self._sums.steps and trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            self._write(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters and the sums of the steps since the last log. A collective: every rank must call it, which
+        Lightning does when it saves."""
+        self._reduce()
+        loggers = self._trainer.loggers if self._trainer else []
+        return {
+            "rows_seen": self.rows_seen,
+            "tokens_seen": self.tokens_seen,
+            "sums": self._sums.as_numbers(),
+            "run_id": str(loggers[0].version) if loggers else None,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rows_seen, self.tokens_seen = state_dict["rows_seen"], state_dict["tokens_seen"]
+        self._restored = _Sums(**state_dict["sums"])
+        self._sums = _Sums(**state_dict["sums"])
+        if gather.rank() != 0:
+            self._drop_share()
+
+    # -- inside -------------------------------------------------------------------------------------------
+
+    def _start_clock(self) -> None:
+        self._since, self._paused = time.perf_counter(), 0.0
+
+    def _drop_share(self) -> None:
+        self._sums.loss, self._sums.tokens, self._sums.padded_tokens = 0.0, 0, 0
+
+    def _reduce(self) -> None:
+        """Move all shares to rank 0. A run that saves goes on with the same sums as one that resumes."""
+        sums = self._sums
+        if gather.world_size() > 1:
+            assert self._trainer is not None
+            share = torch.zeros(3, dtype=torch.float64, device=self._trainer.strategy.root_device)
+            share[0], share[1], share[2] = sums.tokens, sums.padded_tokens, sums.loss
+            tokens, padded_tokens, loss = gather.reduce_sum(share).tolist()
+            sums.tokens, sums.padded_tokens, sums.loss = int(tokens), int(padded_tokens), loss
+            if gather.rank() != 0:
+                self._drop_share()
+        self._sums = _Sums(**sums.as_numbers())
+
+    def _write(self, trainer: Trainer) -> None:
+        self._reduce()
+        sums, restored = self._sums, self._restored
+        self.rows_seen += sums.rows
+        self.tokens_seen += sums.tokens
+        seconds = time.perf_counter() - self._since - self._paused
+        efficiency = sums.tokens / sums.padded_tokens if sums.padded_tokens else math.nan
+        self.record(
+            {
+                "train/loss": float(sums.loss) / sums.steps,
+                "train/lr": self._lr,
+                "train/grad_norm": float(sums.grad_norm) / sums.steps,
+                "train/rows_seen": self.rows_seen,
+                "train/tokens_seen": self.tokens_seen,
+                "train/rows_per_s": (sums.rows - restored.rows) / seconds,
+                "train/tokens_per_s": (sums.tokens - restored.tokens) / seconds,
+                "train/padding_efficiency": efficiency,
+            },
+            trainer.global_step,
+        )
+        self._sums, self._restored = _Sums(), _Sums()
+        self._start_clock()
+
+
+def _path(trainer: Trainer) -> Path:
+    return Path(trainer.default_root_dir) / FILE_NAME
+
+
+def run_id_in(checkpoint: Path) -> str | None:
+    """The tracker's id of the run that wrote a checkpoint file: a run that goes on elsewhere keeps it."""
+    if not checkpoint.is_file():
+        return None
+    content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    run_id: str | None = content.get("callbacks", {}).get(MetricsLog.__name__, {}).get("run_id")
+    return run_id
+
+
+def drop_rows_after(path: Path, step: int) -> None:
+    """Remove what a run wrote after `step`, from where it now goes on; at step 0 everything. Atomic."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        # A kill may have cut the last line.
+        if step > 0 and line.endswith("\n") and json.loads(line)["step"] <= step:
+            kept.append(line)
+    partial = path.with_name(f".{path.name}.partial")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.writelines(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)

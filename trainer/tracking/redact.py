@@ -1,0 +1,77 @@
+"""Takes secrets out of what is stored or sent: configs, command lines, texts."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+REDACTED = "[redacted]"
+
+# model.max_tokens is no secret: a name in the plural of token hides strings only.
+_SECRET_NAME = re.compile(r"secret|passw|credential|api_?key|(^|[_.-])keys?$|tokens?$", re.IGNORECASE)
+_TEXT_RULES = (
+    # scheme://user:password@host
+    (re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^/\s@]+@", re.IGNORECASE), rf"\g<1>{REDACTED}@"),
+    # name=value and name: value, in addresses, options and inline JSON
+    (
+        re.compile(
+            r"""((?:secret|passw\w*|credential|(?<![a-z])key|api_?key|token|signature)["']?\s*[=:]\s*["']?)"""
+            r"""[^\s"'&,}]+""",
+            re.IGNORECASE,
+        ),
+        rf"\g<1>{REDACTED}",
+    ),
+    # what the hub, GitHub and others issue
+    (re.compile(r"\b(?:hf_|gh[pous]_|github_pat_|sk-|AKIA)[A-Za-z0-9_-]{12,}"), REDACTED),
+)
+
+
+def is_secret_name(name: str) -> bool:
+    """Whether a value under this name is a secret: key, token, password, ... as a word of the name."""
+    return _SECRET_NAME.search(name) is not None
+
+
+def redact_text(text: str) -> str:
+    """The text without credentials in addresses, known tokens and values of secret environment variables."""
+    for name, value in os.environ.items():
+        if len(value) >= 8 and is_secret_name(name):
+            text = text.replace(value, REDACTED)
+    for pattern, replacement in _TEXT_RULES:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def redact(value: Any, name: str = "") -> Any:
+    """A copy of a config without its secrets; numbers stay unless their name says password or secret."""
+    if isinstance(value, Mapping):
+        return {key: redact(item, str(key)) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [redact(item, name) for item in value]
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int | float):
+        return REDACTED if re.search("secret|passw", name, re.IGNORECASE) else value
+    return REDACTED if is_secret_name(name) else redact_text(str(value))
+
+
+def redact_arguments(arguments: Sequence[str]) -> list[str]:
+    """A command line without its secrets: `--x.token=...`, `--x.token ...`, what `redact_text` finds."""
+    safe: list[str] = []
+    hide_next = False
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        is_option = name.startswith("-")
+        if hide_next and not is_option:
+            safe.append(REDACTED)
+        elif is_option and equals:
+            safe.append(f"{name}={redact(_number_or_text(value), name)}")
+        else:
+            safe.append(redact_text(argument))
+        hide_next = is_option and not equals and is_secret_name(name) and not name.endswith("tokens")
+    return safe
+
+
+def _number_or_text(text: str) -> float | str:
+    return int(text) if text.isdecimal() else text

@@ -1,0 +1,194 @@
+"""Weights & Biases. Only this file imports `wandb`, and only in a run that is tracked."""
+
+import netrc
+import os
+import secrets
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Optional, Union
+from urllib.parse import urlparse
+
+import yaml
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers.logger import rank_zero_experiment
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
+
+from trainer.distributed import gather
+from trainer.tracking.redact import redact, redact_arguments
+
+ID_FILE = "wandb_id"
+INIT_TIMEOUT_S = 30.0
+_SLURM = (
+    *("SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_JOB_NODELIST", "SLURM_JOB_PARTITION", "SLURM_CLUSTER_NAME"),
+    *("SLURM_NNODES", "SLURM_NTASKS", "SLURM_RESTART_COUNT", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"),
+)
+
+
+@dataclass
+class Tracking:
+    """Experiment tracking on Weights & Biases; metrics.jsonl is always written too.
+
+    Attributes:
+        wandb: online, offline (send it later with `wandb sync`), off; auto: online where a key is configured.
+        project: the project runs go to.
+        entity: user or team; unset: the default of the key.
+        group: runs that belong together.
+        job_type: what kind of job it is.
+        tags: labels of the run.
+        name: shown for the run; unset: the name of the run directory.
+    """
+
+    wandb: Literal["auto", "online", "offline", "off"] = "auto"
+    project: str = "sentence-encoders"
+    entity: Optional[str] = None
+    group: Optional[str] = None
+    job_type: str = "train"
+    tags: list[str] = field(default_factory=list)
+    name: Optional[str] = None
+
+
+def make_logger(
+    tracking: Tracking,
+    run_dir: Union[str, Path],
+    config: Optional[Mapping[str, Any]] = None,
+    run_id: Optional[str] = None,
+) -> Optional["RunLogger"]:
+    """The logger of a run, None where tracking is off. Nothing is started before its first use on rank 0.
+
+    Args:
+        tracking: what the user asked for.
+        run_dir: holds the id of the run, so that a resumed or requeued run stays one run, and offline data.
+        config: effective config, secrets are taken out; unset: the run directory's config.yaml as it is at
+            the start.
+        run_id: id to go on with where the run directory has none yet, e.g. from a checkpoint.
+    """
+    mode = choose_mode(tracking.wandb)
+    if mode == "off":
+        return None
+    run_dir = Path(run_dir)
+    return RunLogger(
+        project=tracking.project,
+        save_dir=run_dir,
+        id=keep_id(run_dir, run_id) if getattr(rank_zero_only, "rank", 0) == 0 else None,
+        name=tracking.name or "/".join(part for part in run_dir.parts[-2:] if part != "runs"),
+        entity=tracking.entity,
+        group=tracking.group,
+        job_type=tracking.job_type,
+        tags=tracking.tags,
+        mode=mode,
+        config=config,
+    )
+
+
+def choose_mode(asked: str) -> str:
+    """online, offline or off. $WANDB_MODE decides for auto; without it, whether a key is configured."""
+    if asked != "auto":
+        return asked
+    from_environment = os.environ.get("WANDB_MODE", "")
+    if from_environment:
+        return {"disabled": "off", "online": "online", "shared": "online"}.get(from_environment, "offline")
+    return "online" if has_key() else "offline"
+
+
+def has_key() -> bool:
+    """Whether W&B would find credentials: in the environment or in the netrc file."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    for path in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc"):
+        try:
+            if path and netrc.netrc(os.path.expanduser(path)).authenticators(host):
+                return True
+        except (OSError, netrc.NetrcParseError):
+            continue
+    return False
+
+
+def keep_id(run_dir: Path, run_id: Optional[str] = None) -> str:
+    """The id of the run in this directory; made, or taken from `run_id`, once."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    path = run_dir / ID_FILE
+    if not path.exists():
+        # Complete before it has its name: a kill leaves no empty id.
+        partial = run_dir / f".{ID_FILE}.{os.getpid()}.partial"
+        partial.write_text((run_id or secrets.token_hex(4)) + "\n")
+        os.replace(partial, path)
+    return path.read_text().strip()
+
+
+class RunLogger(WandbLogger):
+    """Lightning's logger with our settings; it goes on offline where the server does not answer."""
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        if self._experiment is None:
+            self._experiment = self._start()
+        return self._experiment
+
+    def log_hyperparams(self, params: Any) -> None:
+        super().log_hyperparams(redact(dict(params)))
+
+    def _read_config(self) -> Mapping[str, Any]:
+        config, file = self._wandb_init["config"], Path(self._wandb_init["dir"]) / "config.yaml"
+        if config is None and file.exists():
+            config = yaml.safe_load(file.read_text(encoding="utf-8"))
+        return config or {}
+
+    def _start(self) -> Any:
+        import wandb
+
+        arguments = {key: value for key, value in self._wandb_init.items() if value is not None}
+        arguments["config"] = redact({**self._read_config(), "run": describe_environment()})
+        arguments["settings"] = wandb.Settings(
+            # Printed lines, patches and the remote's address may hold secrets; the commit is in the config.
+            console="off",
+            save_code=False,
+            disable_git=True,
+            x_transaction_log_flush_interval=1.0,  # seconds of rows that a SIGKILL may take
+            init_timeout=INIT_TIMEOUT_S,
+        )
+        with _redacted_command_line():
+            try:
+                run = wandb.init(**arguments, allow_val_change=True)
+            except Exception as error:
+                if arguments["mode"] != "online":
+                    raise
+                cause = str(error).splitlines()[0]
+                rank_zero_warn(f"W&B does not answer ({cause}): tracking offline. Send it later: wandb sync")
+                wandb.teardown()  # or the failed start still holds the id
+                run = wandb.init(**{**arguments, "mode": "offline"}, allow_val_change=True)
+        run.define_metric("trainer/global_step")
+        run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
+        run.define_metric("eval/*", step_metric="trainer/global_step", step_sync=True, summary="max,last")
+        return run
+
+
+def describe_environment() -> dict[str, Any]:
+    """What the config of a run does not say: commit, ranks, Slurm job."""
+    slurm = {name.removeprefix("SLURM_").lower(): os.environ[name] for name in _SLURM if name in os.environ}
+    return {"git_commit": _git_commit(), "world_size": gather.world_size(), "slurm": slurm}
+
+
+def _git_commit() -> Optional[str]:
+    command = ["git", "rev-parse", "--verify", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+@contextmanager
+def _redacted_command_line() -> Iterator[None]:
+    """W&B stores sys.argv as it finds it."""
+    original = sys.argv
+    sys.argv = [original[0], *redact_arguments(original[1:])]
+    try:
+        yield
+    finally:
+        sys.argv = original
