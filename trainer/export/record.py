@@ -1,0 +1,136 @@
+"""What the files of a run say about it, as the tables of a model card: settings, logs and metrics."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.data.module import PairData
+from trainer.data.sources import EvalSource
+from trainer.encoder import EncoderSpec
+from trainer.evaluation.base import Evaluator
+from trainer.module import EmbeddingModule
+
+# Headings of sentence-transformers' evaluators, so that model indexes sort ours beside them.
+_DESCRIPTIONS = {"STS": "Semantic Similarity"}
+_MAX_LOSS_LINES = 100
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the card tells about.
+
+    Attributes:
+        module: with its encoder loaded.
+        data: sources, not yet read.
+        config: the effective config as saved.
+        log: rows of metrics.jsonl.
+        checkpoint: name of the exported file.
+        step: optimizer steps it had taken.
+        reason: why it was taken, in Markdown.
+    """
+
+    module: EmbeddingModule
+    data: PairData
+    config: Mapping[str, Any]
+    log: Sequence[Mapping[str, Any]]
+    checkpoint: str
+    step: int
+    reason: str
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl; a last line that a kill has cut is left out, a missing file has none."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def hyperparameters(run: Run) -> dict[str, Any]:
+    """What decides the result; not where and how it ran, for it is the same on any number of ranks."""
+    module, data, spec = run.module, run.data, run.module.encoder_spec
+    trainer = run.config.get("trainer") or {}
+    return {
+        "batch_size": data.batch_size,
+        "learning_rate": module.learning_rate,
+        "schedule": module.schedule,
+        "warmup_ratio": module.warmup_ratio,
+        "optimizer": module.optimizer_name,
+        "weight_decay": module.weight_decay,
+        "decay_all": module.decay_all,
+        "gradient_clip_val": trainer.get("gradient_clip_val"),
+        "precision": trainer.get("precision") or "32-true",
+        "seed": run.config.get("seed_everything"),
+        "max_epochs": trainer.get("max_epochs"),
+        "max_steps": trainer.get("max_steps", -1),
+        "max_rows": data.max_rows,
+        "max_tokens": module.max_tokens,
+        "max_length": module.encoder.text.max_length,
+        "pooling": spec.pooling,
+        "normalize": spec.normalize,
+        "prompt": None if spec.prompt is None else repr(spec.prompt),
+        "dropout": spec.dropout,
+        "compact_vocabulary": spec.compact_vocabulary,
+    }
+
+
+def non_default(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The hyperparameters that differ from their defaults, and those that a reader always looks for."""
+    signatures = [inspect.signature(owner).parameters for owner in (EncoderSpec, EmbeddingModule, PairData)]
+    defaults = {name: one.default for parameters in signatures for name, one in parameters.items()}
+    defaults |= {"gradient_clip_val": 1.0, "max_steps": -1}  # the command line's
+    always = {"batch_size", "learning_rate", "schedule", "warmup_ratio", "weight_decay", "max_tokens", "seed"}
+    return {name: x for name, x in values.items() if name in always or x != defaults.get(name, ...)}
+
+
+def training_logs(
+    log: Iterable[Mapping[str, Any]], sets: Sequence[EvalSource], steps_per_epoch: int | None
+) -> list[dict[str, Any]]:
+    """Lines of the card's table: every evaluation, and about a hundred training losses over the run."""
+    rows = list(log)
+    losses = {row["step"]: row["train/loss"] for row in rows if row.get("train/loss") is not None}
+    primary = {f"eval/{s.name}/{s.evaluator.primary}": f"{s.name}_{s.evaluator.primary}" for s in sets}
+    lines: dict[int, dict[str, Any]] = {}
+    for row in rows:
+        found = {name: row[key] for key, name in primary.items() if row.get(key) is not None}
+        if found:
+            lines.setdefault(row["step"], {}).update(found)
+    steps = sorted(losses)
+    stride = max(1, math.ceil(len(steps) / _MAX_LOSS_LINES))
+    # Counted from the end, so that the last loss is always among them.
+    for step in {*steps[::-1][::stride], *(lines.keys() & losses.keys())}:
+        lines.setdefault(step, {})["Training Loss"] = losses[step]
+    epoch = (lambda step: {"Epoch": step / steps_per_epoch}) if steps_per_epoch else (lambda step: {})
+    return [{**epoch(step), "Step": step, **lines[step]} for step in sorted(lines)]
+
+
+def evaluations(run: Run) -> dict[Any, dict[str, float]]:
+    """Evaluator -> its metrics at the exported step; the evaluators carry what the card reads off them."""
+    measured = {key: value for row in run.log if row["step"] == run.step for key, value in row.items()}
+    results: dict[Any, dict[str, float]] = {}
+    for source in run.data.validation_sources:
+        prefix = f"eval/{source.name}/"
+        metrics = {
+            key[len(prefix) :]: value for key, value in measured.items() if key.startswith(prefix) and value is not None
+        }
+        if metrics:
+            results[_describe(source.evaluator, source.name)] = metrics
+    return results
+
+
+def _describe(evaluator: Evaluator, name: str) -> Any:
+    described: Any = copy.copy(evaluator)  # sets may share one evaluator
+    kind = type(evaluator).__name__
+    described.name, described.primary_metric = name, evaluator.primary
+    described.description = _DESCRIPTIONS.get(kind, kind)
+    return described

@@ -1,0 +1,206 @@
+"""From a run to a folder that sentence-transformers loads; sentence-transformers itself writes it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jsonargparse import ArgumentParser
+from sentence_transformers import SentenceTransformer
+
+from trainer.checkpoint import best, newest
+from trainer.data.module import PairData
+from trainer.encoder import Encoder
+from trainer.export.model_card import DISTRIBUTION, complete_readme, fill_card
+from trainer.export.record import Run, read_log
+from trainer.module import EmbeddingModule
+from trainer.tracking.metrics import FILE_NAME
+
+
+def export_run(source: Path, out: Path) -> None:
+    """Write a run's model as a sentence-transformers folder with its model card; weights are float32.
+
+    Args:
+        source: a run directory (its best checkpoint is taken, else its newest), or a checkpoint file in it.
+        out: the folder to write. It appears whole or not at all; an older export in its place is replaced.
+
+    Raises:
+        ValueError: there is nothing to export, the checkpoint does not fit its backbone, or ``out`` holds
+            something that is no export of ours.
+    """
+    out = out.resolve()
+    _refuse_foreign(out)
+    run_dir, path, chosen = _choose_checkpoint(source)
+    config = _read_config(run_dir)
+    module, data = _build(run_dir, config)
+    checkpoint = _read_checkpoint(path)
+    _load_encoder(module, checkpoint, path)
+    run = Run(
+        module=module,
+        data=data,
+        config=config,
+        log=read_log(run_dir / FILE_NAME),
+        checkpoint=path.name,
+        step=checkpoint["global_step"],
+        reason=_reason(chosen, checkpoint, config),
+    )
+    with module.encoder.as_sentence_transformer() as model:
+        _set_prompt(model, module.encoder_spec.prompt)
+        fill_card(model, run)
+        _write(model, run, out)
+
+
+# -- reading the run --------------------------------------------------------------------------------------
+
+
+def _choose_checkpoint(source: Path) -> tuple[Path, Path, str]:
+    """Run directory, checkpoint and how it was chosen: "named", "best" or "newest"."""
+    if source.is_file():
+        run_dir = source.resolve().parent.parent
+        if source.resolve().parent.name != "checkpoints":
+            raise ValueError(
+                f"{source} does not lie in the checkpoints/ folder of a run, so its config is unknown; "
+                "give RUN/checkpoints/FILE or the run directory"
+            )
+        return run_dir, source, "named"
+    if not source.is_dir():
+        raise ValueError(f"there is no run or checkpoint {source}; give the folder that a fit wrote")
+    if (path := best(source)) is not None:
+        return source, path, "best"
+    if (path := newest(source)) is not None:
+        return source, path, "newest"
+    raise ValueError(
+        f"{source} holds no finished checkpoint; give a run directory whose checkpoints/ has a .ckpt file, "
+        "or train until the first one (checkpoint.save_every_steps)"
+    )
+
+
+def _read_config(run_dir: Path) -> dict[str, Any]:
+    path = run_dir / "config.yaml"
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{run_dir} has no config.yaml; give a run directory that a fit wrote") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {error}; restore the file that the fit wrote") from error
+    if not isinstance(config, dict) or not {"model", "data"} <= config.keys():
+        raise ValueError(f"{path} has no sections model and data; restore the file that the fit wrote")
+    return config
+
+
+def _build(run_dir: Path, config: dict[str, Any]) -> tuple[EmbeddingModule, PairData]:
+    """The module and the data of the run as its config describes them; nothing is loaded yet."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(EmbeddingModule, "model")
+    parser.add_class_arguments(PairData, "data")
+    # The saved config leaves out what the command line links.
+    linked = {"encoder": config["model"].get("encoder"), "seed": config.get("seed_everything", 42)}
+    known = {"model": config["model"], "data": {**config["data"], **linked}}
+    try:
+        built = parser.instantiate_classes(parser.parse_object(known))
+    except argparse.ArgumentError as error:
+        path = run_dir / "config.yaml"
+        raise ValueError(f"{path} does not fit this version: {error}; restore the file that the fit wrote") from error
+    spec = built.model.encoder_spec
+    if Path(spec.backbone).is_dir():
+        # A relative path may look like a hub id, which sentence-transformers would then ask the hub about.
+        spec.backbone = str(Path(spec.backbone).resolve())
+    return built.model, built.data
+
+
+def _read_checkpoint(path: Path) -> dict[str, Any]:
+    try:
+        # Mapped, not read: the optimizer's two thirds of the file are not wanted here.
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        cause = str(error).splitlines()[0]
+        raise ValueError(f"{path} can't be read: {cause}; export another checkpoint of its folder") from error
+    if not isinstance(checkpoint, dict) or not {"state_dict", "global_step"} <= checkpoint.keys():
+        raise ValueError(f"{path} has no state_dict and global_step; give a checkpoint that a fit wrote")
+    return checkpoint
+
+
+def _load_encoder(module: EmbeddingModule, checkpoint: dict[str, Any], path: Path) -> None:
+    """Make the encoder from its backbone and give it the weights of the checkpoint."""
+    module.encoder = Encoder(module.encoder_spec, module.max_tokens)
+    # The same steps as when a fit resumes: compact the vocabulary, check that its base is the same.
+    module.on_load_checkpoint(checkpoint)
+    prefix = "encoder."
+    state = checkpoint["state_dict"]
+    weights = {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
+    try:
+        module.encoder.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        cause = " ".join(" ".join(str(error).splitlines()[1:2]).split())[:300]
+        raise ValueError(
+            f"{path} does not fit the backbone '{module.encoder_spec.backbone}': {cause} "
+            "Restore the backbone folder, or its revision, that the run was trained from"
+        ) from error
+
+
+def _reason(chosen: str, checkpoint: dict[str, Any], config: dict[str, Any]) -> str:
+    """Why this checkpoint, as the second half of a sentence in Markdown."""
+    if chosen == "named":
+        return "named at export"
+    if chosen == "newest":
+        return "the newest of the run; no metric chose a best one"
+    settings = config.get("checkpoint") or {}
+    saved = (checkpoint.get("callbacks") or {}).get("Checkpoints") or {}
+    monitor = saved.get("monitor") or settings.get("monitor") or "auto"
+    word = "lowest" if settings.get("mode") == "min" else "highest"
+    name = "first metric of the first validation set" if monitor == "auto" else f"`{monitor}`"
+    value = saved.get("best_value")
+    return f"the {word} {name} of the run" + (f", {value:.4f}" if value is not None else "")
+
+
+# -- writing the folder -----------------------------------------------------------------------------------
+
+
+def _set_prompt(model: SentenceTransformer, prompt: str | None) -> None:
+    """Make the prompt that training put before every text the default; None keeps what the backbone said."""
+    if prompt is None:
+        return
+    if not prompt:
+        model.default_prompt_name = None
+        return
+    # encode_query and encode_document take their own entry even if it is empty, never the default.
+    empty = {name: prompt for name in ("query", "document") if not model.prompts.get(name)}
+    model.prompts = {**model.prompts, **empty, "default": prompt}
+    model.default_prompt_name = "default"
+
+
+def _refuse_foreign(out: Path) -> None:
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    readme = out / "README.md"
+    is_model = (out / "modules.json").is_file()
+    if not is_model:
+        raise ValueError(f"{out} exists and is no exported model; give an empty or a new folder")
+    if not readme.is_file() or DISTRIBUTION not in readme.read_text(encoding="utf-8"):
+        raise ValueError(f"{out} holds a model that {DISTRIBUTION} did not export; give an empty or a new folder")
+
+
+def _write(model: SentenceTransformer, run: Run, out: Path) -> None:
+    """Write beside ``out``, then rename, so that nobody ever loads half a model."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    older = out.with_name(f".{out.name}.{os.getpid()}.older")
+    try:
+        model.save_pretrained(str(partial))
+        complete_readme(partial / "README.md", run)
+        mode = (partial / "README.md").stat().st_mode
+        for file in partial.rglob("*"):
+            if file.is_file():
+                file.chmod(mode)  # safetensors writes files that only their owner may read
+        if out.exists():
+            os.replace(out, older)
+        os.replace(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(older, ignore_errors=True)
