@@ -1,0 +1,555 @@
+"""What the command line refuses and how it says so, where runs live, and what a run leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch  # noqa: F401 - before any test: its log handler keeps the stderr that it finds
+import pytest
+import torch
+import yaml
+
+from trainer.cli import main
+from trainer.config_files import Flag
+from trainer.demo_data import write_pairs
+from trainer.help_text import live_parsers
+from trainer.run_dir import is_first_rank, name_run, rank_name
+
+CONFIG = """\
+seed_everything: 42
+model:
+  encoder: {backbone: some/model, max_length: 32}
+  loss: {class_path: InfoNCE, init_args: {scale: 20.0}}
+  learning_rate: 1.0e-3
+data:
+  train:
+    - path: train.jsonl.gz
+      columns: {anchor: sentence1, positive: sentence2, score: score}
+      score_range: [0, 5]
+  validation:
+    - {name: dev, path: dev.jsonl.gz, columns: {anchor: sentence1, positive: sentence2}, evaluator: STS}
+  batch_size: 16
+trainer:
+  max_epochs: 1
+  default_root_dir: run
+"""
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Every test works in a folder of its own, as a process that no launcher started."""
+    for name in [name for name in os.environ if name.startswith("SLURM_") or name.endswith("RANK")]:
+        monkeypatch.delenv(name)
+    monkeypatch.delenv("TRAINER_DEBUG", raising=False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def refused(capsys: pytest.CaptureFixture[str], args: Sequence[str], code: int = 2) -> str:
+    """What a command says on stderr when it ends with ``code``; no traceback, no usage, nothing trained."""
+    capsys.readouterr()
+    assert main(list(args)) == code
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    assert "usage:" not in said
+    assert not Path("run").exists()
+    return said.strip()
+
+
+# -- keys and values --------------------------------------------------------------------------------------
+
+BAD_CONFIGS = {
+    "unknown key": (
+        "learning_rate:",
+        "learning_rat:",
+        "x.yaml:5: unknown key 'model.learning_rat'; did you mean 'model.learning_rate'?",
+    ),
+    "unknown group": (
+        "batch_size: 16",
+        "batch_size: 16\nmodle: {x: 1}",
+        "x.yaml:14: unknown key 'modle'; did you mean 'model'?",
+    ),
+    "wrong level": (
+        "seed_everything: 42",
+        "learning_rate: 42",
+        "x.yaml:1: unknown key 'learning_rate'; did you mean 'model.learning_rate'?",
+    ),
+    "nothing near": (
+        "batch_size: 16",
+        "zzz: 16",
+        "x.yaml:13: unknown key 'data.zzz'; keys here: train, encoder, validation, batch_size, num_workers, "
+        "max_rows, cache_dir, seed",
+    ),
+    "in a dataclass": (
+        "max_length: 32",
+        "max_len: 32",
+        "x.yaml:3: unknown key 'model.encoder.max_len'; did you mean 'model.encoder.max_length'?",
+    ),
+    "in a list": (
+        "      score_range",
+        "      score_rang",
+        "x.yaml:10: unknown key 'data.train[0].score_rang'; did you mean 'data.train[0].score_range'?",
+    ),
+    "in an inline list item": (
+        "name: dev",
+        "nam: dev",
+        "x.yaml:12: unknown key 'data.validation[0].nam'; did you mean 'data.validation[0].name'?",
+    ),
+    "of a class": (
+        "{scale: 20.0}",
+        "{scal: 20.0}",
+        "x.yaml:4: unknown key 'model.loss.init_args.scal'; did you mean 'model.loss.init_args.scale'?",
+    ),
+    "beside class_path": (
+        "init_args: {scale: 20.0}",
+        "scale: 20.0",
+        "x.yaml:4: unknown key 'model.loss.scale' beside class_path; what the class takes goes below "
+        "'model.loss.init_args'",
+    ),
+    "class": (
+        "class_path: InfoNCE",
+        "class_path: InfoNC",
+        "x.yaml:4: model.loss.class_path: 'InfoNC' is no Loss; did you mean 'InfoNCE'?",
+    ),
+    "missing in a list": (
+        "    - path: train.jsonl.gz\n      c",
+        "    - c",
+        "x.yaml:8: data.train[0] has no 'path'",
+    ),
+    "missing": (
+        "  loss: {class_path: InfoNCE, init_args: {scale: 20.0}}\n",
+        "",
+        "no value for 'model.loss': set it in a --config file or as a flag",
+    ),
+    "number": (
+        "1.0e-3",
+        "fast",
+        "x.yaml:5: model.learning_rate must be a number, found 'fast' (text)",
+    ),
+    "number of a class": (
+        "scale: 20.0",
+        "scale: [1]",
+        "x.yaml:4: model.loss.init_args.scale must be a number, found a list of 1",
+    ),
+    "tuple": (
+        "[0, 5]",
+        "[0, 3, 5]",
+        "x.yaml:10: data.train[0].score_range must be a list of 2: a number, a number, found a list of 3",
+    ),
+    "choice": (
+        "max_length: 32",
+        "pooling: meen",
+        "x.yaml:3: model.encoder.pooling must be one of auto, mean, cls, max, last, found 'meen' (text)",
+    ),
+    "yaml no": (
+        "backbone: some/model",
+        "backbone: no",
+        'x.yaml:3: model.encoder.backbone must be text, but YAML reads no as false; quote it: "no"',
+    ),
+    "yaml on in a dict": (
+        "positive: sentence2, score",
+        "positive: on, score",
+        'x.yaml:9: data.train[0].columns.positive must be text, but YAML reads on as true; quote it: "on"',
+    ),
+    "yaml on as a key": (
+        "{anchor: sentence1, positive: sentence2, score",
+        "{on: sentence1, positive: sentence2, score",
+        'x.yaml:9: the key data.train[0].columns.on is not text: YAML reads on as true or false; quote it: "on"',
+    ),
+    "yaml off": (
+        "trainer:\n",
+        "tracking: {wandb: off}\ntrainer:\n",
+        "x.yaml:14: tracking.wandb must be one of auto, online, offline, off, but YAML reads off as false; "
+        'quote it: "off"',
+    ),
+    "a number for text": (
+        "path: train.jsonl.gz",
+        "path: 5",
+        "x.yaml:8: data.train[0].path must be text, found '5' (a whole number); quote it: \"5\"",
+    ),
+    "a word for a group": (
+        "trainer:\n",
+        "tracking: off\ntrainer:\n",
+        "x.yaml:14: tracking must be keys (wandb, project, entity, ...), found 'off' (true or false)",
+    ),
+    "a key twice": (
+        "  learning_rate: 1.0e-3",
+        "  learning_rate: 1.0e-3\n  learning_rate: 2.0e-3",
+        "x.yaml:6: key 'model.learning_rate' was already set in line 5; keep one of the two",
+    ),
+    "a group twice": (
+        "trainer:\n",
+        "model: {learning_rate: 3}\ntrainer:\n",
+        "x.yaml:14: key 'model' was already set in line 2; keep one of the two",
+    ),
+    "a linked key": (
+        "batch_size: 16",
+        "seed: 3",
+        "x.yaml:13: 'data.seed' always follows 'seed_everything'; set that one",
+    ),
+    "the encoder of the data": (
+        "batch_size: 16",
+        "encoder: {max_length: 7}",
+        "x.yaml:13: 'data.encoder.max_length' always follows 'model.encoder.max_length'; set that one",
+    ),
+    "accumulation": (
+        "max_epochs: 1",
+        "accumulate_grad_batches: 4",
+        "x.yaml:15: trainer.accumulate_grad_batches stays 1: data.batch_size is the global batch of one "
+        "optimizer step, and model.max_tokens bounds the memory of one forward: set these two instead",
+    ),
+    "a seed that is none": (
+        "seed_everything: 42",
+        "seed_everything: true",
+        "x.yaml:1: seed_everything must be a whole number, found true",
+    ),
+    "not YAML": (
+        "max_epochs: 1",
+        "max_epochs: [1",
+        "x.yaml:16: not valid YAML: expected ',' or ']', but got ':'",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CONFIGS)
+def test_config_is_refused(case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Cause, file, line and remedy, and nothing else."""
+    old, new, sentence = BAD_CONFIGS[case]
+    assert CONFIG.count(old) == 1
+    Path("x.yaml").write_text(CONFIG.replace(old, new))
+    assert refused(capsys, ["fit", "--config", "x.yaml"]) == sentence
+
+
+def test_all_problems_at_once_in_all_files(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("x.yaml").write_text(CONFIG.replace("learning_rate", "lerning_rate").replace("name: dev", "nme: dev"))
+    Path("y.yaml").write_text("trainer: {max_epoch: 2}\n")
+    said = refused(capsys, ["fit", "--config", "x.yaml", "--config", "y.yaml", "--data.batchsize", "3"])
+    places = ["x.yaml:5", "x.yaml:12", "y.yaml:1", "flag --data.batchsize"]
+    assert [line.partition(": ")[0] for line in said.splitlines()] == places
+
+
+BAD_FLAGS = {
+    "--model.learning_rat=1": "flag --model.learning_rat: unknown key 'model.learning_rat'; "
+    "did you mean 'model.learning_rate'?",
+    "--trainer.max_step 2": "flag --trainer.max_step: unknown key 'trainer.max_step'; "
+    "did you mean 'trainer.max_steps'?",
+    "--model.loss.scal 3": "flag --model.loss.scal: unknown key 'model.loss.scal'; did you mean 'model.loss.scale'?",
+    "--batch_size 3": "flag --batch_size: unknown key 'batch_size'; did you mean 'data.batch_size'?",
+    "--model.learning_rate fast": "flag --model.learning_rate must be a number, found 'fast'",
+    "--model.learning_rate": "flag --model.learning_rate must be a number, found nothing",
+    "--model.loss InfoNC": "flag --model.loss: 'InfoNC' is no Loss; did you mean 'InfoNCE'?",
+    "--tracking.wandb of": "flag --tracking.wandb must be one of auto, online, offline, off, found 'of'",
+    "--data.seed 3": "flag --data.seed: 'data.seed' always follows 'seed_everything'; set that one",
+    "--trainer.accumulate_grad_batches 2": "flag --trainer.accumulate_grad_batches: "
+    "trainer.accumulate_grad_batches stays 1: data.batch_size is the global batch of one optimizer step, and "
+    "model.max_tokens bounds the memory of one forward: set these two instead",
+    "--trainer.devices many": "the trainer can't be built from these settings: `devices` selected with "
+    "`CPUAccelerator` should be an int > 0.",
+    "y.yaml": "'y.yaml' belongs to no flag; did you mean --config y.yaml?",
+    "--ckpt_path runs/x.ckpt": "--ckpt_path runs/x.ckpt: no such checkpoint; auto takes the newest of run",
+}
+
+
+@pytest.mark.parametrize("flag", BAD_FLAGS)
+def test_flag_is_refused(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("x.yaml").write_text(CONFIG)
+    args = ["fit", "--config", "x.yaml", "--trainer.accelerator", "cpu", *flag.split()]
+    assert refused(capsys, args) == BAD_FLAGS[flag]
+
+
+# -- commands and files -----------------------------------------------------------------------------------
+
+BAD_COMMANDS = {
+    "--config configs/x.yaml fit": "the subcommand comes first: trainer fit --config configs/x.yaml",
+    "--config=configs/x.yaml": "the subcommand comes first: trainer fit --config=configs/x.yaml",
+    "configs/x.yaml": "'configs/x.yaml' is no subcommand; did you mean: trainer fit --config configs/x.yaml",
+    "fitt": "'fitt' is no subcommand; did you mean 'fit'?",
+    "zzz": "'zzz' is no subcommand; there are: fit, validate, test, export, check, demo",
+    "fit": "a recipe is needed: trainer fit --config configs/X.yaml",
+    "fit configs/x.yaml": "'configs/x.yaml' belongs to no flag; did you mean --config configs/x.yaml?",
+    "fit --config configs": "configs is a directory; name one file in it: --config configs/nli.yaml "
+    "(there are: configs/nli.yaml, configs/x.yaml)",
+    "fit --config configs/nlii.yaml": "there is no config file configs/nlii.yaml; did you mean configs/nli.yaml?",
+    "fit --config nli": "there is no config file nli; did you mean configs/nli.yaml?",
+    "fit --config configs/zzzzzz.yaml": "there is no config file configs/zzzzzz.yaml (looked from {cwd})",
+    "check": "there is one check so far: trainer check --exact --config configs/X.yaml",
+    "export run": "two paths are needed: trainer export RUN_OR_CHECKPOINT OUT",
+    "export nowhere model": "there is no run or checkpoint nowhere",
+    "validate --config configs/x.yaml --ckpt_path auto": "--ckpt_path auto: there is no checkpoint in run",
+}
+
+
+@pytest.mark.parametrize("command", BAD_COMMANDS)
+def test_command_is_refused(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("configs").mkdir()
+    Path("configs/x.yaml").write_text(CONFIG)
+    Path("configs/nli.yaml").write_text(CONFIG)
+    assert refused(capsys, command.split()) == BAD_COMMANDS[command].format(cwd=Path.cwd())
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"", "x.yaml is empty; it needs keys such as model: and data:"),
+        (b"- 1\n- 2\n", "x.yaml:1: expected keys such as model: and data:, found a list of 2"),
+        (b"model: \xff\n", "x.yaml is not UTF-8 text (invalid start byte at byte 7)"),
+    ],
+)
+def test_file_is_refused(content: bytes, sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("x.yaml").write_bytes(content)
+    assert refused(capsys, ["fit", "--config", "x.yaml"]) == sentence
+
+
+# -- hostile input ----------------------------------------------------------------------------------------
+
+BUILDS = "{class_path: os.system, init_args: {command: touch owned}}"
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        f"model: {{loss: {BUILDS}}}",
+        f"data: {{validation: [{{name: x, path: x, columns: {{a: b}}, evaluator: {BUILDS}}}]}}",
+        *(f"trainer: {{{key}: {BUILDS}}}" for key in ("strategy", "logger", "plugins", "profiler", "accelerator")),
+        f"trainer: {{callbacks: [{BUILDS}]}}",
+        "trainer: {callbacks: [{class_path: subprocess.Popen, init_args: {args: [touch, owned]}}]}",
+        "trainer: {callbacks: [{class_path: builtins.exec}]}",
+        "model: {loss: !!python/object/apply:os.system [touch owned]}",
+        "model: {learning_rate: !owned 3}",
+    ],
+)
+def test_hostile_config_runs_nothing(hostile: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("x.yaml").write_text(CONFIG)
+    Path("y.yaml").write_text(hostile + "\n")
+    assert refused(capsys, ["fit", "--config", "x.yaml", "--config", "y.yaml"]).startswith("y.yaml:1: ")
+    assert not Path("owned").exists()
+
+
+def test_no_key_takes_any_value() -> None:
+    """A key of type Any would build whatever class a config names."""
+
+    def parts(hint: Any) -> set[Any]:
+        return {hint}.union(*(parts(arg) for arg in typing.get_args(hint)))
+
+    for parser in live_parsers().values():
+        hints = {action.dest: getattr(action, "_typehint", str) for action in parser._actions}
+        assert len(hints) > 60
+        assert [key for key, hint in hints.items() if Any in parts(hint) or object in parts(hint)] == []
+
+
+# -- run directories --------------------------------------------------------------------------------------
+
+
+def test_run_name_depends_on_the_overrides_the_seed_and_the_job() -> None:
+    flags = [Flag("model.learning_rate", "1e-3"), Flag("data.batch_size", "8")]
+    config = ["configs/stsb.yaml", "configs/hardware/ddp.yaml"]
+    assert name_run(config, [], 42, {}) == Path("runs/stsb/seed=42")
+    name = Path("runs/stsb/batch_size=8_learning_rate=1e-3_seed=7_job=99")
+    ranks = {"SLURM_PROCID": "3", "LOCAL_RANK": "1", "SLURM_RESTART_COUNT": "2"}
+    assert name_run(config, flags, 7, {"SLURM_JOB_ID": "99"}) == name
+    assert name_run(config, flags[::-1], 7, {"SLURM_JOB_ID": "99", **ranks}) == name
+
+
+def test_run_name_is_kept_on_other_hardware_and_when_resumed() -> None:
+    same = [
+        Flag("trainer.devices", "4"),
+        Flag("trainer.num_nodes", "2"),
+        Flag("trainer.strategy", "ddp"),
+        Flag("data.num_workers", "3"),
+        Flag("ckpt_path", "auto"),
+        Flag("tracking.wandb", "off"),
+        Flag("seed_everything", "42"),
+    ]
+    assert name_run(["a/b.yaml"], same, 42, {}) == Path("runs/b/seed=42")
+
+
+def test_run_name_stays_inside_runs() -> None:
+    def names(value: str) -> Path:
+        return name_run(["../../x.yaml"], [Flag("model.encoder.backbone", value)], 1, {"SLURM_JOB_ID": "../1"})
+
+    hostile = ["../../x", "/etc/passwd", "a" * 500, "a" * 501, "a/b", "a-b", "a\nb", "", "..", "ü"]
+    found = [names(value) for value in hostile]
+    assert len(set(found)) == len(hostile)  # two runs never share a folder
+    for path in found:
+        assert re.fullmatch(r"runs/x/[A-Za-z0-9._=-]{1,150}", str(path))
+    assert name_run(["..yaml"], [], 1, {}).resolve().is_relative_to(Path("runs").resolve())
+
+
+def test_first_rank_is_known_before_any_process_group() -> None:
+    assert is_first_rank({})
+    assert is_first_rank({"SLURM_PROCID": "0", "LOCAL_RANK": "0"})
+    assert not is_first_rank({"SLURM_PROCID": "1", "LOCAL_RANK": "0"})
+    assert not is_first_rank({"LOCAL_RANK": "1"})
+    assert not is_first_rank({"LOCAL_RANK": "0", "NODE_RANK": "1"})
+    assert rank_name({"RANK": "5", "LOCAL_RANK": "1"}) == "5"
+
+
+@pytest.mark.parametrize("trace", ["metrics.jsonl", "checkpoints/step-00000001.ckpt"])
+def test_fresh_fit_into_a_used_directory_is_refused(
+    trace: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = Path("used", trace)
+    used.parent.mkdir(parents=True)
+    used.write_text("")
+    Path("x.yaml").write_text(CONFIG)
+    args = ["fit", "--config", "x.yaml", "--trainer.default_root_dir", "used", "--trainer.accelerator", "cpu"]
+    assert refused(capsys, args) == (
+        "used already holds a run; go on with it: --ckpt_path auto · or start anew beside it: "
+        "--trainer.default_root_dir used-2"
+    )
+    # The ranks that the first one starts find its directory in use: they go on, here to the missing backbone.
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert refused(capsys, args, code=1).startswith("error (rank 1): model.encoder.backbone")
+
+
+# -- a run ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Path:
+    """A recipe of 3 steps on generated pairs."""
+    folder = tmp_path_factory.mktemp("recipe")
+    train, dev = write_pairs(folder, num_train=12, num_dev=6)
+    columns = {"anchor": "sentence1", "positive": "sentence2", "score": "score"}
+    source = {"columns": columns, "score_range": [0, 5]}
+    content = {
+        "model": {"encoder": {"backbone": str(tiny_encoder)}, "loss": "CosineSimilarity"},
+        "data": {
+            "train": [{"path": str(train), **source}],
+            "validation": [{"name": "dev", "path": str(dev), **source}],
+            "batch_size": 4,
+        },
+        "trainer": {"accelerator": "cpu", "devices": 1, "log_every_n_steps": 1},
+        "tracking": {"wandb": "off"},
+    }
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def logged_steps(folder: Path) -> list[int]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row["step"] for row in rows if "train/loss" in row]
+
+
+def test_fit_repeat_resume_and_validate(
+    recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One run through its life: named, repeated from its own config, refused, resumed, evaluated."""
+    secret = "0123456789abcdef0123456789abcdef01234567"
+    monkeypatch.setenv("WANDB_API_KEY", secret)
+    flags = ["--model.learning_rate", "1e-3", "--checkpoint.save_every_steps", "2"]
+    assert main(["fit", "--config", str(recipe), *flags, "--tracking.name", secret]) == 0
+    first = Path("runs/tiny/save_every_steps=2_learning_rate=1e-3_seed=42")
+    assert logged_steps(first) == [1, 2, 3]
+    assert (first / "model" / "modules.json").is_file()
+    text = (first / "config.yaml").read_text()
+    assert secret not in text
+    assert "#" not in text
+    config = yaml.safe_load(text)
+    assert config["model"]["learning_rate"] == 1e-3
+    assert config["trainer"]["gradient_clip_val"] == 1.0
+    assert config["trainer"]["max_epochs"] == 1
+    assert "encoder" not in config["data"]
+
+    again = ["fit", "--config", str(first / "config.yaml"), "--trainer.default_root_dir", "again"]
+    assert main(again) == 0
+    repeated = yaml.safe_load(Path("again/config.yaml").read_text())
+    assert repeated["trainer"].pop("default_root_dir") == "again"
+    config["trainer"].pop("default_root_dir")
+    assert repeated == config
+    weights = [
+        torch.load(folder / "checkpoints/step-00000003.ckpt", weights_only=True)["state_dict"]
+        for folder in (first, Path("again"))
+    ]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+    assert "--ckpt_path auto" in refused(capsys, again)
+    # Hyper-parameters inside a checkpoint never win over the command line.
+    path = Path("again/checkpoints/step-00000003.ckpt")
+    checkpoint = torch.load(path, weights_only=True)
+    torch.save({**checkpoint, "hyper_parameters": {"learning_rate": 9.0}}, path)
+    capsys.readouterr()
+    assert main([*again, "--ckpt_path", "auto", "--trainer.max_epochs", "2"]) == 0
+    assert f"checkpoint: {path}" in capsys.readouterr().out
+    assert logged_steps(Path("again")) == [1, 2, 3, 4, 5, 6]
+    assert yaml.safe_load(Path("again/config.yaml").read_text())["model"]["learning_rate"] == 1e-3
+
+    assert main(["validate", "--config", "again/config.yaml", "--ckpt_path", "auto"]) == 0
+    rows = [json.loads(line) for line in Path("again/metrics.jsonl").read_text().splitlines()]
+    last = [row["eval/dev/spearman_cosine"] for row in rows if "eval/dev/spearman_cosine" in row][-1]
+    assert f"{last:.4f}"[:5] in capsys.readouterr().out
+
+
+def test_auto_starts_fresh_where_there_is_no_checkpoint(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also for a job that Slurm has requeued before its first checkpoint: nobody types the flag there."""
+    assert main(["fit", "--config", str(recipe), "--ckpt_path", "auto", "--trainer.max_steps", "1"]) == 0
+    assert "no checkpoint in runs/tiny/max_steps=1_seed=42: starting fresh" in capsys.readouterr().out
+
+
+def test_requeued_job_goes_on(
+    recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = ["fit", "--config", str(recipe), "--trainer.default_root_dir", "job"]
+    assert main([*args, "--trainer.max_steps", "1"]) == 0
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert main([*args, "--trainer.max_steps", "2"]) == 0
+    assert "checkpoint: job/checkpoints/step-00000001.ckpt" in capsys.readouterr().out
+    assert logged_steps(Path("job")) == [1, 2]
+
+
+def test_later_list_replaces_the_earlier_and_says_so(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lists = "trainer:\n  callbacks: [LearningRateMonitor]\n"
+    Path("a.yaml").write_text(lists)
+    Path("b.yaml").write_text("# another\n" + lists)
+    args = ["validate", "--config", str(recipe), "--config", "a.yaml", "--config", "b.yaml"]
+    assert main([*args, "--trainer.default_root_dir", "run"]) == 0
+    assert "note: b.yaml:3: 'trainer.callbacks' replaces the list of a.yaml:2" in capsys.readouterr().out
+
+
+def test_error_of_our_own_is_one_line(
+    recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = ["fit", "--config", str(recipe), "--data.train.path", "nowhere.csv"]
+    said = refused(capsys, args, code=1)
+    assert said.startswith("error: nowhere.csv: no such file")
+    assert len(said.splitlines()) == 1
+    monkeypatch.setenv("TRAINER_DEBUG", "1")
+    with pytest.raises(ValueError, match=r"nowhere\.csv"):
+        main([*args, "--trainer.default_root_dir", "debug1"])
+    monkeypatch.delenv("TRAINER_DEBUG")
+    with pytest.raises(ValueError, match=r"nowhere\.csv"):
+        main([*args, "--debug", "--trainer.default_root_dir", "debug2"])
+
+
+def test_bad_row_is_named_through_every_library(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Our reader runs inside datasets, which wraps what it raises."""
+    rows = [
+        {"sentence1": "a b", "sentence2": "b c", "score": 3},
+        {"sentence1": None, "sentence2": "d", "score": 1},
+    ]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = refused(capsys, ["fit", "--config", str(recipe), "--data.train.path", "rows.jsonl"], code=1)
+    assert said.startswith("error: ")
+    assert "rows.jsonl:2" in said
+    assert "raised in" not in said
+
+
+def test_only_the_failing_rank_speaks(recipe: Path) -> None:
+    """Two real ranks, in processes of their own: Lightning starts the second from the first's command."""
+    args = ["fit", "--config", str(recipe), "--data.train.path", "nowhere.csv"]
+    args += ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    done = subprocess.run(
+        [sys.executable, "-m", "trainer", *args], capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert re.findall(r"^error: nowhere.csv", done.stderr, re.MULTILINE) == ["error: nowhere.csv"]

@@ -1,0 +1,145 @@
+"""The command line. Help and early refusals answer at once; Lightning is imported only to work."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+import traceback
+from pathlib import Path
+
+from trainer.config_files import ConfigError, read_command
+from trainer.run_dir import is_first_rank, rank_name
+
+COMMANDS = ("fit", "validate", "test", "export", "check", "demo")
+_LOST_RANK = re.compile("Connection (closed|reset) by peer|Broken pipe|remote process exited")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command line (default: this process's) and returns its exit status.
+
+    0 done; 1 the work failed; 2 the command line or a config file is wrong; 130 interrupted.
+    ``--debug`` or ``TRAINER_DEBUG=1`` shows the traceback of every failure.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in args or os.environ.get("TRAINER_DEBUG") == "1"
+    try:
+        return _dispatch([arg for arg in args if arg != "--debug"])
+    except ConfigError as error:
+        if debug:
+            raise
+        if is_first_rank(os.environ):  # every rank reads the same files
+            print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        user_error = _user_error(error)
+        if debug or user_error is None:
+            raise
+        print(_sentence(user_error), file=sys.stderr)
+        return 1
+
+
+def _dispatch(args: list[str]) -> int:
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(help_text("trainer"), end="")
+        return 0
+    command, rest = args[0], args[1:]
+    if command not in COMMANDS:
+        raise ConfigError(_not_a_command(args))
+    if command == "demo":
+        from trainer.demo import main as demo
+
+        return demo(rest)
+    if "-h" in rest or "--help" in rest:
+        print(help_text(command), end="")
+        return 0
+    if command == "export":
+        return _export(rest)
+    if command == "check":
+        return _check(rest)
+    return _run_lightning(command, rest)
+
+
+def help_text(name: str) -> str:
+    """A screen of help that was made from the live parser (`python -m trainer.help_text`)."""
+    return (Path(__file__).parent / "help" / f"{name}.txt").read_text(encoding="utf-8")
+
+
+def _not_a_command(args: list[str]) -> str:
+    given = next((arg for arg in args if arg in COMMANDS), "fit")
+    if args[0].startswith("-"):
+        others = [arg for arg in args if arg != given] if given in args else args
+        return f"the subcommand comes first: trainer {given} {' '.join(others)}"
+    if args[0].endswith((".yaml", ".yml")):
+        return f"'{args[0]}' is no subcommand; did you mean: trainer fit --config {' '.join(args)}"
+    near = difflib.get_close_matches(args[0], COMMANDS, n=1)
+    hint = f"did you mean '{near[0]}'?" if near else f"there are: {', '.join(COMMANDS)}"
+    return f"'{args[0]}' is no subcommand; {hint}"
+
+
+def _run_lightning(command: str, args: list[str]) -> int:
+    args = ["--help" if arg == "--help-all" else arg for arg in args]
+    if not args:
+        raise ConfigError(f"a recipe is needed: trainer {command} --config configs/X.yaml")
+    written = read_command(args)
+    from trainer.lightning_cli import run
+
+    run([command, *args], written)
+    return 0
+
+
+def _check(args: list[str]) -> int:
+    if "--exact" not in args:
+        raise ConfigError("there is one check so far: trainer check --exact --config configs/X.yaml")
+    args = [arg for arg in args if arg != "--exact"]
+    written = read_command(args)
+    from trainer.distributed.exact import check_exact
+    from trainer.lightning_cli import run
+
+    return check_exact(run(["fit", *args], written, execute=False))
+
+
+def _export(args: list[str]) -> int:
+    if len(args) != 2 or any(arg.startswith("-") for arg in args):
+        raise ConfigError("two paths are needed: trainer export RUN_OR_CHECKPOINT OUT")
+    source, out = Path(args[0]), Path(args[1])
+    if not source.exists():
+        raise ConfigError(f"there is no run or checkpoint {source}")
+    from trainer.export.sentence_transformers import export_run
+
+    export_run(source, out)
+    return 0
+
+
+def _user_error(error: BaseException | None) -> BaseException | None:
+    """What the user can mend: a ValueError, Lightning's complaint about settings, the loss of a rank.
+
+    Libraries wrap what our code raises inside them (datasets does), so the chain of causes is searched.
+    """
+    while error is not None:
+        if isinstance(error, ValueError) or type(error).__name__ == "MisconfigurationException":
+            return error
+        if isinstance(error, RuntimeError) and _LOST_RANK.search(str(error)):
+            return error
+        error = error.__cause__
+    return None
+
+
+def _sentence(error: BaseException) -> str:
+    """``error: cause and remedy``; where a library raised it, also in which line."""
+    rank = "" if is_first_rank(os.environ) else f" (rank {rank_name(os.environ)})"
+    if isinstance(error, RuntimeError):  # the rank that failed says why
+        return f"error{rank}: another rank has ended, so this one stops"
+    text = str(error)
+    if "\nOriginal Traceback" in text:  # a worker of a loader: its traceback is in the text
+        text = re.split(r"\n[\w.]+: ", text.strip())[-1]
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    ours = Path(last.filename).is_relative_to(Path(__file__).parent) or text != str(error)
+    where = "" if ours else f"\n  raised in {last.filename}:{last.lineno}; --debug shows the way there"
+    return f"error{rank}: {text}{where}"

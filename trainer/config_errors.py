@@ -1,0 +1,253 @@
+"""Turns a parser's refusal into sentences with file and line.
+
+The parser decides whether a config is wrong; this module finds where. It walks what the user wrote beside the
+type hints the parser was built from, and names every key that is unknown and every value that does not fit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import re
+import sys
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any, Union
+
+import yaml
+
+from trainer.config_files import ConfigError, Flag, Written, describe, place_of
+from trainer.config_values import FlagText, fits, must
+
+_MAX_PROBLEMS = 5
+_CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
+
+
+def explain(message: str, groups: Mapping[str, Any], written: Written) -> str:
+    """One line per problem, at most five.
+
+    Args:
+        message: what the parser said.
+        groups: top-level key -> class whose ``__init__`` takes the keys below it, or type of a plain value.
+        written: files and flags of the command.
+    """
+    walk = _Walk(groups)
+    for root in [*written.files, *(_as_node(flag) for flag in written.flags)]:
+        walk.keys(root, groups, "")
+    if walk.problems:
+        rest = len(walk.problems) - _MAX_PROBLEMS
+        return "\n".join(walk.problems[:_MAX_PROBLEMS] + ([f"and {rest} more"] if rest > 0 else []))
+    return _plain(message)
+
+
+def check_written(groups: Mapping[str, Any], links: Mapping[str, str], written: Written) -> None:
+    """Refuses what a parser lets pass: a key that always follows another, a group that is a single word."""
+    for target, source in links.items():
+        if place := written.place(target):
+            raise ConfigError(f"{place}: '{target}' always follows '{source}'; set that one")
+    for file in written.files:
+        for key, value in file.value:
+            if inspect.isclass(groups.get(key.value)) and groups[key.value].__module__ != "builtins":
+                text = isinstance(value, yaml.ScalarNode) and value.tag.rpartition(":")[2] in ("str", "null")
+                if not isinstance(value, yaml.MappingNode) and not text:
+                    known = ", ".join(list(parameters(groups[key.value])[0])[:3])
+                    raise ConfigError(
+                        f"{place_of(value)}: {key.value} must be keys ({known}, ...), found {describe(value)}"
+                    )
+
+
+def _plain(message: str) -> str:
+    """The parser's own sentence without its jargon."""
+    missing = re.search(r"arguments are required: (.*)", message)
+    nothing = re.search(r'Parser key "([^"]+)":\s+Expected a .* Got value: None$', message)
+    if missing or nothing:
+        keys = missing.group(1).split(", ") if missing else [nothing.group(1)] if nothing else []
+        names = ", ".join(f"'{re.sub('^(fit|validate|test)[.]', '', key)}'" for key in keys)
+        return f"no value for {names}: set it in a --config file or as a flag"
+    message = re.sub(r'Parser key "([^"]+)":\s*', r"\1: ", message)
+    return re.sub(r"\s+", " ", message).replace("<class '", "").replace("'>", "")
+
+
+def _as_node(flag: Flag) -> yaml.MappingNode:
+    """``--a.b text`` as the tree {a: {b: text}} whose place is the flag."""
+    mark = yaml.Mark(f"flag --{flag.key}", 0, 0, 0, None, 0)
+    node: yaml.Node = FlagText("tag:yaml.org,2002:str", flag.text or "", mark, mark)
+    for part in reversed(flag.key.removesuffix("+").split(".")):
+        key = yaml.ScalarNode("tag:yaml.org,2002:str", part, mark, mark)
+        node = yaml.MappingNode("tag:yaml.org,2002:map", [(key, node)], mark, mark)
+    assert isinstance(node, yaml.MappingNode)
+    return node
+
+
+class _Walk:
+    """Goes down one tree of nodes beside type hints and collects what does not fit."""
+
+    def __init__(self, groups: Mapping[str, Any]) -> None:
+        self.groups = groups
+        self.problems: list[str] = []
+
+    def keys(self, node: yaml.Node, known: Mapping[str, Any], path: str, closed: bool = True) -> None:
+        """Keys of a mapping; with ``closed`` no others may stand there."""
+        for key, value in node.value:
+            name = f"{path}.{key.value}".lstrip(".")
+            help_flag = isinstance(value, FlagText) and key.value == "help"
+            if key.value in known:
+                self.value(value, known[key.value], name)
+            elif closed and key.value != "<<" and not help_flag:
+                hint = self.suggest(key.value, path, known)
+                self.problems.append(f"{place_of(key)}: unknown key '{name}'{hint}")
+
+    def suggest(self, key: str, path: str, known: Mapping[str, Any]) -> str:
+        """The nearest key at this level, or the same word at another level, or the keys there are."""
+        near = [f"{path}.{name}".lstrip(".") for name in difflib.get_close_matches(key, known, n=1)]
+        same = [name for name in _dotted_keys(self.groups) if name.endswith(f".{key}")]
+        found = near + same if path else same + near
+        if found:
+            return f"; did you mean '{found[0]}'?"
+        names = [name for name in known if name not in ("config", "print_config")]
+        return f"; keys here: {', '.join(names[:12])}{', ...' if len(names) > 12 else ''}"
+
+    def value(self, node: yaml.Node, hint: Any, path: str) -> None:
+        if typing.get_origin(hint) in (Union, types.UnionType):
+            hint = _choose(node, hint)
+        origin, args = typing.get_origin(hint), typing.get_args(hint)
+        if isinstance(node, yaml.MappingNode) and _is_group(hint):
+            self.group(node, hint, path)
+        elif isinstance(node, yaml.MappingNode) and origin is list:  # a flag into a list: --data.train.path x
+            self.value(node, args[0], path)
+        elif isinstance(node, yaml.SequenceNode) and origin is list:
+            for index, item in enumerate(node.value):
+                before = len(self.problems)
+                self.value(item, args[0], f"{path}[{index}]")
+                if len(self.problems) == before:  # a misspelt key would be missing too
+                    self.whole(item, args[0], f"{path}[{index}]")
+        elif isinstance(node, yaml.MappingNode) and origin is dict:
+            for key, value in node.value:
+                self.value(value, args[1], f"{path}.{key.value}")
+        elif isinstance(node, yaml.ScalarNode) and _is_group(hint) and not dataclasses.is_dataclass(hint):
+            if not node.tag.endswith("null"):
+                self.class_name(node, hint, path)
+        elif not fits(node, hint):
+            self.problems.append(f"{_at(node, path)} {must(hint, node)}")
+
+    def group(self, node: yaml.MappingNode, hint: type, path: str) -> None:
+        """Keys below a class: its own, or class_path with init_args."""
+        written = {key.value: value for key, value in node.value}
+        known, closed = parameters(hint)
+        if "class_path" in written:
+            cls = self.class_name(written["class_path"], hint, f"{path}.class_path")
+            if cls and isinstance(written.get("init_args"), yaml.MappingNode):
+                known, closed = parameters(cls)
+                self.keys(written["init_args"], known, f"{path}.init_args", closed)
+            for key, _ in node.value:
+                if key.value not in _CLASS_KEYS:
+                    self.problems.append(
+                        f"{place_of(key)}: unknown key '{path}.{key.value}' beside class_path; "
+                        f"what the class takes goes below '{path}.init_args'"
+                    )
+        elif path in self.groups or dataclasses.is_dataclass(hint):
+            self.keys(node, known, path, closed)
+        else:  # arguments without the class: they may be any subclass's
+            names = {name for cls in _subclasses(hint) for name in parameters(cls)[0]}
+            self.keys(node, dict.fromkeys([*_CLASS_KEYS, *names], Any), path)
+
+    def whole(self, node: yaml.Node, hint: Any, path: str) -> None:
+        """Required keys of a list item: no later file adds to an item, so they stand here or nowhere."""
+        if dataclasses.is_dataclass(hint) and isinstance(node, yaml.MappingNode):
+            written = {key.value for key, _ in node.value}
+            for part in dataclasses.fields(hint):
+                required = part.default is dataclasses.MISSING and part.default_factory is dataclasses.MISSING
+                if required and part.name not in written and not written & {"class_path", "<<"}:
+                    self.problems.append(f"{place_of(node)}: {path} has no '{part.name}'")
+
+    def class_name(self, node: yaml.Node, hint: type, path: str) -> type | None:
+        """The class that is named, None (and a problem) where there is none of that kind."""
+        if not isinstance(node, yaml.ScalarNode) or node.tag != "tag:yaml.org,2002:str":
+            self.problems.append(f"{_at(node, path)} must be a class name, found {describe(node)}")
+            return None
+        cls = _find_class(node.value, hint)
+        if cls is None:
+            classes = [sub for sub in _subclasses(hint) if sub is not hint and not inspect.isabstract(sub)]
+            names = sorted({sub.__name__ for sub in classes})
+            near = difflib.get_close_matches(node.value.rpartition(".")[2], names, n=1)
+            others = f"; did you mean '{near[0]}'?" if near else f"; there are: {', '.join(names[:12])}"
+            self.problems.append(f"{_at(node, path)}: '{node.value}' is no {hint.__name__}{others}")
+        return cls
+
+
+def parameters(cls: type) -> tuple[dict[str, Any], bool]:
+    """Name -> type hint of what a class takes, and whether that is all (no ``**kwargs`` left open)."""
+    hints: dict[str, Any] = {}
+    for base in cls.__mro__[:-1]:
+        if "__init__" not in base.__dict__:
+            continue
+        init = base.__dict__["__init__"]
+        try:
+            resolved = typing.get_type_hints(init)
+        except (NameError, TypeError):
+            resolved = {}
+        signature = list(inspect.signature(init).parameters.values())[1:]
+        for parameter in signature:
+            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+                hints.setdefault(parameter.name, resolved.get(parameter.name, Any))
+        if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in signature):
+            return hints, True
+    return hints, not any("__init__" in base.__dict__ for base in cls.__mro__[:-1])
+
+
+def _dotted_keys(groups: Mapping[str, Any], path: str = "") -> Iterator[str]:
+    for name, hint in groups.items():
+        yield f"{path}{name}"
+        if _is_group(hint) and (not path or dataclasses.is_dataclass(hint)):
+            yield from _dotted_keys(parameters(hint)[0], f"{path}{name}.")
+
+
+def _is_group(hint: Any) -> bool:
+    """A class, written as keys or by its name; not a plain value, container or union."""
+    return inspect.isclass(hint) and typing.get_origin(hint) is None and hint.__module__ != "builtins"
+
+
+def _at(node: yaml.Node, path: str) -> str:
+    """``file:line: path``; a flag that names the path already is enough."""
+    place = place_of(node)
+    return place if place == f"flag --{path}" else f"{place}: {path}"
+
+
+def _choose(node: yaml.Node, union: Any) -> Any:
+    """The member of a union that was meant, by the kind of what was written; in doubt the union itself."""
+    fitting = [option for option in typing.get_args(union) if _can_hold(node, option)]
+    groups = [option for option in fitting if _is_group(option)]
+    if isinstance(node, yaml.MappingNode) and len(groups) > 1:
+        names = [value.value for key, value in node.value if key.value == "class_path"]
+        fitting = [option for option in groups if names and _find_class(names[0], option)][:1] or groups[:1]
+    return fitting[0] if len(fitting) == 1 else union
+
+
+def _can_hold(node: yaml.Node, option: Any) -> bool:
+    origin = typing.get_origin(option) or option
+    if isinstance(node, yaml.MappingNode):
+        return origin is dict or _is_group(option)
+    if isinstance(node, yaml.SequenceNode):
+        return origin in (list, tuple)
+    return option is not type(None) or node.tag.endswith("null")
+
+
+def _subclasses(cls: type) -> list[type]:
+    """``cls`` and all classes below it, each once."""
+    found: dict[type, None] = {cls: None}
+    direct: list[type] = cls.__subclasses__()
+    for sub in direct:
+        found |= dict.fromkeys(_subclasses(sub))
+    return list(found)
+
+
+def _find_class(name: str, base: type) -> type | None:
+    """A class below ``base`` by bare name, or by a path that the parser has imported already."""
+    for cls in _subclasses(base):
+        if name == cls.__name__:
+            return cls
+    module, _, attribute = str(name).rpartition(".")
+    found = getattr(sys.modules.get(module), attribute, None)
+    return found if inspect.isclass(found) and issubclass(found, base) else None

@@ -1,0 +1,161 @@
+"""Makes the screens of ``trainer --help`` from the live parser: ``python -m trainer.help_text`` writes them.
+
+Importing Lightning takes seconds, and its own help has hundreds of lines; a test holds these to the parser.
+"""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parent / "help"
+WIDTH, HEIGHT, KEY_WIDTH = 80, 40, 35
+
+# Our keys speak for themselves: the sentence is that of the docstring. Lightning's need a shorter one.
+OTHER_SENTENCES = {
+    "seed_everything": "of all randomness",
+    "trainer.max_epochs": "1 where no other limit is given",
+    "trainer.val_check_interval": "steps, or a fraction of an epoch (1.0)",
+    "trainer.precision": "32-true, bf16-mixed, 16-mixed",
+    "trainer.devices": "ranks per node",
+    "trainer.default_root_dir": "run directory (runs/<recipe>/<name>)",
+    "ckpt_path": "checkpoint; auto: newest of the run directory",
+}
+REQUIRED = {"model.encoder.backbone", "model.loss", "data.train"}
+KEYS = {
+    "fit": """
+        seed_everything
+        model.encoder.backbone model.encoder.max_length model.encoder.pooling
+        model.loss model.learning_rate model.warmup_ratio model.schedule model.max_tokens
+        data.train data.validation data.batch_size
+        trainer.max_epochs trainer.val_check_interval trainer.precision trainer.devices
+        trainer.default_root_dir
+        checkpoint.save_every_steps checkpoint.keep checkpoint.monitor
+        tracking.wandb
+        ckpt_path
+    """,
+    "validate": """
+        model.encoder.backbone model.encoder.max_length model.encoder.pooling model.max_tokens
+        data.validation
+        trainer.precision trainer.devices trainer.default_root_dir
+        ckpt_path
+    """,
+}
+KEYS["test"] = KEYS["validate"]
+
+MAIN = """\
+usage: trainer COMMAND ...       (trainer COMMAND --help shows a screen of each)
+
+Fine-tunes siamese sentence encoders: the same run on any number of ranks.
+
+commands:
+  fit        train, evaluate, write a folder that sentence-transformers loads
+  validate   evaluate a model or a checkpoint on data.validation
+  test       the same, logged as test
+  export     write a sentence-transformers folder from a run or a checkpoint
+  check      --exact: compare your ranks with a single process, step by step
+  demo       generate data and an encoder, train, export and try it; no network
+
+three ways to run:
+  trainer fit --config configs/stsb.yaml                      as the recipe says
+  trainer fit --config configs/stsb.yaml --data.batch_size 64 any key overridden
+  sbatch --nodes 2 slurm/train.sh configs/stsb.yaml           on a cluster
+
+--debug (or TRAINER_DEBUG=1) shows the traceback of a failure.
+"""
+EXPORT = """\
+usage: trainer export RUN_OR_CHECKPOINT OUT
+
+Writes a folder that sentence-transformers loads, with its model card.
+
+  trainer export runs/stsb model     the best checkpoint of a run, else the last
+  trainer export runs/stsb/checkpoints/step-00000500.ckpt model
+"""
+CHECK = """\
+usage: trainer check --exact --config RECIPE.yaml [--KEY VALUE]
+
+Runs two steps on your ranks and in a single process, dropout off, and compares
+rows, loss, parameter gradients and one metric. Says pass (exit 0), or which of
+them differs and by how much (exit 1). Takes every key of trainer fit.
+
+  trainer check --exact --config configs/stsb.yaml --trainer.devices 2
+  srun trainer check --exact --config configs/stsb.yaml
+"""
+HEADS = {
+    "fit": """\
+usage: trainer fit --config RECIPE.yaml [--config HARDWARE.yaml] [--KEY VALUE]
+
+  trainer fit --config configs/stsb.yaml                      as the recipe says
+  trainer fit --config configs/stsb.yaml --data.batch_size 64 any key overridden
+  sbatch --nodes 2 slurm/train.sh configs/stsb.yaml           on a cluster
+""",
+    "validate": """\
+usage: trainer validate --config RECIPE.yaml [--ckpt_path auto] [--KEY VALUE]
+
+Evaluates on data.validation: the backbone as it is, or a checkpoint of a run.
+
+  trainer validate --config configs/stsb.yaml
+  trainer validate --config runs/stsb/config.yaml --ckpt_path auto
+""",
+}
+HEADS["test"] = HEADS["validate"].replace("trainer validate", "trainer test")
+
+
+def render(command: str, parser: Any) -> str:
+    """The screen of one subcommand, from its parser."""
+    actions = {action.dest: action for action in parser._actions}
+    lines = [HEADS[command], "keys, in YAML or as flags, with defaults (* must be given):"]
+    for key in KEYS[command].split():
+        lines += _line(key, actions[key])
+    if command == "fit":
+        lines += ["losses: " + " ".join(_losses())]
+    return "\n".join([*lines, "--help-all lists every key, --model.loss.help NAME what a loss takes."]) + "\n"
+
+
+def _line(key: str, action: Any) -> list[str]:
+    default = "" if action.default is None else f" {action.default}"
+    sentence = OTHER_SENTENCES.get(key) or re.split(r"[;:.](?:\s|$)", action.help or "")[0]
+    flag = f"{'*' if key in REQUIRED else ' '} --{key}{default}"
+    texts = textwrap.wrap(sentence, WIDTH - KEY_WIDTH - 1, break_on_hyphens=False)
+    return [f"{flag:<{KEY_WIDTH}} {texts[0]}"] + [" " * (KEY_WIDTH + 1) + text for text in texts[1:]]
+
+
+def _losses() -> list[str]:
+    from trainer import losses
+
+    return sorted(name for name in losses.__all__ if name != "Loss")
+
+
+def live_parsers() -> Mapping[str, Any]:
+    """The parsers of fit, validate and test, as a command line would meet them."""
+    from trainer.config_files import Written
+    from trainer.lightning_cli import TrainerCLI
+
+    class Built(Exception):  # noqa: N818 - no error: it carries the parsers out before anything is parsed
+        pass
+
+    class ParsersOnly(TrainerCLI):
+        def parse_arguments(self, parser: Any, args: Any) -> None:
+            raise Built(self._subcommand_parsers)
+
+    try:
+        ParsersOnly([], Written())
+    except Built as built:
+        return built.args[0]
+    raise AssertionError("LightningCLI did not parse")
+
+
+def screens() -> dict[str, str]:
+    """File stem -> text of every screen."""
+    parsers = live_parsers()
+    rendered = {command: render(command, parsers[command]) for command in KEYS}
+    return {"trainer": MAIN, "export": EXPORT, "check": CHECK, **rendered}
+
+
+if __name__ == "__main__":
+    FOLDER.mkdir(exist_ok=True)
+    for name, text in screens().items():
+        (FOLDER / f"{name}.txt").write_text(text, encoding="utf-8")

@@ -1,0 +1,235 @@
+"""`trainer fit`, `validate` and `test`: LightningCLI with our classes, run directories, readable refusals."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import transformers
+import yaml
+from jsonargparse import set_parsing_settings
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from trainer.checkpoint import AtomicCheckpointIO, Checkpoints, newest
+from trainer.config_errors import check_written, explain
+from trainer.config_files import ConfigError, Written, replaced_lists
+from trainer.data.module import PairData
+from trainer.encoder.spec import EncoderSpec
+from trainer.evaluation.runner import Evaluation
+from trainer.module import EmbeddingModule
+from trainer.run_dir import is_first_rank, name_run, refuse_used, write_config
+from trainer.tracking.metrics import MetricsLog
+from trainer.tracking.progress import Progress
+from trainer.tracking.redact import redact
+from trainer.tracking.wandb import Tracking, make_logger
+
+# No value names a class that runs code (os.system, subprocess.Popen) or is built where any value fits.
+set_parsing_settings(instantiate_subclass_spec_in_any=False, import_path_denylist=[])
+
+GROUPS: Mapping[str, type] = {
+    "model": EmbeddingModule,
+    "data": PairData,
+    "trainer": Trainer,
+    "checkpoint": Checkpoints,
+    "tracking": Tracking,
+}
+# Our order, evaluation, checkpoints and progress take the place of Lightning's.
+TRAINER_DEFAULTS: Mapping[str, Any] = {
+    "gradient_clip_val": 1.0,
+    "logger": False,
+    "log_every_n_steps": 10,
+    "num_sanity_val_steps": 0,
+    "use_distributed_sampler": False,
+    "enable_model_summary": False,
+}
+# target key -> the key it always follows
+LINKS: Mapping[str, str] = {
+    "data.seed": "seed_everything",
+    **{f"data.encoder.{part.name}": f"model.encoder.{part.name}" for part in dataclasses.fields(EncoderSpec)},
+}
+# trainer key -> (the only value, why)
+FIXED: Mapping[str, tuple[Any, str]] = {
+    "accumulate_grad_batches": (
+        1,
+        "data.batch_size is the global batch of one optimizer step, and model.max_tokens bounds the memory "
+        "of one forward: set these two instead",
+    ),
+    "use_distributed_sampler": (False, "data decides which rows form a step, whatever the number of ranks"),
+}
+
+
+class TrainerCLI(LightningCLI):
+    """Parses, builds and, unless told otherwise, runs one subcommand.
+
+    Args:
+        args: subcommand and what follows it.
+        written: the same, read with its places.
+        execute: False builds model, datamodule and trainer, and stops there.
+
+    Raises:
+        ConfigError: a key or a value is wrong; the text says where.
+    """
+
+    def __init__(self, args: list[str], written: Written, execute: bool = True) -> None:
+        self.written = written
+        self.execute = execute
+        quiet = {"exit_on_error": False, "allow_abbrev": False}  # a short form would hide a misspelt flag
+        super().__init__(
+            EmbeddingModule,
+            PairData,
+            save_config_callback=None,
+            trainer_defaults={**TRAINER_DEFAULTS, "callbacks": [MetricsLog(), Progress(), Evaluation()]},
+            seed_everything_default=42,
+            parser_kwargs={"prog": "trainer", **quiet, **{name: dict(quiet) for name in self.subcommands()}},
+            args=args,
+            auto_configure_optimizers=False,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        commands = LightningCLI.subcommands()
+        return {name: commands[name] for name in ("fit", "validate", "test")}
+
+    # -- parsing ------------------------------------------------------------------------------------------
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        default = self.seed_everything_default
+        parser.add_argument("--seed_everything", type=int, default=default, help="of all randomness.")
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(Checkpoints, "checkpoint")
+        parser.add_class_arguments(Tracking, "tracking")
+        for target, source in LINKS.items():
+            parser.link_arguments(source, target)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        check_written(GROUPS, LINKS, self.written)
+        try:
+            self.config = parser.parse_args(args)
+        except argparse.ArgumentError as error:
+            raise ConfigError(explain(str(error), self._known_keys(), self.written)) from error
+        options = self.config[self.config.subcommand]
+        for key, (value, reason) in FIXED.items():
+            if options.trainer[key] != value:
+                place = self.written.place(f"trainer.{key}")
+                raise ConfigError(f"{place}: trainer.{key} stays {str(value).lower()}: {reason}")
+
+    def _known_keys(self) -> dict[str, Any]:
+        method = {"ckpt_path": str | None, "weights_only": bool | None, "verbose": bool}
+        return {"seed_everything": int, **GROUPS, **method, "config": str, "print_config": str}
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: Lightning would let hyper-parameters of the checkpoint overwrite flags in silence."""
+
+    # -- building -----------------------------------------------------------------------------------------
+
+    @property
+    def options(self) -> Any:
+        """The effective config of the subcommand."""
+        return self.config[self.subcommand]
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.options.trainer.default_root_dir)
+
+    def before_instantiate_classes(self) -> None:
+        if self.options.trainer.default_root_dir is None:
+            seed = self.options.seed_everything
+            folder = name_run(self.written.paths, self.written.flags, seed, os.environ)
+            self.options.trainer.default_root_dir = str(folder)
+        limits = self.options.trainer
+        if limits.max_epochs is None and limits.max_steps == -1 and limits.max_time is None:
+            limits.max_epochs = 1  # Lightning would take 1000
+        if not self.execute:
+            return
+        if is_first_rank(os.environ):
+            for note in replaced_lists(self.written.files):
+                print(f"note: {note}")
+        self._resolve_checkpoint()
+
+    def _resolve_checkpoint(self) -> None:
+        """``auto`` becomes the newest checkpoint of the run directory; a fresh fit needs a fresh one."""
+        wanted, first = self.options.ckpt_path, is_first_rank(os.environ)
+        requeued = int(os.environ.get("SLURM_RESTART_COUNT", "0") or 0) > 0
+        if wanted is None and self.subcommand == "fit" and not requeued:
+            if first:  # only here: to the ranks it starts, the directory is already in use
+                refuse_used(self.run_dir)
+        elif wanted == "auto" or (wanted is None and self.subcommand == "fit"):
+            found = newest(self.run_dir)
+            if found is None and self.subcommand != "fit":
+                raise ConfigError(f"--ckpt_path auto: there is no checkpoint in {self.run_dir}")
+            if first:
+                print(f"checkpoint: {found}" if found else f"no checkpoint in {self.run_dir}: starting fresh")
+            self.options.ckpt_path = str(found) if found else None
+        elif wanted is not None and "://" not in wanted and not Path(wanted).exists():
+            raise ConfigError(f"--ckpt_path {wanted}: no such checkpoint; auto takes the newest of {self.run_dir}")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        plugins = self._get(self.config_init, "trainer").plugins or []
+        kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
+        if SLURMEnvironment.detect():
+            # Lightning's requeue waits for all ranks inside a signal handler, and deadlocks (#21406)
+            kwargs["plugins"].append(SLURMEnvironment(auto_requeue=False))
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (TypeError, ValueError, MisconfigurationException) as error:
+            raise ConfigError(f"the trainer can't be built from these settings: {error}") from error
+
+    # -- running ------------------------------------------------------------------------------------------
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        if self.execute:
+            super()._run_subcommand(subcommand)
+
+    def before_fit(self) -> None:
+        config = self.effective_config()
+        if is_first_rank(os.environ):
+            write_config(config, self.run_dir / "config.yaml")
+        if not self.options.trainer.logger:
+            tracking = self._get(self.config_init, "tracking")
+            self.trainer.logger = make_logger(tracking, self.run_dir, config)
+
+    def after_fit(self) -> None:
+        if is_first_rank(os.environ) and self.trainer.state.finished and newest(self.run_dir):
+            from trainer.export.sentence_transformers import export_run
+
+            export_run(self.run_dir, self.run_dir / "model")
+            print(f"model: {self.run_dir / 'model'}")
+
+    def effective_config(self) -> dict[str, Any]:
+        """What the run is made of, every default written out, secrets taken out; `fit --config` reads it."""
+        kept = self.options.clone()
+        kept.pop("config", None)
+        kept["ckpt_path"] = None  # where this start went on from is no part of what the run is
+        return redact(yaml.safe_load(self._parser(self.subcommand).dump(kept, skip_none=False)))
+
+
+def run(args: list[str], written: Written, execute: bool = True) -> TrainerCLI:
+    """Builds and runs ``args``; with ``execute`` False it only builds."""
+    _quieten()
+    return TrainerCLI(args, written, execute)
+
+
+def _quieten() -> None:
+    """Leaves out what libraries say that the user cannot act on."""
+    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
+    warnings.filterwarnings("ignore", message=".*`srun` command is available.*")
+    for handler in logging.getLogger("lightning.pytorch").handlers:
+        handler.addFilter(_is_wanted)  # twice is once
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+
+
+def _is_wanted(record: logging.LogRecord) -> bool:
+    noise = ("litlogger", "TPU available", "`weights_only` was not")
+    return not any(part in record.getMessage() for part in noise)
