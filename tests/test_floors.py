@@ -25,8 +25,8 @@ FLOORS = {
     3: """trainer.module trainer.checkpoint trainer.data.module trainer.evaluation.runner trainer.evaluation.sharded
           trainer.distributed.exact trainer.distributed.strategies* trainer.tracking trainer.tracking.*""",
     2: """trainer.losses trainer.losses.* trainer.encoder trainer.encoder.*
-          trainer.data.cache trainer.data.checks trainer.data.collate trainer.data.files trainer.data.order
-          trainer.data.rows trainer.data.sources trainer.data.tokens trainer.data.values
+          trainer.data.batches trainer.data.cache trainer.data.checks trainer.data.collate trainer.data.files
+          trainer.data.order trainer.data.rows trainer.data.sources trainer.data.tokens trainer.data.values
           trainer.evaluation trainer.evaluation.base trainer.evaluation.sts trainer.evaluation.triplet""",
     1: "trainer trainer.batch trainer.data trainer.distributed trainer.distributed.gather",
 }

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trainer.data.module import PairData, StepBatches
+from trainer.data.batches import StepBatches
+from trainer.data.module import PairData
 from trainer.data.sources import Source
 from trainer.encoder import EncoderSpec
 

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from datasets import Dataset as Rows
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
-from trainer.batch import PackedBatch, Targets
-from trainer.data.collate import pack
-from trainer.data.order import Order, split_rows
+from trainer.batch import PackedBatch
+from trainer.data.batches import StepBatches
+from trainer.data.order import Order
 from trainer.data.sources import EvalSource, Source, load
-from trainer.data.tokens import TokenTable, tokenize
+from trainer.data.tokens import TokenTable, tokenize, worker_context
 from trainer.distributed import gather
 from trainer.encoder.spec import EncoderSpec
 from trainer.encoder.text import TextPreparation, load_text_preparation
@@ -35,37 +35,6 @@ class ValidationSet:
     rows: Rows
     evaluator: Evaluator
     text: TextPreparation
-
-
-class StepBatches(Dataset[PackedBatch]):
-    """Item t is this rank's packed batch of global step t, counted from the start of the run."""
-
-    def __init__(
-        self, tables: Sequence[TokenTable], order: Order, steps_per_epoch: int, rank: int, world_size: int
-    ) -> None:
-        self.tables = tables
-        self.order = order
-        self.steps_per_epoch = steps_per_epoch
-        self.rank = rank
-        self.world_size = world_size
-
-    def __getitem__(self, step: int) -> PackedBatch:
-        plan = self.order.step(*divmod(step, self.steps_per_epoch))
-        rows_per_rank = split_rows(len(plan.rows), self.world_size)
-        first = sum(rows_per_rank[: self.rank])
-        rows = plan.rows[first : first + rows_per_rank[self.rank]]
-        # A rank without rows embeds one placeholder, so that every rank runs the same graph; it counts for nothing.
-        embedded = rows if len(rows) else plan.rows[:1]
-        table = self.tables[plan.source]
-        targets = Targets(
-            rows_per_rank=rows_per_rank,
-            row_ids_B=torch.from_numpy(rows),
-            labels_B=None if table.labels is None else torch.from_numpy(table.labels[rows].astype(np.int64)),
-            scores_B=None if table.scores is None else torch.from_numpy(table.scores[rows].astype(np.float32)),
-            rank=self.rank,
-        )
-        columns = [table.ids(column, embedded) for column in table.columns]
-        return pack(columns, targets, num_rows=len(rows), source=plan.source)
 
 
 class StepSampler(Sampler[int]):
@@ -213,6 +182,7 @@ class PairData(LightningDataModule):
             batch_size=None,
             sampler=StepSampler(self),
             num_workers=self.num_workers,
+            multiprocessing_context=worker_context() if self.num_workers else None,
             pin_memory=torch.cuda.is_available(),
         )
 

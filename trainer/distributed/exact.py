@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from trainer.batch import PackedBatch
-from trainer.data.module import StepBatches
+from trainer.data.batches import StepBatches
 from trainer.distributed import gather
 from trainer.evaluation.sharded import evaluate
 from trainer.module import EmbeddingModule

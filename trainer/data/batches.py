@@ -1,0 +1,45 @@
+"""The batches of a run by their step, for a loader's worker processes: light to import, light to send."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from trainer.batch import PackedBatch, Targets
+from trainer.data.collate import pack
+from trainer.data.order import Order, split_rows
+from trainer.data.tokens import TokenTable
+
+
+class StepBatches(Dataset[PackedBatch]):
+    """Item t is this rank's packed batch of global step t, counted from the start of the run."""
+
+    def __init__(
+        self, tables: Sequence[TokenTable], order: Order, steps_per_epoch: int, rank: int, world_size: int
+    ) -> None:
+        self.tables = tables
+        self.order = order
+        self.steps_per_epoch = steps_per_epoch
+        self.rank = rank
+        self.world_size = world_size
+
+    def __getitem__(self, step: int) -> PackedBatch:
+        plan = self.order.step(*divmod(step, self.steps_per_epoch))
+        rows_per_rank = split_rows(len(plan.rows), self.world_size)
+        first = sum(rows_per_rank[: self.rank])
+        rows = plan.rows[first : first + rows_per_rank[self.rank]]
+        # A rank without rows embeds one placeholder, so that every rank runs the same graph; it counts for nothing.
+        embedded = rows if len(rows) else plan.rows[:1]
+        table = self.tables[plan.source]
+        targets = Targets(
+            rows_per_rank=rows_per_rank,
+            row_ids_B=torch.from_numpy(rows),
+            labels_B=None if table.labels is None else torch.from_numpy(table.labels[rows].astype(np.int64)),
+            scores_B=None if table.scores is None else torch.from_numpy(table.scores[rows].astype(np.float32)),
+            rank=self.rank,
+        )
+        columns = [table.ids(column, embedded) for column in table.columns]
+        return pack(columns, targets, num_rows=len(rows), source=plan.source)
