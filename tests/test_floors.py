@@ -18,17 +18,19 @@ MODULES = {
 }
 # 4 the roof, 3 Lightning, 2 pure things, 1 the ground. A folder's __init__ stands on the floor of its files.
 FLOORS = {
-    4: """trainer.__main__ trainer.cli trainer.lightning_cli trainer.help_text trainer.run_dir trainer.preflight
-          trainer.config_errors trainer.config_files trainer.config_values
+    4: """trainer.__main__ trainer.cli trainer.lightning_cli trainer.help_text trainer.run_dir trainer.run_lock
+          trainer.preflight trainer.config_errors trainer.config_files trainer.config_values
           trainer.demo trainer.demo_data trainer.demo_encoder
           trainer.export trainer.export.*""",
     3: """trainer.module trainer.checkpoint trainer.data.module trainer.evaluation.runner trainer.evaluation.sharded
-          trainer.distributed.exact trainer.distributed.strategies* trainer.tracking trainer.tracking.*""",
-    2: """trainer.losses trainer.losses.* trainer.encoder trainer.encoder.*
+          trainer.distributed.exact trainer.distributed.preemption trainer.distributed.strategies*
+          trainer.tracking trainer.tracking.*""",
+    2: """trainer.identity trainer.manifest trainer.losses trainer.losses.* trainer.encoder trainer.encoder.*
           trainer.data.batches trainer.data.cache trainer.data.checks trainer.data.collate trainer.data.files
           trainer.data.order trainer.data.rows trainer.data.sources trainer.data.tokens trainer.data.values
           trainer.evaluation trainer.evaluation.base trainer.evaluation.sts trainer.evaluation.triplet""",
-    1: "trainer trainer.batch trainer.data trainer.distributed trainer.distributed.gather",
+    1: """trainer trainer.batch trainer.data trainer.distributed trainer.distributed.gather
+          trainer.files trainer.interruption""",
 }
 
 

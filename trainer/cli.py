@@ -9,6 +9,7 @@ import sys
 import traceback
 from pathlib import Path
 
+from trainer import interruption
 from trainer.config_files import ConfigError, read_command
 from trainer.run_dir import is_first_rank, rank_name
 
@@ -19,10 +20,13 @@ _LOST_RANK = re.compile("Connection (closed|reset) by peer|Broken pipe|remote pr
 def main(argv: list[str] | None = None) -> int:
     """Runs one command line (default: this process's) and returns its exit status.
 
-    0 done; 1 the work failed; 2 the command line or a config file is wrong; 130 interrupted.
+    0 done; 1 the work failed; 2 the command line or a config file is wrong. A fit that was asked to stop has saved
+    where it stood: 85 by USR1 (start me again), 143 by TERM, 130 by Ctrl-C.
     ``--debug`` or ``TRAINER_DEBUG=1`` shows the traceback of every failure.
     """
     args = list(sys.argv[1:] if argv is None else argv)
+    if argv is None and args[:1] == ["fit"]:
+        interruption.listen()
     debug = "--debug" in args or os.environ.get("TRAINER_DEBUG") == "1"
     try:
         return _dispatch([arg for arg in args if arg != "--debug"])
@@ -32,6 +36,12 @@ def main(argv: list[str] | None = None) -> int:
         if is_first_rank(os.environ):  # every rank reads the same files
             print(error, file=sys.stderr)
         return 2
+    except interruption.Interrupted as stop:
+        return int(stop.code or 1)
+    except SystemExit:
+        if interruption.received() is None:
+            raise
+        return 130  # Lightning's way out of a second Ctrl-C
     except KeyboardInterrupt:
         if debug:
             raise
@@ -90,6 +100,7 @@ def _run_lightning(command: str, args: list[str]) -> int:
     written = read_command(args)
     from trainer.lightning_cli import run
 
+    interruption.stop_if_asked()  # the imports took seconds
     run([command, *args], written)
     return 0
 

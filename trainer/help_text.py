@@ -72,7 +72,7 @@ usage: trainer export RUN_OR_CHECKPOINT OUT
 Writes a folder that sentence-transformers loads, with its model card.
 
   trainer export runs/stsb model     the best checkpoint of a run, else the last
-  trainer export runs/stsb/checkpoints/step-00000500.ckpt model
+  trainer export runs/stsb/checkpoints/step-00000500 model
 """
 CHECK = """\
 usage: trainer check --exact --config RECIPE.yaml [--KEY VALUE]

@@ -18,6 +18,8 @@ from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
 from trainer.distributed import gather
+from trainer.files import write_whole
+from trainer.interruption import shielded
 from trainer.tracking.redact import redact, redact_arguments
 
 ID_FILE = "wandb_id"
@@ -110,13 +112,9 @@ def has_key() -> bool:
 
 def keep_id(run_dir: Path, run_id: Optional[str] = None) -> str:
     """The id of the run in this directory; made, or taken from `run_id`, once."""
-    run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / ID_FILE
     if not path.exists():
-        # Complete before it has its name: a kill leaves no empty id.
-        partial = run_dir / f".{ID_FILE}.{os.getpid()}.partial"
-        partial.write_text((run_id or secrets.token_hex(4)) + "\n")
-        os.replace(partial, path)
+        write_whole(path, (run_id or secrets.token_hex(4)) + "\n")
     return path.read_text().strip()
 
 
@@ -127,11 +125,18 @@ class RunLogger(WandbLogger):
     @rank_zero_experiment
     def experiment(self) -> Any:
         if self._experiment is None:
-            self._experiment = self._start()
+            with shielded():
+                self._experiment = self._start()
         return self._experiment
 
     def log_hyperparams(self, params: Any) -> None:
         super().log_hyperparams(redact(dict(params)))
+
+    def interrupt(self, code: int) -> None:
+        """End the run as one that was stopped and may come back, not as finished."""
+        if self._experiment is not None:
+            self._experiment.mark_preempting()
+            self._experiment.finish(exit_code=code)
 
     def _read_config(self) -> Mapping[str, Any]:
         config, file = self._wandb_init["config"], Path(self._wandb_init["dir"]) / "config.yaml"
