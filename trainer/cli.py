@@ -12,7 +12,7 @@ from pathlib import Path
 from trainer.config_files import ConfigError, read_command
 from trainer.run_dir import is_first_rank, rank_name
 
-COMMANDS = ("fit", "validate", "test", "export", "check", "demo")
+COMMANDS = ("fit", "validate", "test", "export", "check", "prepare", "preflight", "demo")
 _LOST_RANK = re.compile("Connection (closed|reset) by peer|Broken pipe|remote process exited")
 
 
@@ -63,6 +63,14 @@ def _dispatch(args: list[str]) -> int:
         return _export(rest)
     if command == "check":
         return _check(rest)
+    if command == "prepare":
+        from trainer.prepare import prepare
+
+        return prepare(rest)
+    if command == "preflight":
+        from trainer.preflight import preflight
+
+        return preflight(rest)
     return _run_lightning(command, rest)
 
 
