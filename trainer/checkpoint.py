@@ -4,6 +4,7 @@ All are written at a step boundary, in ``on_train_batch_end``: the one place fro
 """
 
 import os
+import pickle
 import re
 from contextlib import nullcontext
 from pathlib import Path
@@ -38,7 +39,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         os.close(folder)
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: Any = None) -> dict[str, Any]:
-        return torch.load(path, map_location=map_location, weights_only=True)
+        try:
+            return torch.load(path, map_location=map_location, weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f"{path} is refused: it holds more than tensors and plain types, which could run code; "
+                "take a checkpoint that a fit wrote"
+            ) from error
 
 
 def newest(run_dir: Path) -> Optional[Path]:

@@ -24,6 +24,7 @@ from trainer.tracking.redact import redact, redact_arguments
 ID_FILE = "wandb_id"
 INIT_TIMEOUT_S = 30.0
 FINISH_TIMEOUT_S = 120.0
+_SHOWN = ("project", "entity", "group", "job_type", "tags", "name")
 _SLURM = (
     *("SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_JOB_NODELIST", "SLURM_JOB_PARTITION", "SLURM_CLUSTER_NAME"),
     *("SLURM_NNODES", "SLURM_NTASKS", "SLURM_RESTART_COUNT", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"),
@@ -152,6 +153,7 @@ class RunLogger(WandbLogger):
         import wandb
 
         arguments = {key: value for key, value in self._wandb_init.items() if value is not None}
+        arguments |= redact({key: arguments[key] for key in _SHOWN if key in arguments})
         arguments["config"] = redact({**self._read_config(), "run": describe_environment()})
         arguments["settings"] = wandb.Settings(
             # Printed lines, patches and the remote's address may hold secrets; the commit is in the config.
