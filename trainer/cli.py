@@ -13,7 +13,7 @@ from trainer import interruption
 from trainer.config_files import ConfigError, read_command
 from trainer.run_dir import is_first_rank, rank_name
 
-COMMANDS = ("fit", "validate", "test", "export", "check", "demo")
+COMMANDS = ("fit", "validate", "test", "export", "check", "prepare", "preflight", "demo")
 _LOST_RANK = re.compile("Connection (closed|reset) by peer|Broken pipe|remote process exited")
 
 
@@ -73,6 +73,14 @@ def _dispatch(args: list[str]) -> int:
         return _export(rest)
     if command == "check":
         return _check(rest)
+    if command == "prepare":
+        from trainer.prepare import prepare
+
+        return prepare(rest)
+    if command == "preflight":
+        from trainer.preflight import preflight
+
+        return preflight(rest)
     return _run_lightning(command, rest)
 
 
@@ -150,6 +158,8 @@ def _sentence(error: BaseException) -> str:
     text = str(error)
     if "\nOriginal Traceback" in text:  # a worker of a loader: its traceback is in the text
         text = re.split(r"\n[\w.]+: ", text.strip())[-1]
+    if text.startswith("Does not validate against any of the Union"):  # what a class said, among what None would need
+        text = "; ".join(line for line in re.findall(r"^ *- (.*)", text, re.M) if not line.startswith("Expected a"))
     last = traceback.extract_tb(error.__traceback__)[-1]
     ours = Path(last.filename).is_relative_to(Path(__file__).parent) or text != str(error)
     where = "" if ours else f"\n  raised in {last.filename}:{last.lineno}; --debug shows the way there"

@@ -39,7 +39,8 @@ from trainer.tracking.progress import Progress
 from trainer.tracking.redact import redact
 from trainer.tracking.wandb import Tracking, make_logger
 
-# No value names a class that runs code (os.system, subprocess.Popen) or is built where any value fits.
+# No value is built where any value fits. Naming a deny list, be it empty, turns jsonargparse's own one (os, subprocess,
+# pickle, importlib, ...) from a warning into a refusal.
 set_parsing_settings(instantiate_subclass_spec_in_any=False, import_path_denylist=[])
 
 GROUPS: Mapping[str, type] = {
@@ -268,6 +269,13 @@ class TrainerCLI(LightningCLI):
         kept.pop("config", None)
         kept["ckpt_path"] = None  # where this start went on from is no part of what the run is
         return redact(yaml.safe_load(self._parser(self.subcommand).dump(kept, skip_none=False)))
+
+
+class Parts(TrainerCLI):
+    """Model and data of a command, without a trainer: that one wants the devices of a compute node."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        return None
 
 
 def run(args: list[str], written: Written, execute: bool = True) -> TrainerCLI:

@@ -3,6 +3,7 @@
 import netrc
 import os
 import secrets
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -24,6 +25,8 @@ from trainer.tracking.redact import redact, redact_arguments
 
 ID_FILE = "wandb_id"
 INIT_TIMEOUT_S = 30.0
+FINISH_TIMEOUT_S = 120.0
+_SHOWN = ("project", "entity", "group", "job_type", "tags", "name")
 _SLURM = (
     *("SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_JOB_NODELIST", "SLURM_JOB_PARTITION", "SLURM_CLUSTER_NAME"),
     *("SLURM_NNODES", "SLURM_NTASKS", "SLURM_RESTART_COUNT", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"),
@@ -138,6 +141,13 @@ class RunLogger(WandbLogger):
             self._experiment.mark_preempting()
             self._experiment.finish(exit_code=code)
 
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        super().finalize(status)
+        if self._experiment is not None and self._experiment.settings._offline:
+            fragments = shlex.quote(str(Path(self._wandb_init["dir"]) / "wandb"))  # a requeue has left several
+            print(f"tracked offline; send it from a machine with a network: wandb sync {fragments}/offline-run-*")
+
     def _read_config(self) -> Mapping[str, Any]:
         config, file = self._wandb_init["config"], Path(self._wandb_init["dir"]) / "config.yaml"
         if config is None and file.exists():
@@ -148,6 +158,7 @@ class RunLogger(WandbLogger):
         import wandb
 
         arguments = {key: value for key, value in self._wandb_init.items() if value is not None}
+        arguments |= redact({key: arguments[key] for key in _SHOWN if key in arguments})
         arguments["config"] = redact({**self._read_config(), "run": describe_environment()})
         arguments["settings"] = wandb.Settings(
             # Printed lines, patches and the remote's address may hold secrets; the commit is in the config.
@@ -156,15 +167,18 @@ class RunLogger(WandbLogger):
             disable_git=True,
             x_transaction_log_flush_interval=1.0,  # seconds of rows that a SIGKILL may take
             init_timeout=INIT_TIMEOUT_S,
+            finish_timeout=FINISH_TIMEOUT_S,  # or a server that went away would hold the finished job
         )
         with _redacted_command_line():
             try:
+                if arguments["mode"] == "online" and not has_key():
+                    raise ValueError("no key: set WANDB_API_KEY or run wandb login")  # it would ask, and wait
                 run = wandb.init(**arguments, allow_val_change=True)
             except Exception as error:
                 if arguments["mode"] != "online":
                     raise
                 cause = str(error).splitlines()[0]
-                rank_zero_warn(f"W&B does not answer ({cause}): tracking offline. Send it later: wandb sync")
+                rank_zero_warn(f"W&B does not answer ({cause}): tracking offline")
                 wandb.teardown()  # or the failed start still holds the id
                 run = wandb.init(**{**arguments, "mode": "offline"}, allow_val_change=True)
         run.define_metric("trainer/global_step")
