@@ -23,7 +23,8 @@ FLOORS = {
           trainer.demo trainer.demo_data trainer.demo_encoder
           trainer.export trainer.export.*""",
     3: """trainer.module trainer.checkpoint trainer.data.module trainer.evaluation.runner trainer.evaluation.sharded
-          trainer.distributed.exact trainer.distributed.strategies* trainer.tracking trainer.tracking.*""",
+          trainer.distributed.exact trainer.distributed.strategies* trainer.tracking trainer.tracking.*
+          trainer.distributed.heartbeat trainer.distributed.watch trainer.finite trainer.memory""",
     2: """trainer.losses trainer.losses.* trainer.encoder trainer.encoder.*
           trainer.data.batches trainer.data.cache trainer.data.checks trainer.data.collate trainer.data.files
           trainer.data.order trainer.data.rows trainer.data.sources trainer.data.tokens trainer.data.values

@@ -15,7 +15,7 @@ from typing import Any
 import transformers
 import yaml
 from jsonargparse import set_parsing_settings
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -24,6 +24,7 @@ from trainer.checkpoint import AtomicCheckpointIO, Checkpoints, newest
 from trainer.config_errors import check_written, explain
 from trainer.config_files import ConfigError, Written, replaced_lists
 from trainer.data.module import PairData
+from trainer.distributed.watch import Watch
 from trainer.encoder.spec import EncoderSpec
 from trainer.evaluation.runner import Evaluation
 from trainer.module import EmbeddingModule
@@ -42,6 +43,7 @@ GROUPS: Mapping[str, type] = {
     "trainer": Trainer,
     "checkpoint": Checkpoints,
     "tracking": Tracking,
+    "watch": Watch,
 }
 # Our order, evaluation, checkpoints and progress take the place of Lightning's.
 TRAINER_DEFAULTS: Mapping[str, Any] = {
@@ -109,6 +111,7 @@ class TrainerCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
         parser.add_class_arguments(Tracking, "tracking")
+        parser.add_lightning_class_args(Watch, "watch")
         for target, source in LINKS.items():
             parser.link_arguments(source, target)
 
@@ -181,9 +184,15 @@ class TrainerCLI(LightningCLI):
             # Lightning's requeue waits for all ranks inside a signal handler, and deadlocks (#21406)
             kwargs["plugins"].append(SLURMEnvironment(auto_requeue=False))
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
         except (TypeError, ValueError, MisconfigurationException) as error:
             raise ConfigError(f"the trainer can't be built from these settings: {error}") from error
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        # Behind the progress bar, which must have left the terminal before the watch speaks.
+        watch = next(callback for callback in callbacks if isinstance(callback, Watch))
+        callbacks.remove(watch)
+        callbacks.insert(next(i for i, c in enumerate(callbacks) if isinstance(c, Progress)) + 1, watch)
+        return trainer
 
     # -- running ------------------------------------------------------------------------------------------
 
