@@ -57,7 +57,7 @@ class FiniteSteps:
         """
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None:
-            self._count_skipped(bool(torch.isfinite(norm)), scaler.get_scale(), trainer)
+            self._count_skipped(norm, scaler, trainer)
             return
         bad = ~torch.isfinite(norm.detach())
         self._bad_step = _first(self._bad_step, bad, trainer.global_step)
@@ -76,16 +76,18 @@ class FiniteSteps:
         if self._found is not None and bool(self._found):
             self._fail(trainer)
 
-    def _count_skipped(self, finite: bool, scale: float, trainer: Trainer) -> None:
-        self.num_skipped = 0 if finite else self.num_skipped + 1
+    def _count_skipped(self, norm: Tensor, scaler: torch.amp.GradScaler, trainer: Trainer) -> None:
+        self.num_skipped = 0 if torch.isfinite(norm) else self.num_skipped + 1  # the scaler reads it as well
+        if self.num_skipped not in (WARN_SKIPPED, MAX_SKIPPED):
+            return
         said = (
             f"{self.num_skipped} steps in a row were left out by fp16 at step {trainer.global_step + 1}: the gradient "
-            f"overflows at a loss scale of {scale:g}"
+            f"overflows at a loss scale of {scaler.get_scale():g}"
         )
         remedy = "use trainer.precision bf16-mixed or 32-true, or a lower model.learning_rate"
         if self.num_skipped == WARN_SKIPPED:
             gather.warn(logger, f"{said}; the run stops after {MAX_SKIPPED}. If it goes on, {remedy}")
-        if self.num_skipped >= MAX_SKIPPED:
+        else:
             raise gather.SharedError(f"{said}; {remedy}")
 
     def _fail(self, trainer: Trainer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,8 +10,9 @@ import torch
 
 from trainer.batch import PackedBatch
 
-# How allocators of the host fail; torch.OutOfMemoryError is the device's.
-_MESSAGES = ("can't allocate memory", "Cannot allocate memory", "std::bad_alloc", "not enough memory")
+# How the host says it; torch.OutOfMemoryError is the device's. oneDNN fails like this when it finds no room for the
+# code of a kernel that it has already chosen.
+_MESSAGE = re.compile("[Cc]an(no|')t allocate memory|std::bad_alloc|could not create a (primitive|memory object)$")
 
 
 @contextmanager
@@ -36,7 +38,7 @@ def explained_memory(doing: str, batch: PackedBatch, max_tokens: int) -> Iterato
 def _is_lack_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return any(message in str(error) for message in _MESSAGES)
+    return _MESSAGE.search(str(error)) is not None
 
 
 def _sentence(doing: str, batch: PackedBatch, max_tokens: int) -> str:
