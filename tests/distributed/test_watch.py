@@ -145,7 +145,6 @@ def test_orphans_end(runs: Runs) -> None:
     """Rank 0, which started the other, is killed while rank 1 waits for something that is no collective; its loader
     workers end too."""
     assert runs("kill-launcher", *DDP, "--data.num_workers", "1") == -signal.SIGKILL
-
     assert not runs.wait_for_end(60.0)
     assert runs.seconds_since_fault() < 60.0
     (line,) = lines(runs.said, "error")

@@ -46,7 +46,7 @@ class Watch(Callback):
     them; where this rank waits for something else than a collective, a thread ends the process.
 
     Args:
-        timeout_s: seconds without progress after which a run counts as hung, from its first step on. A step, one
+        timeout_s: seconds without progress until a run counts as hung; from its first step on. A step, one
             forward of an evaluation, the scoring of one set and a checkpoint must each be faster.
     """
 
