@@ -4,13 +4,23 @@
 #   sbatch --nodes 2 --gpus-per-node 4 --cpus-per-gpu 8 slurm/train.sh configs/X.yaml [configs/hardware/Y.yaml] [--key value ...]
 #
 # Config files first, then overrides; relative paths start at the folder in which sbatch was called.
-#   TRAINER_VENV    virtual environment to activate; default: the active one, else .venv in that folder
-#   TRAINER_PYTHON  python to run; default: python
-# shellcheck disable=SC2317,SC2329  # run_directory and finish are reached by the trap
+#   TRAINER_ENV           where Python lives: folder of a virtual environment, conda:NAME_OR_PATH, or a container image
+#                         (*.sif: apptainer or singularity, *.sqsh: pyxis); default: the active environment, else .venv
+#   TRAINER_PYTHON        python to run in there; default: python
+#   TRAINER_SITE          sourced first, for modules and networks; default: slurm/site.sh (see slurm/site.example.sh)
+#   TRAINER_PREFLIGHT     0 leaves out the checks that every node makes before the run
+#   TRAINER_MAX_REQUEUES  how often one job goes back into the queue; default: 50
+#
+# 120 s before the time limit Slurm sends USR1. The program saves a checkpoint and leaves with 85, which asks this script
+# to requeue the job. Where saving takes longer: sbatch --signal=USR1@300 ... (no "B:": the program must get the signal).
+# Other exit codes: 0 done, 2 wrong command, config or node, 130 and 143 told to stop, anything else a failure.
+# shellcheck disable=SC2317,SC2329  # finish and what it calls are reached by the trap
 #SBATCH --job-name=trainer
 #SBATCH --nodes=1
 #SBATCH --output=slurm-%j.out
 #SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=USR1@120
 set -euo pipefail
 
 refuse() {
@@ -32,21 +42,55 @@ while [[ ${1:-} == *.yaml || ${1:-} == *.yml ]] && [[ $1 != --* ]]; do
 done
 [[ $# -eq 0 || $1 == --* ]] || refuse "'$1' is neither a .yaml file nor a --key; usage: $usage"
 [[ ${#configs[@]} -gt 0 || " $* " == *" --config"[\ =]* ]] || refuse "no config file given; usage: $usage"
+arguments=("${configs[@]}" "$@")
 
-if [[ -z ${TRAINER_VENV:-}${TRAINER_PYTHON:-}${VIRTUAL_ENV:-}${CONDA_PREFIX:-} && -f .venv/bin/activate ]]; then
-    TRAINER_VENV=.venv
+# ------------------------------------------------------------------------------------------- where Python lives
+
+site=${TRAINER_SITE:-slurm/site.sh}
+[[ -f $site || -z ${TRAINER_SITE:-} ]] || refuse "TRAINER_SITE=$site is no file (looked from $PWD)"
+run_in=()       # what a command is prefixed with
+srun_options=() # of every step
+set +eu         # neither a site's file nor conda is written for these
+if [[ -f $site ]]; then
+    # shellcheck source=/dev/null
+    source "$site"
 fi
-if [[ -n ${TRAINER_VENV:-} ]]; then
-    [[ -f $TRAINER_VENV/bin/activate ]] || refuse "TRAINER_VENV=$TRAINER_VENV is no virtual environment (looked from $PWD)"
-    # shellcheck disable=SC1091
-    source "$TRAINER_VENV/bin/activate"
+environment=${TRAINER_ENV:-}
+if [[ -z $environment${TRAINER_PYTHON:-}${VIRTUAL_ENV:-}${CONDA_PREFIX:-} && -f .venv/bin/activate ]]; then
+    environment=.venv
 fi
+case $environment in
+    "") ;;
+    conda:*)
+        eval "$("${CONDA_EXE:-conda}" shell.bash hook)"
+        conda activate "${environment#conda:}" ||
+            refuse "TRAINER_ENV=$environment can't be activated on $(hostname); is conda on the PATH (module load)?" ;;
+    *.sif | *.sqsh)
+        [[ -f $environment ]] || refuse "TRAINER_ENV=$environment: there is no such image (looked from $PWD)" ;;&
+    *.sif)
+        container=$(command -v apptainer || command -v singularity) ||
+            refuse "TRAINER_ENV=$environment needs apptainer or singularity on $(hostname); neither is on the PATH"
+        run_in=("$container" exec --nv --bind "$PWD" --pwd "$PWD" "$environment") ;;
+    *.sqsh)
+        srun_options+=(--container-image="$(realpath "$environment")" --container-mounts="$PWD:$PWD" --container-workdir="$PWD") ;;
+    *)
+        [[ -f $environment/bin/activate ]] ||
+            refuse "TRAINER_ENV=$environment is no virtual environment, conda:NAME or image (looked from $PWD)"
+        # shellcheck source=/dev/null
+        source "$environment/bin/activate" ;;
+esac
+set -eu
 python=${TRAINER_PYTHON:-python}
-command -v "$python" >/dev/null || refuse "there is no '$python' on $(hostname); set TRAINER_VENV or TRAINER_PYTHON"
+[[ $environment == *.sif || $environment == *.sqsh ]] || command -v "$python" >/dev/null ||
+    refuse "there is no '$python' on $(hostname); set TRAINER_ENV or TRAINER_PYTHON"
 
 # ------------------------------------------------------------------------------------------- how many of it
 
 nodes=$SLURM_JOB_NUM_NODES
+if [[ -z ${SLURMD_NODENAME:-} ]]; then # under salloc, beside the nodes: only a task knows the GPUs of its node
+    # shellcheck disable=SC2016  # to be expanded in the task
+    SLURM_GPUS_ON_NODE=$(srun --nodes=1 --ntasks=1 bash -c 'echo "${SLURM_GPUS_ON_NODE:-0}"')
+fi
 gpus=${SLURM_GPUS_ON_NODE:-0}
 if ((gpus > 0)); then
     if ((nodes > 1)) && [[ -n ${SLURM_GPUS:-} ]]; then
@@ -64,7 +108,7 @@ fi
 # --cpus-per-task (since 22.05), and would else bind each task, with its DataLoader workers, to one CPU.
 cpus=$(tr ',' '\n' <<<"$SLURM_JOB_CPUS_PER_NODE" | sed 's/(.*//' | sort -n | head -n 1)
 cpus_per_task=$((cpus < tasks ? 1 : cpus / tasks))
-srun_options=(--cpus-per-task="$cpus_per_task")
+srun_options+=(--nodes="$nodes" --ntasks=$((nodes * tasks)) --ntasks-per-node="$tasks" --cpus-per-task="$cpus_per_task")
 if ((cpus < tasks)); then
     echo "train.sh: $tasks tasks share $cpus CPU on a node; ask for more, e.g. sbatch --cpus-per-gpu 8" >&2
     srun_options+=(--overcommit)
@@ -85,52 +129,135 @@ done
 
 # The strategy stands before the config files, for they may know better (DeepSpeed); what Slurm decides stands after
 # them; what the user typed stands last and wins.
-command=("$python" -m trainer fit)
-if ((nodes * tasks > 1)); then command+=(--trainer.strategy ddp); fi
-command+=("${configs[@]}" --trainer.accelerator "$accelerator" --trainer.num_nodes "$nodes" --trainer.devices "$tasks" "$@")
+options=()
+if ((nodes * tasks > 1)); then options+=(--trainer.strategy ddp); fi
+options+=("${configs[@]}" --trainer.accelerator "$accelerator" --trainer.num_nodes "$nodes" --trainer.devices "$tasks" "$@")
 
-# ------------------------------------------------------------------------------------------- run
+# ------------------------------------------------------------------------------------------- its run directory
 
-# As the program decides it: the flag, else the last config file that says it, else a name that holds the job id.
-run_directory() {
-    local found="" word previous="" file
-    for word in "${command[@]}"; do
-        case $previous in
-            --config)
-                file=$(sed -n 's/^[^#]*default_root_dir: *["'\'']\{0,1\}\([^"'\'',} ]*\).*/\1/p' "$word" | tail -n 1)
-                found=${file:-$found} ;;
-            --trainer.default_root_dir) found=$word ;;
-        esac
-        previous=$word
+# These agree with the program: the flag, else the last config file that says it, else a name that holds the job id.
+directory_of_flag() {
+    local word previous="" found=""
+    for word in "${arguments[@]}"; do
+        [[ $previous != --trainer.default_root_dir ]] || found=$word
         [[ $word != --trainer.default_root_dir=* ]] || found=${word#*=}
+        previous=$word
     done
-    if [[ -z $found ]]; then found=$(compgen -G "runs/*/*job=$SLURM_JOB_ID" | head -n 1 || true); fi
-    if [[ -d $found ]]; then echo "$found"; else echo "none yet"; fi
+    echo "$found"
+}
+
+directory_of_configs() {
+    local word previous="" found="" said
+    for word in "${arguments[@]}"; do
+        if [[ $previous == --config ]]; then
+            said=$(sed -n 's/^[^#]*default_root_dir: *["'\'']\{0,1\}\([^"'\'',} ]*\).*/\1/p' "$word" | tail -n 1)
+            [[ ${said:-null} == null ]] || found=$said
+        fi
+        previous=$word
+    done
+    echo "$found"
+}
+
+directory_of_job() {
+    compgen -G "runs/*/*job=$SLURM_JOB_ID" | head -n 1 || true
+}
+
+run_directory() {
+    local found
+    found=$(directory_of_flag)
+    found=${found:-$(directory_of_configs)}
+    found=${found:-$(directory_of_job)}
+    if [[ -d $found ]]; then echo "$found"; fi
+}
+
+last_checkpoint() {
+    find "$1/checkpoints" -maxdepth 1 -name 'step-*' 2>/dev/null | sort -V | tail -n 1 || true
+}
+
+# ------------------------------------------------------------------------------------------- how it ends
+
+requeue() {
+    local restarts=${SLURM_RESTART_COUNT:-0} most=${TRAINER_MAX_REQUEUES:-50} job=$SLURM_JOB_ID
+    if ((restarts >= most)); then
+        echo "train.sh: not requeued: the job was restarted $restarts times, TRAINER_MAX_REQUEUES is $most"
+        return 1
+    fi
+    if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
+    # Said before, for Slurm may end this script, and scontrol, with the job.
+    echo "train.sh: requeueing job $job to go on from the checkpoint (restart $((restarts + 1)) of at most $most)"
+    if scontrol requeue "$job" || (($? > 128)); then return 0; fi # in a trap, return alone would not be 0
+    echo "train.sh: scontrol could not requeue job $job; the checkpoint is kept"
+    return 1
+}
+
+# The command with which somebody goes on. The config of the run directory is all of it, and holds no secrets.
+say_how_to_go_on() {
+    local script=$0 job place=(--nodes="$nodes" --ntasks-per-node="$tasks")
+    if ((gpus > 0)); then place=(--nodes="$nodes" --gpus-per-node="$gpus"); fi
+    job=$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null | sed -n 's/^ *Command=//p') || true
+    if [[ $job == */train.sh* ]]; then script=${job%%/train.sh*}/train.sh; fi # $0 is the copy in a spool folder
+    printf 'train.sh: to go on: cd %q && sbatch' "$PWD"
+    printf ' %q' "${place[@]}" --cpus-per-task="$cpus_per_task" "$script" "$1/config.yaml" --ckpt_path auto
+    echo
 }
 
 exit_file=$PWD/.slurm-$SLURM_JOB_ID.exit # on the file system that all nodes share
 
 finish() {
-    local code=$?
+    local code=$? first="" folder checkpoint
+    if [[ -s $exit_file ]]; then first="; the first to fail was $(cut -d ' ' -f 2- "$exit_file")"; fi
     rm -f "$exit_file"
+    folder=$(run_directory)
+    checkpoint=$(last_checkpoint "$folder")
+    if [[ $code == 0 && -n $folder ]]; then echo "job $SLURM_JOB_ID, $(date -Is)" >"$folder/.done"; fi
     echo # a progress bar may have left its line open
-    echo "train.sh: job $SLURM_JOB_ID on $SLURM_JOB_NODELIST ended with exit code $code; run directory: $(run_directory)"
+    echo "train.sh: job $SLURM_JOB_ID on $SLURM_JOB_NODELIST ended with exit code $code$first"
+    echo "train.sh: run directory: ${folder:-none yet}; last checkpoint: ${checkpoint:-none}"
+    if [[ $code == 85 ]] && requeue; then return 0; fi
+    if [[ $code != [02] && -n $checkpoint ]]; then say_how_to_go_on "$folder"; fi
 }
-trap finish EXIT
 
-# Every task runs under this. Once one task has failed, srun ends the others and returns *their* code (143): so the
-# first to fail leaves its own (noclobber: only the first can). The traps keep this shell alive for the signals that
-# Slurm sends to the program, which gets them all the same.
-# shellcheck disable=SC2016  # to be expanded in the task
-task='trap : USR1 USR2 TERM INT
-"$@" || { code=$?; (set -o noclobber; echo "$code" >"$TRAINER_EXIT_FILE") 2>/dev/null; exit "$code"; }'
+# ------------------------------------------------------------------------------------------- run
 
 echo "train.sh: job $SLURM_JOB_ID on $SLURM_JOB_NODELIST: nodes $nodes, tasks per node $tasks, CPUs per task" \
-    "$cpus_per_task, $accelerator, meeting at $MASTER_ADDR:$MASTER_PORT"
-echo "train.sh: ${command[*]}"
+    "$cpus_per_task, $accelerator, meeting at $MASTER_ADDR:$MASTER_PORT, restarts ${SLURM_RESTART_COUNT:-0}"
+
+# A folder that was named, or that this job itself has made before: any other finished run is not what was asked for.
+finished=$(directory_of_flag)
+if [[ -z $finished ]] && ((${SLURM_RESTART_COUNT:-0} > 0)); then finished=$(directory_of_job); fi
+if [[ -n $finished && -f $finished/.done ]]; then
+    echo "train.sh: $finished holds a finished run ($(<"$finished/.done")): nothing to do;" \
+        "to train it further remove $finished/.done"
+    exit 0
+fi
+
+# The ends of time limits and of jobs: this shell outlives what Slurm sends to the program.
+trap : USR1 TERM INT
+trap finish EXIT
+
+if [[ ${TRAINER_PREFLIGHT:-1} != 0 ]]; then
+    # In the shape of the run itself, so that a task sees the devices it will get; the first one of each node speaks for it.
+    # shellcheck disable=SC2016  # to be expanded in the task
+    srun "${srun_options[@]}" --kill-on-bad-exit=0 bash -c '[[ $SLURM_LOCALID != 0 ]] || exec "$@"' preflight \
+        "${run_in[@]}" "$python" -m trainer preflight "${options[@]}" ||
+        refuse "the checks before the run failed: the lines above name node, check and remedy"
+fi
+
+# Every task runs under this. Once one task has failed, srun ends the others and returns *their* code (143): so the
+# first to fail leaves its own (noclobber: only the first can). 85 is agreed upon by all ranks, and rank 0, which has
+# most to write, speaks for them. The traps keep this shell alive for the signals that Slurm sends to the program,
+# which gets them all the same.
+# shellcheck disable=SC2016  # to be expanded in the task
+task='trap : USR1 USR2 TERM INT
+"$@" || { code=$?
+[[ $code != 85 || $SLURM_PROCID == 0 ]] || exit 0
+(set -o noclobber; echo "$code rank $SLURM_PROCID on $SLURMD_NODENAME" >"$TRAINER_EXIT_FILE") 2>/dev/null
+exit "$code"; }'
+
+if ((nodes * tasks == 1)) && [[ -t 0 && -t 1 ]]; then srun_options+=(--pty); fi # a debugger can ask
 rm -f "$exit_file"
 code=0
-TRAINER_EXIT_FILE=$exit_file srun --nodes="$nodes" --ntasks=$((nodes * tasks)) --ntasks-per-node="$tasks" \
-    "${srun_options[@]}" --kill-on-bad-exit=1 bash -c "$task" task "${command[@]}" || code=$?
-if [[ -s $exit_file ]]; then code=$(<"$exit_file"); fi
+TRAINER_EXIT_FILE=$exit_file srun "${srun_options[@]}" --kill-on-bad-exit=1 bash -c "$task" task \
+    "${run_in[@]}" "$python" -m trainer fit "${options[@]}" || code=$?
+if [[ -s $exit_file ]]; then code=$(cut -d ' ' -f 1 "$exit_file"); fi
 exit "$code"

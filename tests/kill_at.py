@@ -1,7 +1,9 @@
-"""A callback for tests that ends the process as SIGKILL does, at a chosen step."""
+"""Callbacks for tests: one ends the process as SIGKILL does at a chosen step, one waits there for a signal."""
 
 import os
 import signal
+import time
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -16,3 +18,17 @@ class KillAt(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == self.step:
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+class WaitAt(Callback):
+    """Says that it has come to a step by a file in the run directory, and takes two seconds there."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self.step:
+            Path(trainer.default_root_dir, "waiting").touch()
+            deadline = time.monotonic() + 2.0
+            while time.monotonic() < deadline:  # in pieces: a handler runs between two of them
+                time.sleep(0.05)

@@ -21,6 +21,7 @@ from trainer.cli import main
 from trainer.config_files import Flag
 from trainer.demo_data import write_pairs
 from trainer.help_text import live_parsers
+from trainer.manifest import read_manifest, read_state, write_checkpoint
 from trainer.run_dir import is_first_rank, name_run, rank_name
 
 CONFIG = """\
@@ -254,7 +255,7 @@ BAD_FLAGS = {
     "--trainer.devices many": "the trainer can't be built from these settings: `devices` selected with "
     "`CPUAccelerator` should be an int > 0.",
     "y.yaml": "'y.yaml' belongs to no flag; did you mean --config y.yaml?",
-    "--ckpt_path runs/x.ckpt": "--ckpt_path runs/x.ckpt: no such checkpoint; auto takes the newest of run",
+    "--ckpt_path runs/x": "--ckpt_path runs/x: no such checkpoint (a folder); auto takes the newest of run",
 }
 
 
@@ -272,7 +273,7 @@ BAD_COMMANDS = {
     "--config=configs/x.yaml": "the subcommand comes first: trainer fit --config=configs/x.yaml",
     "configs/x.yaml": "'configs/x.yaml' is no subcommand; did you mean: trainer fit --config configs/x.yaml",
     "fitt": "'fitt' is no subcommand; did you mean 'fit'?",
-    "zzz": "'zzz' is no subcommand; there are: fit, validate, test, export, check, demo",
+    "zzz": "'zzz' is no subcommand; there are: fit, validate, test, export, check, prepare, preflight, demo",
     "fit": "a recipe is needed: trainer fit --config configs/X.yaml",
     "fit configs/x.yaml": "'configs/x.yaml' belongs to no flag; did you mean --config configs/x.yaml?",
     "fit --config configs": "configs is a directory; name one file in it: --config configs/nli.yaml "
@@ -392,7 +393,7 @@ def test_first_rank_is_known_before_any_process_group() -> None:
     assert rank_name({"RANK": "5", "LOCAL_RANK": "1"}) == "5"
 
 
-@pytest.mark.parametrize("trace", ["metrics.jsonl", "checkpoints/step-00000001.ckpt"])
+@pytest.mark.parametrize("trace", ["metrics.jsonl", "checkpoints/step-00000001/manifest.json"])
 def test_fresh_fit_into_a_used_directory_is_refused(
     trace: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -466,20 +467,24 @@ def test_fit_repeat_resume_and_validate(
     assert repeated["trainer"].pop("default_root_dir") == "again"
     config["trainer"].pop("default_root_dir")
     assert repeated == config
-    weights = [
-        torch.load(folder / "checkpoints/step-00000003.ckpt", weights_only=True)["state_dict"]
-        for folder in (first, Path("again"))
-    ]
+    weights = [read_state(folder / "checkpoints/step-00000003")["state_dict"] for folder in (first, Path("again"))]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
     assert "--ckpt_path auto" in refused(capsys, again)
     # Hyper-parameters inside a checkpoint never win over the command line.
-    path = Path("again/checkpoints/step-00000003.ckpt")
-    checkpoint = torch.load(path, weights_only=True)
-    torch.save({**checkpoint, "hyper_parameters": {"learning_rate": 9.0}}, path)
+    path = Path("again/checkpoints/step-00000003")
+    about = {key: value for key, value in read_manifest(path).items() if key not in ("format", "files")}
+    write_checkpoint({**read_state(path), "hyper_parameters": {"learning_rate": 9.0}}, path, about)
     capsys.readouterr()
-    assert main([*again, "--ckpt_path", "auto", "--trainer.max_epochs", "2"]) == 0
-    assert f"checkpoint: {path}" in capsys.readouterr().out
+    longer = [*again, "--ckpt_path", "auto", "--trainer.max_epochs", "2"]
+    assert refused(capsys, longer) == (
+        f"this run is not the one that saved {path}: trainer.max_epochs was 1, now 2\n"
+        "  go on with the new values: --resume.allow max_epochs · or start anew: --trainer.default_root_dir OTHER"
+    )
+    assert main([*longer, "--resume.allow", "max_epochs"]) == 0
+    out = capsys.readouterr().out
+    assert f"checkpoint: {path}" in out
+    assert "resume: trainer.max_epochs was 1, now 2 (allowed)" in out
     assert logged_steps(Path("again")) == [1, 2, 3, 4, 5, 6]
     assert yaml.safe_load(Path("again/config.yaml").read_text())["model"]["learning_rate"] == 1e-3
 
@@ -500,9 +505,9 @@ def test_requeued_job_goes_on(
 ) -> None:
     args = ["fit", "--config", str(recipe), "--trainer.default_root_dir", "job"]
     assert main([*args, "--trainer.max_steps", "1"]) == 0
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert main([*args, "--trainer.max_steps", "2"]) == 0
-    assert "checkpoint: job/checkpoints/step-00000001.ckpt" in capsys.readouterr().out
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert main([*args, "--trainer.max_steps", "2", "--resume.allow", "max_steps"]) == 0
+    assert "checkpoint: job/checkpoints/step-00000001" in capsys.readouterr().out
     assert logged_steps(Path("job")) == [1, 2]
 
 

@@ -15,6 +15,7 @@ import torch
 
 from trainer.demo_data import write_pairs
 from trainer.demo_encoder import write_encoder
+from trainer.manifest import read_state
 
 TESTS = Path(__file__).parent
 ROWS, BATCH = 44, 4  # 11 steps an epoch, 22 in all
@@ -58,7 +59,7 @@ def fit(config: Path, run_dir: Path, *flags: str) -> subprocess.CompletedProcess
 
 
 def last_checkpoint(run_dir: Path) -> dict:
-    return torch.load(run_dir / "checkpoints" / "step-00000022.ckpt", weights_only=True)
+    return read_state(run_dir / "checkpoints" / "step-00000022")
 
 
 def assert_same_end(one: Path, other: Path) -> None:
@@ -102,7 +103,7 @@ def test_killed_run_ends_bitwise_equal(
         kill = ("--trainer.callbacks+=kill_at.KillAt", f"--trainer.callbacks.step={step}")
         killed = fit(config, run_dir, *flags, *again, *kill)
         assert killed.returncode != 0
-        assert not (run_dir / "checkpoints" / "step-00000022.ckpt").exists(), killed.stderr
+        assert not (run_dir / "checkpoints" / "step-00000022").exists(), killed.stderr
     resumed = fit(config, run_dir, *flags, "--ckpt_path", "auto")
     assert resumed.returncode == 0, resumed.stderr
     assert_same_end(reference, run_dir)

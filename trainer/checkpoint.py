@@ -1,10 +1,10 @@
-"""Checkpoints: when they are written, how, and which one a run goes on from.
+"""Checkpoints: when they are written, and through which door they pass.
 
 All are written at a step boundary, in ``on_train_batch_end``: the one place from which Lightning resumes exactly.
 """
 
-import os
-import re
+import logging
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, Optional
@@ -14,48 +14,39 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from trainer import manifest
+from trainer.distributed import gather
 from trainer.evaluation.runner import Evaluation
 from trainer.tracking.metrics import MetricsLog
 
-_STEP_NAME = re.compile(r"step-(\d+)\.ckpt")
+logger = logging.getLogger(__name__)
 
 
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target, flushes to the disk, then renames: a kill at any moment leaves either the old file
-    or the new one. (Lightning's own save copies across file systems when TMPDIR is on another one, #21253.)"""
+class DirectoryCheckpointIO(TorchCheckpointIO):
+    """Checkpoint directories in place of Lightning's file, whose save copies across file systems when TMPDIR is on
+    another one and can leave the older file empty (#21253).
+
+    Attributes:
+        identity: what the run is, written into every manifest.
+        failure: why the last save did not succeed. Only one rank writes: raising at once would leave the others
+            waiting for it.
+    """
+
+    def __init__(self, identity: Optional[dict[str, Any]] = None) -> None:
+        self.identity = identity
+        self.failure: Optional[ValueError] = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-        with open(partial, "wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, target)
-        folder = os.open(target.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        about = {"step": checkpoint["global_step"], "ranks": gather.world_size(), "identity": self.identity}
+        self.failure = None
+        try:
+            _refuse_non_finite(checkpoint)
+            manifest.write_checkpoint(checkpoint, Path(path), about)
+        except ValueError as error:
+            self.failure = error
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: Any = None) -> dict[str, Any]:
-        return torch.load(path, map_location=map_location, weights_only=True)
-
-
-def newest(run_dir: Path) -> Optional[Path]:
-    """The checkpoint with the highest step in a run directory, None where there is none."""
-    return next(reversed(_step_checkpoints(run_dir / "checkpoints")), None)
-
-
-def best(run_dir: Path) -> Optional[Path]:
-    """The checkpoint with the best monitored metric, None where nothing was monitored."""
-    path = run_dir / "checkpoints" / "best.ckpt"
-    return path if path.is_file() else None
-
-
-def _step_checkpoints(directory: Path) -> list[Path]:
-    """Finished checkpoints of a directory, by step; the best one is not among them."""
-    found = [(int(m[1]), path) for path in directory.glob("*.ckpt") if (m := _STEP_NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
+        return manifest.read_state(Path(path), map_location=map_location)
 
 
 class Checkpoints(Checkpoint):
@@ -86,41 +77,71 @@ class Checkpoints(Checkpoint):
         self.best_value: Optional[float] = None
         self.best_step: Optional[int] = None
         self._saved_step = -1
+        self._restored_ranks: Optional[int] = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.directory = Path(trainer.default_root_dir) / "checkpoints"
+        self.run_dir = Path(trainer.default_root_dir)
         if self.monitor == "auto":
             sets = trainer.datamodule.validation_sets  # type: ignore[attr-defined]
             self.monitor = f"eval/{sets[0].name}/{sets[0].evaluator.primary}" if sets else None
+        if stage == "fit" and trainer.is_global_zero:
+            for left in (self.run_dir / "checkpoints").glob(".step-*"):  # by a kill in the middle of a save
+                shutil.rmtree(left, ignore_errors=True)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        ranks = gather.world_size()
+        if self._restored_ranks not in (None, ranks):
+            gather.warn(
+                logger,
+                f"{self._restored_ranks} rank(s) saved this checkpoint, {ranks} go on: the same rows in the same "
+                "order; the dropout masks of each rank follow from (seed, step, rank)",
+            )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        self._update_best(trainer)
-        if step % self.save_every_steps == 0 or step == pl_module.num_training_steps:
-            self._saved_step = step
-            self._save(trainer, f"step-{step:08d}.ckpt")
-            if trainer.is_global_zero:
-                self._drop_old()
+        better = self._is_better(trainer)
+        if better or step % self.save_every_steps == 0 or step == pl_module.num_training_steps:
+            self.save(trainer, better)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # An early stop ends at a step that nobody could plan for.
-        if trainer.global_step and trainer.global_step != self._saved_step:
-            self._save(trainer, f"step-{trainer.global_step:08d}.ckpt")
+        if trainer.global_step:
+            self.save(trainer)
 
-    def _save(self, trainer: Trainer, name: str) -> None:
+    def save(self, trainer: Trainer, better: bool = False) -> Path:
+        """Save this step, once; on all ranks. ``better``: it is the best so far.
+
+        Raises:
+            ValueError: it can't be written, or a weight is not finite; on all ranks alike.
+        """
+        step = trainer.global_step
+        folder = self.run_dir / "checkpoints" / f"step-{step:08d}"
+        if step == self._saved_step:
+            return folder
         log = next((c for c in trainer.callbacks if isinstance(c, MetricsLog)), None)  # type: ignore[attr-defined]
         with log.paused() if log else nullcontext():  # rows per second leave out what is not training
-            trainer.save_checkpoint(self.directory / name)
+            trainer.save_checkpoint(folder)
+            io = trainer.strategy.checkpoint_io
+            assert isinstance(io, DirectoryCheckpointIO)
+            if failure := gather.broadcast_object(io.failure):
+                raise gather.SharedError(str(failure))
+        self._saved_step = step
+        if trainer.is_global_zero:
+            if better:
+                manifest.mark_best(self.run_dir, step)
+            self._drop_old()
+        return folder
 
     def _evaluation(self, trainer: Trainer) -> Evaluation:
         return next(c for c in trainer.callbacks if isinstance(c, Evaluation))  # type: ignore[attr-defined]
 
-    def _update_best(self, trainer: Trainer) -> None:
+    def _is_better(self, trainer: Trainer) -> bool:
+        """Whether this step was evaluated and is the best so far."""
         evaluation = self._evaluation(trainer)
         if self.monitor is None or evaluation.last_step != trainer.global_step:
-            return
+            return False
         metrics = evaluation.last_metrics
         if self.monitor not in metrics:
             raise ValueError(
@@ -130,15 +151,36 @@ class Checkpoints(Checkpoint):
         better = self.best_value is None or (value > self.best_value if self.mode == "max" else value < self.best_value)
         if better:
             self.best_value, self.best_step = value, trainer.global_step
-            self._save(trainer, "best.ckpt")
+        return better
 
     def _drop_old(self) -> None:
         if self.keep > 0:
-            for path in _step_checkpoints(self.directory)[: -self.keep]:
-                path.unlink()
+            kept = manifest.best(self.run_dir)
+            for path in list(manifest.steps(self.run_dir).values())[: -self.keep]:
+                if path != kept:
+                    manifest.drop(path)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best_value": self.best_value, "best_step": self.best_step, "monitor": self.monitor}
+        return {
+            "best_value": self.best_value,
+            "best_step": self.best_step,
+            "monitor": self.monitor,
+            "ranks": gather.world_size(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best_value, self.best_step = state_dict["best_value"], state_dict["best_step"]
+        self._restored_ranks = state_dict["ranks"]
+
+
+def _refuse_non_finite(checkpoint: dict[str, Any]) -> None:
+    bad = [name for name, value in checkpoint["state_dict"].items() if not _is_finite(value)]
+    if bad:
+        raise ValueError(
+            f"step {checkpoint['global_step']}: {len(bad)} weights are not finite ({', '.join(bad[:3])}): nothing is "
+            "saved; go on from the last checkpoint with a lower learning_rate, or with gradient_clip_val set"
+        )
+
+
+def _is_finite(value: torch.Tensor) -> bool:
+    return not value.is_floating_point() or bool(torch.isfinite(value).all())

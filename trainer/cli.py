@@ -9,19 +9,23 @@ import sys
 import traceback
 from pathlib import Path
 
+from trainer import interruption
 from trainer.config_files import ConfigError, read_command
 from trainer.run_dir import is_first_rank, rank_name
 
-COMMANDS = ("fit", "validate", "test", "export", "check", "demo")
+COMMANDS = ("fit", "validate", "test", "export", "check", "prepare", "preflight", "demo")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command line (default: this process's) and returns its exit status.
 
-    0 done; 1 the work failed; 2 the command line or a config file is wrong; 130 interrupted.
+    0 done; 1 the work failed; 2 the command line or a config file is wrong. A fit that was asked to stop has saved
+    where it stood: 85 by USR1 (start me again), 143 by TERM, 130 by Ctrl-C.
     ``--debug`` or ``TRAINER_DEBUG=1`` shows the traceback of every failure.
     """
     args = list(sys.argv[1:] if argv is None else argv)
+    if argv is None and args[:1] == ["fit"]:
+        interruption.listen()
     debug = "--debug" in args or os.environ.get("TRAINER_DEBUG") == "1"
     # The loss of a rank is said in one sentence, which 30 lines of C++ would hide.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -33,6 +37,12 @@ def main(argv: list[str] | None = None) -> int:
         if is_first_rank(os.environ):  # every rank reads the same files
             print(error, file=sys.stderr)
         return 2
+    except interruption.Interrupted as stop:
+        return int(stop.code or 1)
+    except SystemExit:
+        if interruption.received() is None:
+            raise
+        return 130  # Lightning's way out of a second Ctrl-C
     except KeyboardInterrupt:
         if debug:
             raise
@@ -65,6 +75,14 @@ def _dispatch(args: list[str]) -> int:
         return _export(rest)
     if command == "check":
         return _check(rest)
+    if command == "prepare":
+        from trainer.prepare import prepare
+
+        return prepare(rest)
+    if command == "preflight":
+        from trainer.preflight import preflight
+
+        return preflight(rest)
     return _run_lightning(command, rest)
 
 
@@ -92,6 +110,7 @@ def _run_lightning(command: str, args: list[str]) -> int:
     written = read_command(args)
     from trainer.lightning_cli import run
 
+    interruption.stop_if_asked()  # the imports took seconds
     run([command, *args], written)
     return 0
 
@@ -153,6 +172,8 @@ def _sentence(error: BaseException) -> str:
     text = str(error)
     if "\nOriginal Traceback" in text:  # a worker of a loader: its traceback is in the text
         text = re.split(r"\n[\w.]+: ", text.strip())[-1]
+    if text.startswith("Does not validate against any of the Union"):  # what a class said, among what None would need
+        text = "; ".join(line for line in re.findall(r"^ *- (.*)", text, re.M) if not line.startswith("Expected a"))
     last = traceback.extract_tb(error.__traceback__)[-1]
     ours = Path(last.filename).is_relative_to(Path(__file__).parent) or text != str(error)
     where = "" if ours else f"\n  raised in {last.filename}:{last.lineno}; --debug shows the way there"

@@ -57,6 +57,8 @@ commands:
   test       the same, logged as test
   export     write a sentence-transformers folder from a run or a checkpoint
   check      --exact: compare your ranks with a single process, step by step
+  prepare    download and tokenise, so that compute nodes need no network
+  preflight  check this node for a run: imports, devices, disk, data
   demo       generate data and an encoder, train, export and try it; no network
 
 three ways to run:
@@ -72,7 +74,7 @@ usage: trainer export RUN_OR_CHECKPOINT OUT
 Writes a folder that sentence-transformers loads, with its model card.
 
   trainer export runs/stsb model     the best checkpoint of a run, else the last
-  trainer export runs/stsb/checkpoints/step-00000500.ckpt model
+  trainer export runs/stsb/checkpoints/step-00000500 model
 """
 CHECK = """\
 usage: trainer check --exact --config RECIPE.yaml [--KEY VALUE]
@@ -83,6 +85,27 @@ them differs and by how much (exit 1). Takes every key of trainer fit.
 
   trainer check --exact --config configs/stsb.yaml --trainer.devices 2
   srun trainer check --exact --config configs/stsb.yaml
+"""
+PREPARE = """\
+usage: trainer prepare --config RECIPE.yaml [--KEY VALUE]
+
+Downloads the backbone and the data sets of a recipe, checks and tokenises them
+into data.cache_dir, and says what lies where. Run it on a login node: fit,
+validate and test with the same flags then need no network. Takes every key of
+trainer fit; needs no GPU.
+
+  trainer prepare --config configs/stsb.yaml
+  HF_HUB_OFFLINE=1 sbatch slurm/train.sh configs/stsb.yaml
+"""
+PREFLIGHT = """\
+usage: trainer preflight --config RECIPE.yaml [--KEY VALUE]
+
+Checks this node for a run, in seconds: libraries, config, visible devices, run
+directory (written, flushed, read back), space for two checkpoints and the
+export, backbone and data. A line per check; exit code 2 where one failed.
+slurm/train.sh runs it on every node. Takes every key of trainer fit.
+
+  trainer preflight --config configs/stsb.yaml
 """
 HEADS = {
     "fit": """\
@@ -152,7 +175,8 @@ def screens() -> dict[str, str]:
     """File stem -> text of every screen."""
     parsers = live_parsers()
     rendered = {command: render(command, parsers[command]) for command in KEYS}
-    return {"trainer": MAIN, "export": EXPORT, "check": CHECK, **rendered}
+    texts = {"trainer": MAIN, "export": EXPORT, "check": CHECK, "prepare": PREPARE, "preflight": PREFLIGHT}
+    return {**texts, **rendered}
 
 
 if __name__ == "__main__":

@@ -20,21 +20,28 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from trainer.checkpoint import AtomicCheckpointIO, Checkpoints, newest
+from trainer import interruption
+from trainer.checkpoint import Checkpoints, DirectoryCheckpointIO
 from trainer.config_errors import check_written, explain
 from trainer.config_files import ConfigError, Written, replaced_lists
 from trainer.data.module import PairData
+from trainer.data.sources import fingerprint
+from trainer.distributed.preemption import Preemption
 from trainer.distributed.watch import Watch
 from trainer.encoder.spec import EncoderSpec
 from trainer.evaluation.runner import Evaluation
+from trainer.identity import Resume, differences, identity, refuse_differences
+from trainer.manifest import newest, newest_valid, problem, read_manifest
 from trainer.module import EmbeddingModule
 from trainer.run_dir import is_first_rank, name_run, refuse_used, write_config
-from trainer.tracking.metrics import MetricsLog
+from trainer.run_lock import take_lock
+from trainer.tracking.metrics import MetricsLog, run_id_in
 from trainer.tracking.progress import Progress
 from trainer.tracking.redact import redact
 from trainer.tracking.wandb import Tracking, make_logger
 
-# No value names a class that runs code (os.system, subprocess.Popen) or is built where any value fits.
+# No value is built where any value fits. Naming a deny list, be it empty, turns jsonargparse's own one (os, subprocess,
+# pickle, importlib, ...) from a warning into a refusal.
 set_parsing_settings(instantiate_subclass_spec_in_any=False, import_path_denylist=[])
 
 GROUPS: Mapping[str, type] = {
@@ -43,6 +50,7 @@ GROUPS: Mapping[str, type] = {
     "trainer": Trainer,
     "checkpoint": Checkpoints,
     "tracking": Tracking,
+    "resume": Resume,
     "watch": Watch,
 }
 # Our order, evaluation, checkpoints and progress take the place of Lightning's.
@@ -90,7 +98,7 @@ class TrainerCLI(LightningCLI):
             EmbeddingModule,
             PairData,
             save_config_callback=None,
-            trainer_defaults={**TRAINER_DEFAULTS, "callbacks": [MetricsLog(), Progress(), Evaluation()]},
+            trainer_defaults={**TRAINER_DEFAULTS, "callbacks": [MetricsLog(), Progress(), Evaluation(), Preemption()]},
             seed_everything_default=42,
             parser_kwargs={"prog": "trainer", **quiet, **{name: dict(quiet) for name in self.subcommands()}},
             args=args,
@@ -111,6 +119,7 @@ class TrainerCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
         parser.add_class_arguments(Tracking, "tracking")
+        parser.add_class_arguments(Resume, "resume")
         parser.add_lightning_class_args(Watch, "watch")
         for target, source in LINKS.items():
             parser.link_arguments(source, target)
@@ -161,25 +170,44 @@ class TrainerCLI(LightningCLI):
         self._resolve_checkpoint()
 
     def _resolve_checkpoint(self) -> None:
-        """``auto`` becomes the newest checkpoint of the run directory; a fresh fit needs a fresh one."""
+        """``auto``, the default under Slurm, becomes the newest valid checkpoint of the run directory; elsewhere a
+        fresh fit needs a fresh directory."""
         wanted, first = self.options.ckpt_path, is_first_rank(os.environ)
-        requeued = int(os.environ.get("SLURM_RESTART_COUNT", "0") or 0) > 0
-        if wanted is None and self.subcommand == "fit" and not requeued:
-            if first:  # only here: to the ranks it starts, the directory is already in use
+        if wanted is None and self.subcommand == "fit" and "SLURM_JOB_ID" in os.environ:
+            wanted = "auto"
+        if wanted is None:
+            if first and self.subcommand == "fit":  # only here: to the ranks it starts, the directory is in use
                 refuse_used(self.run_dir)
-        elif wanted == "auto" or (wanted is None and self.subcommand == "fit"):
-            found = newest(self.run_dir)
+        elif wanted == "auto":
+            found = self._newest_valid(first)
             if found is None and self.subcommand != "fit":
                 raise ConfigError(f"--ckpt_path auto: there is no checkpoint in {self.run_dir}")
             if first:
                 print(f"checkpoint: {found}" if found else f"no checkpoint in {self.run_dir}: starting fresh")
             self.options.ckpt_path = str(found) if found else None
-        elif wanted is not None and "://" not in wanted and not Path(wanted).exists():
-            raise ConfigError(f"--ckpt_path {wanted}: no such checkpoint; auto takes the newest of {self.run_dir}")
+        elif not Path(wanted).is_dir():
+            raise ConfigError(
+                f"--ckpt_path {wanted}: no such checkpoint (a folder); auto takes the newest of {self.run_dir}"
+            )
+        elif reason := problem(Path(wanted)):
+            raise ConfigError(f"--ckpt_path {wanted}: {reason}; auto takes the newest valid one of {self.run_dir}")
+
+    def _newest_valid(self, first: bool) -> Path | None:
+        found, damaged = newest_valid(self.run_dir)
+        if damaged and found is None:
+            listed = "; ".join(f"{path.name}: {reason}" for path, reason in damaged.items())
+            raise ConfigError(
+                f"no checkpoint of {self.run_dir} can be trusted: {listed}\n  restore one of them, or start anew: "
+                f"--trainer.default_root_dir {self.run_dir}-2"
+            )
+        for path, reason in damaged.items() if first else ():
+            print(f"checkpoint {path} is left out: {reason}")
+        return found
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         plugins = self._get(self.config_init, "trainer").plugins or []
-        kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
+        self.checkpoint_io = DirectoryCheckpointIO()
+        kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), self.checkpoint_io]
         if SLURMEnvironment.detect():
             # Lightning's requeue waits for all ranks inside a signal handler, and deadlocks (#21406)
             kwargs["plugins"].append(SLURMEnvironment(auto_requeue=False))
@@ -187,6 +215,8 @@ class TrainerCLI(LightningCLI):
             trainer = super().instantiate_trainer(**kwargs)
         except (TypeError, ValueError, MisconfigurationException) as error:
             raise ConfigError(f"the trainer can't be built from these settings: {error}") from error
+        # Its handler of TERM talks to the other ranks from inside a signal: one rank that gets it waits for ever.
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         # Behind the progress bar, which must have left the terminal before the watch speaks.
         watch = next(callback for callback in callbacks if isinstance(callback, Watch))
@@ -201,12 +231,38 @@ class TrainerCLI(LightningCLI):
             super()._run_subcommand(subcommand)
 
     def before_fit(self) -> None:
-        config = self.effective_config()
-        if is_first_rank(os.environ):
+        interruption.stop_if_asked()
+        config, first = self.effective_config(), is_first_rank(os.environ)
+        if first:
+            if taken_over := take_lock(self.run_dir, os.environ):
+                print(f"note: {taken_over}")
+            self._match_checkpoint(config)
             write_config(config, self.run_dir / "config.yaml")
         if not self.options.trainer.logger:
             tracking = self._get(self.config_init, "tracking")
-            self.trainer.logger = make_logger(tracking, self.run_dir, config)
+            run_id = run_id_in(Path(self.options.ckpt_path)) if first and self.options.ckpt_path else None
+            self.trainer.logger = make_logger(tracking, self.run_dir, config, run_id)
+
+    def _match_checkpoint(self, config: dict[str, Any]) -> None:
+        """Refuse to go on as another run than the one that saved; what it is now is what later checkpoints carry."""
+        strategy = self.trainer.strategy
+        facts = {
+            "trainer.precision": str(self.trainer.precision),
+            # One process and DDP hold the same, whole state.
+            "trainer.strategy": getattr(strategy, "identity", "replicated"),
+        }
+        now = identity(config, [fingerprint(source) for source in self.datamodule.train_sources], facts)
+        self.checkpoint_io.identity = now
+        if self.options.ckpt_path is None:
+            return
+        saved = read_manifest(Path(self.options.ckpt_path))["identity"]
+        allowed = self._get(self.config_init, "resume").names
+        try:
+            lines = refuse_differences(differences(saved, now), allowed, self.options.ckpt_path)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        for line in lines:
+            print(f"resume: {line} (allowed)")
 
     def after_fit(self) -> None:
         if is_first_rank(os.environ) and self.trainer.state.finished and newest(self.run_dir):
@@ -221,6 +277,13 @@ class TrainerCLI(LightningCLI):
         kept.pop("config", None)
         kept["ckpt_path"] = None  # where this start went on from is no part of what the run is
         return redact(yaml.safe_load(self._parser(self.subcommand).dump(kept, skip_none=False)))
+
+
+class Parts(TrainerCLI):
+    """Model and data of a command, without a trainer: that one wants the devices of a compute node."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        return None
 
 
 def run(args: list[str], written: Written, execute: bool = True) -> TrainerCLI:

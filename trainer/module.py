@@ -137,6 +137,7 @@ class EmbeddingModule(LightningModule):
                 (plain if exempt else decayed).append(parameter)
         groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": plain, "weight_decay": 0.0}]
         groups = [group for group in groups if group["params"]]
+        self._weight_decays = [group["weight_decay"] for group in groups]
         optimizer: torch.optim.Optimizer
         if self.optimizer_name == "sgd":
             optimizer = torch.optim.SGD(groups, lr=self.learning_rate, fused=self.device.type == "cuda")
@@ -152,6 +153,18 @@ class EmbeddingModule(LightningModule):
             num_training_steps=steps,
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """What the config says about the optimizer counts, not what a checkpoint says: a resume refuses differences,
+        and those that are allowed must not vanish in silence. The same config gives the same numbers, bit for bit."""
+        for config in self.trainer.lr_scheduler_configs:
+            scheduler: Any = config.scheduler
+            scheduler.base_lrs = [self.learning_rate for _ in scheduler.base_lrs]
+            rates = [self.learning_rate * factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+            groups = scheduler.optimizer.param_groups
+            for group, rate, decay in zip(groups, rates, self._weight_decays, strict=True):
+                group.update(lr=rate, initial_lr=self.learning_rate, weight_decay=decay)
+            scheduler._last_lr = rates
 
     # -- one step -----------------------------------------------------------------------------------------
 

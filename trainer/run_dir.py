@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import yaml
 
 from trainer.config_files import ConfigError, Flag
+from trainer.files import write_whole
 
 # These say where a run is and how it is watched, not what it computes: on other hardware it keeps its name.
 _NOT_IN_NAME = re.compile(
@@ -56,10 +56,7 @@ def refuse_used(folder: Path) -> None:
 
 def write_config(config: dict[str, Any], path: Path) -> None:
     """In one step, over an older file: a requeued run writes its config again."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    part.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    part.replace(path)
+    write_whole(path, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
 
 
 def is_first_rank(environ: Mapping[str, str]) -> bool:

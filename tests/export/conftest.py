@@ -16,6 +16,7 @@ from trainer.data.collate import pack_texts
 from trainer.demo_data import Pair, read_pairs, write_pairs
 from trainer.demo_encoder import write_encoder
 from trainer.encoder import Encoder, EncoderSpec
+from trainer.manifest import write_checkpoint
 
 # The second half has pieces of the vocabulary that no training text uses.
 TEXTS = [
@@ -67,7 +68,7 @@ class Bench:
     def write_run(
         self, name: str, spec: dict[str, Any] | None = None, compact: bool = True, **config: Any
     ) -> CraftedRun:
-        """Config, metrics and one checkpoint `step-00000003.ckpt` of weights far from the backbone's."""
+        """Config, metrics and one checkpoint `step-00000003` of weights far from the backbone's."""
         encoder_spec = {"backbone": str(self.backbone), "dropout": 0.0, **(spec or {})}
         encoder = Encoder(EncoderSpec(**encoder_spec), max_tokens=4096)
         if compact:
@@ -87,7 +88,7 @@ class Bench:
         if encoder.vocabulary is not None:
             encoder.vocabulary.decay_unused(0.75)
             checkpoint["base_vocabulary"] = encoder.vocabulary.base_checksum()
-        torch.save(checkpoint, folder / "checkpoints" / "step-00000003.ckpt")
+        write_checkpoint(checkpoint, folder / "checkpoints" / "step-00000003", {})
         columns = {"anchor": "sentence1", "positive": "sentence2", "score": "score"}
         data = {"columns": columns, "score_range": [0.0, 5.0]}
         content = {

@@ -96,7 +96,7 @@ def test_front_matter_for_the_hub(card: str) -> None:
 def test_base_model_and_chosen_checkpoint(card: str) -> None:
     assert "- **Base model:** `tiny-encoder` (a local folder)\n" in card
     told = section(card, "### Exported Checkpoint").strip()
-    assert told == "`step-00000003.ckpt`, step 3: the newest of the run; no metric chose a best one."
+    assert told == "`step-00000003`, step 3: the newest of the run; no metric chose a best one."
 
 
 def test_statistics_and_samples_are_those_of_the_data(bench: Any, card: str) -> None:

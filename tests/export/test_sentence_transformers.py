@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from sentence_transformers.sentence_transformer.modules import Dense, Normalize,
 
 from trainer.demo_encoder import write_encoder
 from trainer.export.sentence_transformers import export_run
+from trainer.manifest import STATE, mark_best, read_state, write_checkpoint
 
 TEXTS = [
     "The doctor bought the car at the shop at dawn.",
@@ -107,7 +109,7 @@ def test_whole_vocabulary_is_written(bench: Any, tmp_path: Path) -> None:
     export_run(run.folder, tmp_path / "model")
     name = "embeddings.word_embeddings.weight"
     base = load_file(bench.backbone / "model.safetensors")[name].numpy()
-    weights = torch.load(run.folder / "checkpoints" / "step-00000003.ckpt", weights_only=True)["state_dict"]
+    weights = read_state(run.folder / "checkpoints" / "step-00000003")["state_dict"]
     prefix = "encoder.backbone.embeddings.word_embeddings."
     expected = base * np.float32(0.75)
     expected[weights[f"{prefix}used_ids"].numpy()] = weights[f"{prefix}weight"].numpy()
@@ -116,10 +118,10 @@ def test_whole_vocabulary_is_written(bench: Any, tmp_path: Path) -> None:
 
 def test_uncompacted_run_and_low_precision_state(bench: Any, tmp_path: Path) -> None:
     run = bench.write_run("bf16", {"compact_vocabulary": "off"}, compact=False)
-    path = run.folder / "checkpoints" / "step-00000003.ckpt"
-    checkpoint = torch.load(path, weights_only=True)
+    path = run.folder / "checkpoints" / "step-00000003"
+    checkpoint = read_state(path)
     checkpoint["state_dict"] = {k: v.bfloat16() for k, v in checkpoint["state_dict"].items()}
-    torch.save(checkpoint, path)
+    write_checkpoint(checkpoint, path, {})
     run.encoder.bfloat16().float()
     export_run(path, tmp_path / "model")
     assert_same_embeddings(run, tmp_path / "model")
@@ -147,16 +149,18 @@ def test_folder_holds_no_private_path_and_is_readable(bench: Any, tmp_path: Path
     assert "sentence_transformers" in versions["__version__"]
 
 
-def test_best_goes_before_newest_and_a_named_file_before_both(bench: Any, tmp_path: Path) -> None:
+def test_best_goes_before_newest_and_a_named_one_before_both(bench: Any, tmp_path: Path) -> None:
     run = bench.write_run("choice")
     folder = run.folder / "checkpoints"
-    checkpoint = torch.load(folder / "step-00000003.ckpt", weights_only=True)
+    checkpoint = read_state(folder / "step-00000003")
     weights = checkpoint["state_dict"]
     weight = "encoder.backbone.embeddings.LayerNorm.weight"
     saved = {"best_value": 0.87501, "best_step": 2, "monitor": "eval/dev/spearman_cosine"}
-    for name, step, value in (("step-00000004.ckpt", 4, 4.0), ("best.ckpt", 2, 2.0)):
+    for step in (4, 2):
         content = {**checkpoint, "global_step": step, "callbacks": {"Checkpoints": saved}}
-        torch.save({**content, "state_dict": {**weights, weight: torch.full((32,), value)}}, folder / name)
+        state = {**weights, weight: torch.full((32,), float(step))}
+        write_checkpoint({**content, "state_dict": state}, folder / f"step-{step:08d}", {})
+    mark_best(run.folder, 2)
 
     def exported(source: Path) -> tuple[float, str]:
         export_run(source, tmp_path / "model")
@@ -164,11 +168,11 @@ def test_best_goes_before_newest_and_a_named_file_before_both(bench: Any, tmp_pa
         text = (tmp_path / "model" / "README.md").read_text()
         return float(found[0]), text.split("### Exported Checkpoint\n\n")[1].split("\n")[0]
 
-    best = "`best.ckpt`, step 2: the highest `eval/dev/spearman_cosine` of the run, 0.8750."
+    best = "`step-00000002`, step 2: the highest `eval/dev/spearman_cosine` of the run, 0.8750."
     assert exported(run.folder) == (2.0, best)
-    assert exported(folder / "step-00000004.ckpt") == (4.0, "`step-00000004.ckpt`, step 4: named at export.")
-    (folder / "best.ckpt").unlink()
-    newest = "`step-00000004.ckpt`, step 4: the newest of the run; no metric chose a best one."
+    assert exported(folder / "step-00000004") == (4.0, "`step-00000004`, step 4: named at export.")
+    (folder / "best.json").unlink()
+    newest = "`step-00000004`, step 4: the newest of the run; no metric chose a best one."
     assert exported(run.folder) == (4.0, newest)
     # Three exports into one place: each replaced the one before, and nothing else is left there.
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
@@ -211,23 +215,23 @@ def without_config(folder: Path) -> Path:
 
 
 def without_checkpoint(folder: Path) -> Path:
-    (folder / "checkpoints" / "step-00000003.ckpt").unlink()
+    shutil.rmtree(folder / "checkpoints" / "step-00000003")
     return folder
 
 
 def torn(folder: Path) -> Path:
-    path = folder / "checkpoints" / "step-00000003.ckpt"
-    path.write_bytes(path.read_bytes()[:5000])
+    path = folder / "checkpoints" / "step-00000003"
+    (path / STATE).write_bytes((path / STATE).read_bytes()[:5000])
     return path
 
 
 def not_a_checkpoint(folder: Path) -> Path:
-    torch.save({"weights": torch.ones(1)}, folder / "checkpoints" / "step-00000003.ckpt")
+    write_checkpoint({"weights": torch.ones(1)}, folder / "checkpoints" / "step-00000003", {})
     return folder
 
 
 def out_of_place(folder: Path) -> Path:
-    return (folder / "checkpoints" / "step-00000003.ckpt").rename(folder / "step-00000003.ckpt")
+    return (folder / "checkpoints" / "step-00000003").rename(folder / "step-00000003")
 
 
 def misspelt(folder: Path) -> Path:
@@ -247,25 +251,25 @@ def headless(folder: Path) -> Path:
 
 
 def without_a_weight(folder: Path) -> Path:
-    path = folder / "checkpoints" / "step-00000003.ckpt"
-    checkpoint = torch.load(path, weights_only=True)
+    path = folder / "checkpoints" / "step-00000003"
+    checkpoint = read_state(path)
     del checkpoint["state_dict"]["encoder.backbone.embeddings.LayerNorm.bias"]
-    torch.save(checkpoint, path)
+    write_checkpoint(checkpoint, path, {})
     return folder
 
 
 def of_another_base(folder: Path) -> Path:
-    path = folder / "checkpoints" / "step-00000003.ckpt"
-    torch.save({**torch.load(path, weights_only=True), "base_vocabulary": "0" * 64}, path)
+    path = folder / "checkpoints" / "step-00000003"
+    write_checkpoint({**read_state(path), "base_vocabulary": "0" * 64}, path, {})
     return folder
 
 
 FAULTS: dict[Callable[[Path], Path], str] = {
     without_config: r"has no config.yaml; give a run directory that a fit wrote",
     without_checkpoint: r"holds no finished checkpoint; give a run directory",
-    torn: r"step-00000003.ckpt can't be read: .*; export another checkpoint",
+    torn: r"step-00000003 can't be trusted: state.ckpt has 5,000 bytes, .* were written; export another checkpoint",
     not_a_checkpoint: r"has no state_dict and global_step; give a checkpoint that a fit wrote",
-    out_of_place: r"does not lie in the checkpoints/ folder of a run.*give RUN/checkpoints/FILE",
+    out_of_place: r"does not lie in the checkpoints/ folder of a run.*give RUN/checkpoints/STEP",
     misspelt: r"config.yaml does not fit this version: .*learning_rat",
     broken_yaml: r"config.yaml is no YAML: .*restore",
     headless: r"config.yaml has no sections model and data; restore",

@@ -10,62 +10,13 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.slurm.jobs import Slurm, cluster, processes_of, wait_until
+from tests.slurm.jobs import NEEDS_SLURM, Slurm, cluster, processes_of, stand_in, wait_until
 
-MISSING = [
-    name for name in ("sbatch", "slurmctld", "slurmd", "munged") if not shutil.which(name, path="/usr/sbin:/usr/bin")
-]
-pytestmark = [
-    pytest.mark.slurm,
-    pytest.mark.skipif(bool(MISSING), reason=f"Slurm is not installed ({', '.join(MISSING)} not found)"),
-]
-
-CONFIG = """\
-seed_everything: 7
-model:
-  encoder: {{backbone: {encoder}, max_length: 32}}
-  loss: {{class_path: CosineSimilarity}}
-  learning_rate: 1.0e-3
-data:
-  train: [{{path: {train}, columns: {columns}, score_range: [0, 5]}}]
-  validation: [{{name: dev, path: {dev}, columns: {columns}, score_range: [0, 5], evaluator: STS}}]
-  batch_size: 15
-trainer: {{max_epochs: 1, val_check_interval: 4}}
-tracking: {{wandb: "off"}}
-"""
-
-
-@pytest.fixture(scope="module")
-def slurm(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Iterator[Slurm]:
-    from trainer.demo_data import write_pairs
-
-    project, state = tmp_path_factory.mktemp("project"), tmp_path_factory.mktemp("slurm")
-    train, dev = write_pairs(project, 100, 20)
-    columns = "{anchor: sentence1, positive: sentence2, score: score}"
-    (project / "configs").mkdir()
-    config = CONFIG.format(encoder=tiny_encoder, train=train, dev=dev, columns=columns)
-    (project / "configs" / "pairs.yaml").write_text(config)
-
-    try:
-        started = cluster("start", state, TRAINER_SLURM_FAKE_GPUS="2")
-        assert started.returncode == 0, started.stderr
-        yield Slurm({**os.environ, "SLURM_CONF": started.stdout.strip().partition("=")[2]}, project)
-    finally:
-        cluster("stop", state)
-    assert processes_of(state) == []
-
-
-def stand_in(folder: Path, script: str) -> Path:
-    """A program in Python's place: for what happens around it."""
-    path = folder / "python"
-    path.write_text(f"#!/bin/bash\n{script}\n")
-    path.chmod(0o755)
-    return path
+pytestmark = NEEDS_SLURM
 
 
 def test_two_nodes_give_the_weights_of_two_local_ranks(slurm: Slurm) -> None:
@@ -76,7 +27,14 @@ def test_two_nodes_give_the_weights_of_two_local_ranks(slurm: Slurm) -> None:
     job = slurm.run("--nodes 2", ["configs/pairs.yaml", "--trainer.default_root_dir", "runs/slurm"])
     assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), job.log
     assert (job["NumNodes"], job["NumTasks"], job["NodeList"]) == ("2", "2", "n[1-2]")
-    assert job.log.splitlines()[-1].endswith("on n[1-2] ended with exit code 0; run directory: runs/slurm")
+    assert job.log.splitlines()[-2].endswith("on n[1-2] ended with exit code 0")
+    last = max((slurm.folder / "runs/slurm/checkpoints").glob("step-*"))
+    assert job.log.splitlines()[-1] == (
+        f"train.sh: run directory: runs/slurm; last checkpoint: {last.relative_to(slurm.folder)}"
+    )
+    assert (slurm.folder / "runs/slurm/.done").read_text().startswith(f"job {job['JobId']}, ")
+    for node in ("n1", "n2"):
+        assert f"preflight {node}: data ok" in job.log
 
     local = [sys.executable, "-m", "trainer", "fit", "--config", "configs/pairs.yaml"]
     local += ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
@@ -101,7 +59,7 @@ def test_an_error_of_the_program_fails_the_job_with_its_code(slurm: Slurm) -> No
     job = slurm.run("--nodes 2", ["configs/pairs.yaml", "--model.learning_rat", "0.1"])
     assert (job["JobState"], job["ExitCode"]) == ("FAILED", "2:0"), job.log
     assert "did you mean" in job.log
-    assert "ended with exit code 2" in job.log.splitlines()[-1]
+    assert "ended with exit code 2" in job.log
 
 
 def test_a_missing_config_is_one_sentence_before_anything_starts(slurm: Slurm) -> None:
@@ -112,22 +70,13 @@ def test_a_missing_config_is_one_sentence_before_anything_starts(slurm: Slurm) -
 
 def test_the_first_rank_to_fail_gives_the_exit_code(slurm: Slurm, tmp_path: Path) -> None:
     """srun by itself would say 143, the code of the ranks that it ends because of the first."""
-    python = stand_in(tmp_path, "[[ $SLURM_PROCID == 1 ]] && exit 85; sleep 100")
+    python = stand_in(tmp_path, "[[ $SLURM_PROCID == 1 ]] && exit 7; sleep 100")
     begin = time.monotonic()
     job = slurm.run("--nodes 2", ["configs/pairs.yaml"], python)
-    assert (job["JobState"], job["ExitCode"]) == ("FAILED", "85:0"), job.log
+    assert (job["JobState"], job["ExitCode"]) == ("FAILED", "7:0"), job.log
+    assert "ended with exit code 7; the first to fail was rank 1 on n2" in job.log
     assert time.monotonic() - begin < 60
     assert list(slurm.folder.glob(".slurm-*")) == []
-
-
-def test_a_signal_reaches_the_program(slurm: Slurm, tmp_path: Path) -> None:
-    """USR1 arrives in the program, past the shells around it, whose exit code then is the job's."""
-    python = stand_in(tmp_path, 'trap "exit 85" USR1; echo ready; while true; do sleep 0.1; done')
-    number = slurm.submit("--nodes 1", ["configs/pairs.yaml"], python)
-    wait_until(lambda: slurm.log(number).exists() and "ready" in slurm.log(number).read_text(), "ready")
-    slurm.signal(number, "USR1")
-    job = slurm.finished(number)
-    assert (job["JobState"], job["ExitCode"]) == ("FAILED", "85:0"), job.log
 
 
 @pytest.mark.parametrize(
@@ -146,8 +95,9 @@ def test_one_task_for_each_device(slurm: Slurm, options: str, tasks: int, place:
     job = slurm.run(options, ["configs/pairs.yaml", "configs/place.yml", *own], "/bin/echo")
     strategy = " --trainer.strategy ddp" if tasks > 1 else ""
     files = "--config configs/pairs.yaml --config configs/place.yml"
-    command = f"-m trainer fit{strategy} {files} --trainer.accelerator {place} {' '.join(own)}"
-    assert job.log.splitlines().count(command) == tasks, job.log
+    words = f"{strategy} {files} --trainer.accelerator {place} {' '.join(own)}"
+    assert job.log.splitlines().count(f"-m trainer fit{words}") == tasks, job.log
+    assert job.log.splitlines().count(f"-m trainer preflight{words}") == int(job["NumNodes"]), "once on each node"
     assert job["JobState"] == "COMPLETED"
 
 

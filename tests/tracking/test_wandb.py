@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -141,21 +145,90 @@ def test_a_run_stores_the_rows_of_its_metrics_file(
     assert run_id_in(run_dir / "none.ckpt") is None
 
 
-def test_a_server_that_does_not_answer(no_wandb_settings: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody listens at port 9: one warning, and the run goes on offline."""
-    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    monkeypatch.setattr("trainer.tracking.wandb.INIT_TIMEOUT_S", 2.0)
-    logger = make_logger(Tracking(), no_wandb_settings, {})
-    assert logger is not None
-    with pytest.warns(UserWarning, match=r"W&B does not answer \(.*\): tracking offline"):
-        logger.log_metrics({"train/loss": 1.0}, step=3)
-    import wandb
+class Broken(BaseHTTPRequestHandler):
+    """A server that answers 500."""
 
-    wandb.finish()
-    (fragment,) = no_wandb_settings.glob("wandb/offline-run-*/*.wandb")
-    history = [record["history"]["item"] for record in records(fragment) if "history" in record]
-    assert [item["train/loss"] for item in history] == [1.0]
+    def do_GET(self) -> None:
+        self.send_response(500)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_POST = do_GET
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+class Hanging(Broken):
+    """A server that takes the request and says nothing."""
+
+    def do_GET(self) -> None:
+        time.sleep(100)
+
+    do_POST = do_GET
+
+
+# One import of seconds, and a process for each server.
+ONLINE = """
+import os, sys
+import trainer.tracking.wandb as tracking
+
+tracking.INIT_TIMEOUT_S = 2.0  # W&B adds ten seconds of its own
+children = []
+for name, address in zip(sys.argv[1::2], sys.argv[2::2]):
+    if child := os.fork():
+        children.append(child)
+        continue
+    log = os.open(name + ".log", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ["WANDB_BASE_URL"] = address
+    if name != "no key":
+        os.environ["WANDB_API_KEY"] = "a" * 40
+    logger = tracking.make_logger(tracking.Tracking(wandb="online"), name, {})
+    logger.log_metrics({"train/loss": 1.0}, step=3)
+    logger.log_metrics({"train/loss": 0.5}, step=4)
+    logger.finalize("success")
+    sys.exit()
+assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
+"""
+
+
+def test_a_server_that_does_not_answer(no_wandb_settings: Path) -> None:
+    """No network, no key (and nobody to ask), a server that says 500 or nothing, all at once to save time.
+    One warning, the run goes on offline, and at the end it says how to send it."""
+    servers = {kind.__name__: ThreadingHTTPServer(("127.0.0.1", 0), kind) for kind in (Broken, Hanging)}
+    for server in servers.values():
+        server.daemon_threads, server.block_on_close = True, False
+        Thread(target=server.serve_forever, daemon=True).start()
+    places = {name: f"http://127.0.0.1:{server.server_port}" for name, server in servers.items()}
+    places |= {"nobody listens": "http://127.0.0.1:9", "no key": "http://127.0.0.1:9"}
+    words = [word for place in places.items() for word in place]
+    environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", ONLINE, *words],
+            cwd=no_wandb_settings,
+            env=environ,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=150,
+        )
+    finally:
+        for server in servers.values():
+            server.shutdown()
+    assert done.returncode == 0, done.stderr
+    for name in places:
+        said = (no_wandb_settings / f"{name}.log").read_text()
+        assert len(re.findall(r"UserWarning: W&B does not answer \(.+\): tracking offline", said)) == 1, said
+        (fragment,) = (no_wandb_settings / name).glob("wandb/offline-run-*/*.wandb")
+        history = [record["history"]["item"] for record in records(fragment) if "history" in record]
+        assert [item["train/loss"] for item in history] == [1.0, 0.5]
+        (command,) = re.findall("^tracked offline; send it .*: wandb sync (.*)$", said, re.MULTILINE)
+        listed = ["bash", "-c", f"ls -d {command}"]
+        named = subprocess.run(listed, cwd=no_wandb_settings, capture_output=True, text=True, timeout=10)
+        assert no_wandb_settings / named.stdout.rstrip("\n") == fragment.parent
 
 
 def test_auto_is_online_only_with_a_key(no_wandb_settings: Path, monkeypatch: pytest.MonkeyPatch) -> None:

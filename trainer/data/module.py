@@ -23,6 +23,7 @@ from trainer.distributed import gather
 from trainer.encoder.spec import EncoderSpec
 from trainer.encoder.text import TextPreparation, load_text_preparation
 from trainer.evaluation.base import Evaluator
+from trainer.interruption import shielded, stop_if_asked
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,10 @@ class StepSampler(Sampler[int]):
 
 class StepLoader(DataLoader[PackedBatch]):
     """A loader that Lightning may call resumable; its state is the trainer's step, so it stores nothing."""
+
+    def __iter__(self) -> Any:
+        with shielded():
+            return super().__iter__()
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -113,8 +118,10 @@ class PairData(LightningDataModule):
         """Build the caches, once per node; the other ranks wait and open them."""
         for source in self.train_sources:
             tokenize(source, self.text, self.cache_dir)
+            stop_if_asked()
         for source in self.validation_sources:
             load(source, self.cache_dir)
+            stop_if_asked()
 
     def setup(self, stage: Optional[str] = None) -> None:
         if self.validation_sets or self.tables:

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 from trainer.data.cache import build_once
 from trainer.data.sources import Source, fingerprint, load, num_skipped
+from trainer.interruption import received, shielded, stop_if_asked
 
 if TYPE_CHECKING:
     from trainer.encoder.text import TextPreparation
@@ -161,7 +162,13 @@ def _tokenize_spans(rows: Dataset, text: TextPreparation, spans: list[_Span]) ->
         return
     logger.info("Tokenising %d texts with %d processes", num_texts, num_processes)
     with ProcessPoolExecutor(num_processes, worker_context(), _start_worker, (rows, text)) as pool:
-        yield from pool.map(_work, spans)
+        with shielded():
+            results = pool.map(_work, spans)
+        for result in results:
+            if received():
+                pool.shutdown(cancel_futures=True)
+                stop_if_asked()
+            yield result
 
 
 def worker_context() -> SpawnContext:

@@ -6,7 +6,7 @@ Shape suffixes: b rows of the global batch, B rows of this rank.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 ObjectT = TypeVar("ObjectT")
+Later = Callable[[], list[int]]
 
 
 class SharedError(ValueError):
@@ -144,6 +145,20 @@ def reduce_sum(x: Tensor) -> Tensor:
     with _collective("sum over ranks"):
         dist.all_reduce(total, op=dist.ReduceOp.SUM)
     return total
+
+
+def start_max(values: Sequence[int], device: torch.device) -> Later:
+    """Start a maximum over ranks of each value and go on; the answer is read by calling what is returned."""
+    largest = torch.tensor(list(values), dtype=torch.int64, device=device)
+    work = dist.all_reduce(largest, op=dist.ReduceOp.MAX, async_op=True) if world_size() > 1 else None
+
+    def read() -> list[int]:
+        if work is not None:
+            with _collective("maximum over ranks"):
+                work.wait()
+        return [int(value) for value in largest.tolist()]
+
+    return read
 
 
 def broadcast_object(obj: ObjectT) -> ObjectT:

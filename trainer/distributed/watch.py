@@ -19,9 +19,9 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from trainer.checkpoint import newest
 from trainer.distributed import gather
 from trainer.distributed.heartbeat import BEAT_S, SILENT_S, Heartbeats
+from trainer.manifest import newest
 from trainer.tracking.metrics import MetricsLog
 from trainer.tracking.spikes import LossSpikes
 

@@ -6,6 +6,7 @@ Shape suffixes: T tokens of the stream, S segments (texts), H hidden, D embeddin
 from __future__ import annotations
 
 import logging
+import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -46,13 +47,19 @@ class Encoder(nn.Module):
     def __init__(self, spec: EncoderSpec, max_tokens: int) -> None:
         super().__init__()
         self.text = load_text_preparation(spec)
-        shell = SentenceTransformer(
-            spec.backbone,
-            device="cpu",
-            revision=spec.revision,
-            trust_remote_code=spec.trust_remote_code,
-            model_kwargs={"dtype": torch.float32},
-        )
+        try:
+            shell = SentenceTransformer(
+                spec.backbone,
+                device="cpu",
+                revision=spec.revision,
+                trust_remote_code=spec.trust_remote_code,
+                model_kwargs={"dtype": torch.float32},
+            )
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f"model.encoder.backbone '{spec.backbone}': its weights are a pickle that holds more than tensors, "
+                "which could run code; take a copy in safetensors from someone you trust"
+            ) from error
         shell.max_seq_length = self.text.max_length
         _override_modules(shell, spec)
         # A tuple hides the shell from nn.Module: its modules are registered below, once.

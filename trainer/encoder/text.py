@@ -18,6 +18,8 @@ from trainer.encoder.spec import EncoderSpec
 # Position tables of these start behind the padding index.
 _OFFSET_MODEL_TYPES = frozenset({"roberta", "xlm-roberta", "camembert", "mpnet"})
 
+_OWN_MODULES = "sentence_transformers."
+
 
 @dataclass
 class TextPreparation:
@@ -82,11 +84,14 @@ def load_text_preparation(spec: EncoderSpec) -> TextPreparation:
     """Read the tokenizer, the length and the prompt of an encoder; no weights.
 
     Raises:
-        ValueError: no such folder or hub id, or max_length over the positions of the backbone.
+        ValueError: no such folder or hub id, code that was not allowed, or max_length over the positions of the
+            backbone.
     """
     where: dict[str, Any] = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
-    folder = _read_json(spec, "modules.json") or [{"path": ""}]
-    subfolder = folder[0]["path"]
+    modules = _read_json(spec, "modules.json") or [{"path": "", "type": _OWN_MODULES}]
+    subfolder = modules[0]["path"]
+    if not spec.trust_remote_code:
+        _refuse_code(spec, subfolder, [module["type"] for module in modules])
     try:
         config = AutoConfig.from_pretrained(spec.backbone, subfolder=subfolder, **where)
         tokenizer = AutoTokenizer.from_pretrained(spec.backbone, subfolder=subfolder, **where)
@@ -113,6 +118,20 @@ def load_text_preparation(spec: EncoderSpec) -> TextPreparation:
     if transformer.get("do_lower_case"):
         _lower_first(tokenizer)
     return TextPreparation(tokenizer, max_length, prompt)
+
+
+def _refuse_code(spec: EncoderSpec, subfolder: str, module_types: Sequence[str]) -> None:
+    """Names the code that comes with a model. transformers would leave it aside in silence where it knows the type of
+    the model, and embed with other layers than the author's."""
+    code = {name for name in module_types if not name.startswith(_OWN_MODULES)}
+    for file in ("config.json", "tokenizer_config.json"):
+        for found in ((_read_json(spec, file, subfolder) or {}).get("auto_map") or {}).values():
+            code |= {name for name in (found if isinstance(found, list) else [found]) if name}
+    if code:
+        raise ValueError(
+            f"model.encoder.backbone '{spec.backbone}' brings Python code of its own ({', '.join(sorted(code))}), "
+            "which is not run: read it, then set model.encoder.trust_remote_code to true"
+        )
 
 
 def _lower_first(tokenizer: PreTrainedTokenizerBase) -> None:

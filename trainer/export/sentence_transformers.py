@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import argparse
 import os
-import pickle
 import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from jsonargparse import ArgumentParser
 from sentence_transformers import SentenceTransformer
 
-from trainer.checkpoint import best, newest
 from trainer.data.module import PairData
 from trainer.encoder import Encoder
 from trainer.export.model_card import DISTRIBUTION, complete_readme, fill_card
 from trainer.export.record import Run, read_log
+from trainer.manifest import STATE, best, newest, problem, read_state
 from trainer.module import EmbeddingModule
 from trainer.tracking.metrics import FILE_NAME
 
@@ -27,7 +25,7 @@ def export_run(source: Path, out: Path) -> None:
     """Write a run's model as a sentence-transformers folder with its model card; weights are float32.
 
     Args:
-        source: a run directory (its best checkpoint is taken, else its newest), or a checkpoint file in it.
+        source: a run directory (its best checkpoint is taken, else its newest), or a checkpoint in it.
         out: the folder to write. It appears whole or not at all; an older export in its place is replaced.
 
     Raises:
@@ -39,7 +37,9 @@ def export_run(source: Path, out: Path) -> None:
     run_dir, path, chosen = _choose_checkpoint(source)
     config = _read_config(run_dir)
     module, data = _build(run_dir, config)
-    checkpoint = _read_checkpoint(path)
+    if reason := problem(path):
+        raise ValueError(f"{path} can't be trusted: {reason}; export another checkpoint of its folder")
+    checkpoint = read_state(path, mmap=True)  # mapped: the optimizer's two thirds are not wanted here
     _load_encoder(module, checkpoint, path)
     run = Run(
         module=module,
@@ -61,12 +61,12 @@ def export_run(source: Path, out: Path) -> None:
 
 def _choose_checkpoint(source: Path) -> tuple[Path, Path, str]:
     """Run directory, checkpoint and how it was chosen: "named", "best" or "newest"."""
-    if source.is_file():
+    if (source / STATE).is_file():
         run_dir = source.resolve().parent.parent
         if source.resolve().parent.name != "checkpoints":
             raise ValueError(
                 f"{source} does not lie in the checkpoints/ folder of a run, so its config is unknown; "
-                "give RUN/checkpoints/FILE or the run directory"
+                "give RUN/checkpoints/STEP or the run directory"
             )
         return run_dir, source, "named"
     if not source.is_dir():
@@ -76,7 +76,7 @@ def _choose_checkpoint(source: Path) -> tuple[Path, Path, str]:
     if (path := newest(source)) is not None:
         return source, path, "newest"
     raise ValueError(
-        f"{source} holds no finished checkpoint; give a run directory whose checkpoints/ has a .ckpt file, "
+        f"{source} holds no finished checkpoint; give a run directory whose checkpoints/ has a step, "
         "or train until the first one (checkpoint.save_every_steps)"
     )
 
@@ -112,18 +112,6 @@ def _build(run_dir: Path, config: dict[str, Any]) -> tuple[EmbeddingModule, Pair
         # A relative path may look like a hub id, which sentence-transformers would then ask the hub about.
         spec.backbone = str(Path(spec.backbone).resolve())
     return built.model, built.data
-
-
-def _read_checkpoint(path: Path) -> dict[str, Any]:
-    try:
-        # Mapped, not read: the optimizer's two thirds of the file are not wanted here.
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        cause = str(error).splitlines()[0]
-        raise ValueError(f"{path} can't be read: {cause}; export another checkpoint of its folder") from error
-    if not isinstance(checkpoint, dict) or not {"state_dict", "global_step"} <= checkpoint.keys():
-        raise ValueError(f"{path} has no state_dict and global_step; give a checkpoint that a fit wrote")
-    return checkpoint
 
 
 def _load_encoder(module: EmbeddingModule, checkpoint: dict[str, Any], path: Path) -> None:

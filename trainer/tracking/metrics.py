@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +17,8 @@ from torch import Tensor
 
 from trainer.batch import PackedBatch
 from trainer.distributed import gather
+from trainer.files import write_whole
+from trainer.manifest import read_state
 
 FILE_NAME = "metrics.jsonl"
 Listener = Callable[[Mapping[str, float], int], None]
@@ -206,10 +207,8 @@ def _path(trainer: Trainer) -> Path:
 
 
 def run_id_in(checkpoint: Path) -> str | None:
-    """The tracker's id of the run that wrote a checkpoint file: a run that goes on elsewhere keeps it."""
-    if not checkpoint.is_file():
-        return None
-    content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    """The tracker's id of the run that wrote a checkpoint: a run that goes on elsewhere keeps it."""
+    content = read_state(checkpoint, mmap=True)
     run_id: str | None = content.get("callbacks", {}).get(MetricsLog.__name__, {}).get("run_id")
     return run_id
 
@@ -223,9 +222,4 @@ def drop_rows_after(path: Path, step: int) -> None:
         # A kill may have cut the last line.
         if step > 0 and line.endswith("\n") and json.loads(line)["step"] <= step:
             kept.append(line)
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    write_whole(path, "".join(kept))

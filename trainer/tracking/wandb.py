@@ -3,6 +3,7 @@
 import netrc
 import os
 import secrets
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -18,10 +19,14 @@ from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
 from trainer.distributed import gather
+from trainer.files import write_whole
+from trainer.interruption import shielded
 from trainer.tracking.redact import redact, redact_arguments
 
 ID_FILE = "wandb_id"
 INIT_TIMEOUT_S = 30.0
+FINISH_TIMEOUT_S = 120.0
+_SHOWN = ("project", "entity", "group", "job_type", "tags", "name")
 _SLURM = (
     *("SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_JOB_NODELIST", "SLURM_JOB_PARTITION", "SLURM_CLUSTER_NAME"),
     *("SLURM_NNODES", "SLURM_NTASKS", "SLURM_RESTART_COUNT", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"),
@@ -110,13 +115,9 @@ def has_key() -> bool:
 
 def keep_id(run_dir: Path, run_id: Optional[str] = None) -> str:
     """The id of the run in this directory; made, or taken from `run_id`, once."""
-    run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / ID_FILE
     if not path.exists():
-        # Complete before it has its name: a kill leaves no empty id.
-        partial = run_dir / f".{ID_FILE}.{os.getpid()}.partial"
-        partial.write_text((run_id or secrets.token_hex(4)) + "\n")
-        os.replace(partial, path)
+        write_whole(path, (run_id or secrets.token_hex(4)) + "\n")
     return path.read_text().strip()
 
 
@@ -127,11 +128,25 @@ class RunLogger(WandbLogger):
     @rank_zero_experiment
     def experiment(self) -> Any:
         if self._experiment is None:
-            self._experiment = self._start()
+            with shielded():
+                self._experiment = self._start()
         return self._experiment
 
     def log_hyperparams(self, params: Any) -> None:
         super().log_hyperparams(redact(dict(params)))
+
+    def interrupt(self, code: int) -> None:
+        """End the run as one that was stopped and may come back, not as finished."""
+        if self._experiment is not None:
+            self._experiment.mark_preempting()
+            self._experiment.finish(exit_code=code)
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        super().finalize(status)
+        if self._experiment is not None and self._experiment.settings._offline:
+            fragments = shlex.quote(str(Path(self._wandb_init["dir"]) / "wandb"))  # a requeue has left several
+            print(f"tracked offline; send it from a machine with a network: wandb sync {fragments}/offline-run-*")
 
     def _read_config(self) -> Mapping[str, Any]:
         config, file = self._wandb_init["config"], Path(self._wandb_init["dir"]) / "config.yaml"
@@ -143,6 +158,7 @@ class RunLogger(WandbLogger):
         import wandb
 
         arguments = {key: value for key, value in self._wandb_init.items() if value is not None}
+        arguments |= redact({key: arguments[key] for key in _SHOWN if key in arguments})
         arguments["config"] = redact({**self._read_config(), "run": describe_environment()})
         arguments["settings"] = wandb.Settings(
             # Printed lines, patches and the remote's address may hold secrets; the commit is in the config.
@@ -151,15 +167,18 @@ class RunLogger(WandbLogger):
             disable_git=True,
             x_transaction_log_flush_interval=1.0,  # seconds of rows that a SIGKILL may take
             init_timeout=INIT_TIMEOUT_S,
+            finish_timeout=FINISH_TIMEOUT_S,  # or a server that went away would hold the finished job
         )
         with _redacted_command_line():
             try:
+                if arguments["mode"] == "online" and not has_key():
+                    raise ValueError("no key: set WANDB_API_KEY or run wandb login")  # it would ask, and wait
                 run = wandb.init(**arguments, allow_val_change=True)
             except Exception as error:
                 if arguments["mode"] != "online":
                     raise
                 cause = str(error).splitlines()[0]
-                rank_zero_warn(f"W&B does not answer ({cause}): tracking offline. Send it later: wandb sync")
+                rank_zero_warn(f"W&B does not answer ({cause}): tracking offline")
                 wandb.teardown()  # or the failed start still holds the id
                 run = wandb.init(**{**arguments, "mode": "offline"}, allow_val_change=True)
         run.define_metric("trainer/global_step")

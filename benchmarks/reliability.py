@@ -1,0 +1,350 @@
+"""Runs are killed and preempted at random moments, and must end as if nothing had happened.
+
+    python benchmarks/reliability.py kill --count 50 --json benchmarks/results/kill.json
+    python benchmarks/reliability.py preempt --count 20 --json benchmarks/results/preempt.json      (needs Slurm)
+    python benchmarks/reliability.py report benchmarks/results/*.json > docs/reliability-tables.md
+
+`kill`: SIGKILL to all processes of a run, several times before it may end; TMPDIR lies on another file system.
+`preempt`: USR1 to a job on a two-node Slurm (slurm/local-cluster.sh), as at the end of a time limit; the job script
+requeues it. Both compare the final weights with those of a run that was never disturbed, bit for bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from provenance import provenance
+
+from trainer.demo_data import write_pairs
+from trainer.demo_encoder import write_encoder
+from trainer.manifest import newest, newest_valid, read_state, steps
+
+ROOT = Path(__file__).parents[1]
+HERE = str(Path(__file__).parent)
+PHASES = ("import", "loading", "backward", "validation", "saving")
+INTERVAL = 5  # steps between checkpoints
+ROWS, BATCH, EPOCHS = 480, 16, 2
+LAST = EPOCHS * ROWS // BATCH
+
+
+def write_recipe(folder: Path) -> Path:
+    """60 steps of 5 to 50 ms with a dropout of 0.1; a checkpoint every 5 of them, an evaluation every 10."""
+    train, dev = write_pairs(folder, num_train=ROWS, num_dev=400, seed=1)
+    texts = [f"word{n} and word{n + 1}" for n in range(3000)]
+    write_encoder(folder / "encoder", texts, hidden=128, layers=2, heads=4, vocab=4000)
+    columns = {"anchor": "sentence1", "positive": "sentence2", "score": "score"}
+    source = {"path": str(train), "columns": columns, "score_range": [0, 5]}
+    content = {
+        "model": {
+            "encoder": {"backbone": str(folder / "encoder"), "compact_vocabulary": "off", "dropout": 0.1},
+            "loss": "CosineSimilarity",
+            "learning_rate": 1e-3,
+        },
+        "data": {
+            "train": [source],
+            "validation": [{**source, "name": "dev", "path": str(dev)}],
+            "batch_size": BATCH,
+            "cache_dir": str(folder / "cache"),
+        },
+        "trainer": {
+            "max_epochs": EPOCHS,
+            "accelerator": "cpu",
+            "val_check_interval": 10,
+            "log_every_n_steps": 1,
+        },
+        "checkpoint": {"save_every_steps": INTERVAL, "keep": 3},
+        "tracking": {"wandb": "offline"},
+    }
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": HERE, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **more}
+
+
+def logged_steps(run_dir: Path) -> list[int]:
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("}")]
+    return [row["step"] for row in rows if "train/loss" in row]
+
+
+def same_end(run_dir: Path, reference: Path) -> bool:
+    """Weights and Adam's moments of the last step, bit for bit."""
+    ends = [newest(folder) for folder in (run_dir, reference)]
+    if ends[0] is None or ends[1] is None or ends[0].name != ends[1].name:
+        return False
+    one, other = (read_state(end) for end in ends if end)
+    moments = [
+        {f"{n}.{k}": v for n, s in state["optimizer_states"][0]["state"].items() for k, v in s.items()}
+        for state in (one, other)
+    ]
+    return all(
+        left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+        for left, right in ((one["state_dict"], other["state_dict"]), (moments[0], moments[1]))
+    )
+
+
+# -- kill ---------------------------------------------------------------------------------------------------
+
+
+def fit(recipe: Path, run_dir: Path, ranks: int, *flags: str, **more: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "trainer", "fit", "--config", str(recipe)]
+    command += ["--trainer.default_root_dir", str(run_dir), "--trainer.devices", str(ranks), *flags]
+    command += ["--tracking.wandb", "off"]
+    if ranks > 1:
+        command += ["--trainer.strategy", "ddp"]
+    run_dir.mkdir(parents=True, exist_ok=True)
+    log = open(run_dir / "log.txt", "ab")  # noqa: SIM115 - the process keeps it
+    return subprocess.Popen(command, stdout=log, stderr=log, env=environment(**more), start_new_session=True)
+
+
+def kill_loop(folder: Path, count: int, draw: random.Random) -> Iterator[dict[str, Any]]:
+    """Chains of up to five kills, on one and on two ranks in turn; every chain runs to its end."""
+    recipe = write_recipe(folder)
+    tmp = tempfile.mkdtemp(dir="/dev/shm") if Path("/dev/shm").is_dir() else str(folder)
+    lasted: dict[int, float] = {}
+    for ranks in (1, 2):
+        start = time.monotonic()
+        assert fit(recipe, folder / f"undisturbed-{ranks}", ranks, TMPDIR=tmp).wait(300) == 0
+        lasted[ranks] = time.monotonic() - start
+    done = chain = 0
+    while done < count:
+        ranks, run_dir = 1 + chain % 2, folder / f"chain-{chain}"
+        kills: list[dict[str, Any]] = []
+        again: tuple[str, ...] = ()
+        while len(kills) < min(5, count - done):
+            begun = time.monotonic()
+            process = fit(recipe, run_dir, ranks, *again, TMPDIR=tmp)
+            offset = draw.uniform(0.3, lasted[ranks])
+            try:
+                process.wait(offset)
+            except subprocess.TimeoutExpired:
+                kills.append(_kill(process, run_dir, ranks, time.monotonic() - begun))
+                again = ("--ckpt_path", "auto")
+            else:
+                break  # it came to its end before
+        code = process.wait(300) if process.poll() is not None and not kills else 0
+        if newest(run_dir) is None or newest(run_dir).name != f"step-{LAST:08d}":  # type: ignore[union-attr]
+            code = fit(recipe, run_dir, ranks, *again, TMPDIR=tmp).wait(300)
+        equal = code == 0 and same_end(run_dir, folder / f"undisturbed-{ranks}")
+        for kill in kills:
+            yield {**kill, "chain": chain, "final_exit_code": code, "bitwise_equal": equal}
+        done, chain = done + len(kills), chain + 1
+        shutil.rmtree(run_dir)
+    shutil.rmtree(tmp, ignore_errors=True)
+
+
+def _kill(process: subprocess.Popen[bytes], run_dir: Path, ranks: int, offset: float) -> dict[str, Any]:
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait(30)
+    time.sleep(0.1)  # until the other rank of the group is gone, too
+    saving = [path.name for path in (run_dir / "checkpoints").glob(".step-*")]
+    reached = max(logged_steps(run_dir), default=0)
+    found, damaged = newest_valid(run_dir)
+    resumed = int(found.name.removeprefix("step-")) if found else 0
+    return {
+        "ranks": ranks,
+        "offset_s": round(offset, 3),
+        "while_saving": bool(saving),
+        "step_reached": reached,
+        "resumes_at": resumed,
+        "steps_lost": max(0, reached - resumed),
+        "damaged": {path.name: reason for path, reason in damaged.items()},
+        "ok": not damaged and max(0, reached - resumed) <= INTERVAL and list(steps(run_dir)) == sorted(steps(run_dir)),
+    }
+
+
+# -- preempt ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def cluster(folder: Path) -> Iterator[dict[str, str]]:
+    script = str(ROOT / "slurm" / "local-cluster.sh")
+    started = subprocess.run([script, "start", str(folder)], capture_output=True, text=True, timeout=120, check=True)
+    path = re.search(r"SLURM_CONF=(\S+)", started.stdout)
+    assert path, started.stdout
+    try:
+        yield environment(SLURM_CONF=path[1], TRAINER_PYTHON=sys.executable, WANDB_MODE="offline")
+    finally:
+        subprocess.run([script, "stop", str(folder)], capture_output=True, timeout=60, check=False)
+
+
+def show_job(job: str, environ: dict[str, str]) -> dict[str, str]:
+    shown = subprocess.run(
+        ["scontrol", "show", "job", "-o", job], env=environ, capture_output=True, text=True, timeout=30, check=False
+    )
+    return dict(word.split("=", 1) for word in shown.stdout.split() if "=" in word)
+
+
+def submit(recipe: Path, run_dir: Path, environ: dict[str, str]) -> str:
+    command = ["sbatch", "--parsable", "--nodes=2", f"--output={run_dir.parent}/{run_dir.name}.out"]
+    command += [str(ROOT / "slurm" / "train.sh"), str(recipe), "--trainer.default_root_dir", str(run_dir)]
+    command += ["--trainer.callbacks+=phases.Phases"]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60, check=True, cwd=ROOT)
+    return done.stdout.strip()
+
+
+def wait_for(job: str, environ: dict[str, str], states: set[str], timeout_s: float = 240.0) -> dict[str, str]:
+    deadline = time.monotonic() + timeout_s
+    while (shown := show_job(job, environ)).get("JobState") not in states:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"job {job} is {shown.get('JobState')}, not {states}, after {timeout_s} s")
+        if shown.get("JobState") == "PENDING" and shown.get("Restarts", "0") != "0":
+            # Slurm holds a requeued job back for two minutes.
+            subprocess.run(
+                ["scontrol", "update", f"JobId={job}", "StartTime=now"], env=environ, check=False, timeout=30
+            )
+        time.sleep(0.3)
+    return shown
+
+
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
+
+
+def preempt_loop(folder: Path, count: int, draw: random.Random) -> Iterator[dict[str, Any]]:
+    """Uniform moments over the life of a job until there are `count`, then more until each part was met three times
+    (not with fewer than 20: a short look)."""
+    recipe = write_recipe(folder)
+    with cluster(folder / "slurm") as environ:
+        reference = folder / "undisturbed"
+        job = submit(recipe, reference, environ)
+        wait_for(job, environ, {"RUNNING"})
+        begun = time.monotonic()
+        assert wait_for(job, environ, ENDED)["JobState"] == "COMPLETED", (folder / "undisturbed.out").read_text()
+        lasts = time.monotonic() - begun - 1.0  # what follows the last step is the export
+        met: Counter[str] = Counter()
+        number = 0
+        while number < count or (count >= 20 and number < 3 * count and any(met[phase] < 3 for phase in PHASES)):
+            outcome = _preempt(recipe, folder / f"run-{number}", reference, environ, draw.uniform(0.0, lasts))
+            if outcome is None:  # the job had ended, or had not come to Python
+                continue
+            met[outcome["phase"]] += 1
+            number += 1
+            yield outcome
+
+
+def _preempt(
+    recipe: Path, run_dir: Path, reference: Path, environ: dict[str, str], offset: float
+) -> dict[str, Any] | None:
+    job = submit(recipe, run_dir, environ)
+    wait_for(job, environ, {"RUNNING"})
+    time.sleep(offset)
+    subprocess.run(["scancel", "--signal=USR1", job], env=environ, check=False, timeout=30, capture_output=True)
+    shown = wait_for(job, environ, ENDED)
+    output = (run_dir.parent / f"{run_dir.name}.out").read_text(errors="replace")
+    restarts = int(shown.get("Restarts", 0))
+    if restarts == 0 and shown["JobState"] == "COMPLETED":
+        return None
+    noted = run_dir / "phase-0"
+    stopped = [int(step) for step in re.findall(r"stopped by SIGUSR1 at step (\d+)", output)]
+    losses = logged_steps(run_dir)
+    ids = {path.name.rpartition("-")[2] for path in (run_dir / "wandb").glob("offline-run-*")}
+    resumed = re.findall(r"checkpoint: \S*step-(\d+)", output)
+    outcome = {
+        "job": job,
+        "offset_s": round(offset, 3),
+        "phase": noted.read_text() if noted.exists() else "import",
+        "saved_at": stopped,
+        "resumed_at": [int(step) for step in resumed],
+        "restarts": restarts,
+        "exit_codes": re.findall(r"ended with exit code (\d+)", output),
+        "steps_lost": 0 if sorted(losses) == list(range(1, LAST + 1)) else len(losses) - LAST,
+        "wandb_ids": len(ids),
+        "scontrol": {key: shown[key] for key in ("JobState", "Restarts", "ExitCode") if key in shown},
+        "bitwise_equal": same_end(run_dir, reference),
+    }
+    outcome["ok"] = (
+        shown["JobState"] == "COMPLETED"
+        and restarts == 1
+        and len(stopped) <= 1
+        and outcome["exit_codes"] == ["85", "0"]
+        and outcome["steps_lost"] == 0
+        and len(ids) == 1
+        and outcome["bitwise_equal"]
+    )
+    if outcome["ok"]:
+        shutil.rmtree(run_dir)
+    return outcome
+
+
+# -- report -------------------------------------------------------------------------------------------------
+
+_ENDS = ("steps_lost", "bitwise_equal", "ok")
+COLUMNS = {
+    "kill": ("ranks", "offset_s", "while_saving", "step_reached", "resumes_at", *_ENDS),
+    "preempt": ("phase", "offset_s", "saved_at", "resumed_at", "restarts", "exit_codes", "wandb_ids", *_ENDS),
+}
+
+
+def report(paths: list[Path]) -> str:
+    """The loops as Markdown tables."""
+    parts = []
+    for path in paths:
+        result = json.loads(path.read_text())
+        name, outcomes = result["loop"], result["outcomes"]
+        good = sum(outcome["ok"] and outcome["bitwise_equal"] for outcome in outcomes)
+        parts.append(f"### {name}: {good} of {len(outcomes)}\n")
+        parts.append(f"Commit {result['commit'][:12]}, seed {result['seed']}, {result['date']}.\n")
+        columns = COLUMNS[name]
+        parts.append("| # | " + " | ".join(column.replace("_", " ") for column in columns) + " |")
+        parts.append("|---" * (len(columns) + 1) + "|")
+        for number, outcome in enumerate(outcomes, 1):
+            parts.append(f"| {number} | " + " | ".join(_cell(outcome[column]) for column in columns) + " |")
+        parts.append("")
+    return "\n".join(parts)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(map(str, value)) or "-" if isinstance(value, list) else str(value)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("loop", choices=("kill", "preempt", "report"))
+    parser.add_argument("results", nargs="*", type=Path, help="of report: JSON files")
+    parser.add_argument("--count", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    if args.loop == "report":
+        print(report(args.results))
+        return 0
+    loop = {"kill": kill_loop, "preempt": preempt_loop}[args.loop]
+    outcomes: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="trainer-reliability-", ignore_cleanup_errors=True) as folder:
+        for outcome in loop(Path(folder), args.count, random.Random(args.seed)):
+            outcomes.append(outcome)
+            print(len(outcomes), json.dumps(outcome), flush=True)
+            if args.json:  # after each: a loop of an hour may itself be stopped
+                content = {"loop": args.loop, "seed": args.seed, **provenance(), "outcomes": outcomes}
+                args.json.parent.mkdir(parents=True, exist_ok=True)
+                args.json.write_text(json.dumps(content, indent=1))
+        good = sum(outcome["ok"] and outcome["bitwise_equal"] for outcome in outcomes)
+        print(f"{args.loop}: {good} of {len(outcomes)} ended as if nothing had happened")
+    return 0 if outcomes and good == len(outcomes) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# One recipe several times, as a job array: for each seed, for each line of a file of overrides, or for both.
+#
+#   sbatch --array=0-2 slurm/sweep.sh configs/X.yaml [configs/hardware/Y.yaml] --seeds 1,2,3 [--key value ...]
+#   sbatch --array=0-7%4 slurm/sweep.sh configs/X.yaml --overrides sweep.txt [--seeds 1,2] [--key value ...]
+#
+# A line of sweep.txt holds flags, quoted as in a shell: --model.learning_rate 2e-5 --data.batch_size 64
+# Every task of the array is a job of its own, with all that slurm/train.sh does for one. Runs of one recipe share a
+# group on W&B. Flags that stand behind the others hold for all runs.
+#SBATCH --job-name=trainer
+#SBATCH --nodes=1
+#SBATCH --output=slurm-%j.out
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=USR1@120
+set -euo pipefail
+
+refuse() {
+    echo "sweep.sh: $*" >&2
+    exit 2
+}
+
+usage="sbatch --array=0-2 slurm/sweep.sh configs/X.yaml --seeds 1,2,3 (or --overrides FILE) [--key value ...]"
+[[ -n ${SLURM_ARRAY_TASK_ID:-} ]] || refuse "submit it as a job array: $usage"
+cd "$SLURM_SUBMIT_DIR"
+
+configs=() seeds=("") lines=("") rest=()
+while (($#)); do
+    case $1 in
+        --seeds | --overrides) [[ $# -ge 2 ]] || refuse "$1 needs a value; usage: $usage" ;;&
+        --seeds) IFS=, read -ra seeds <<<"$2" && shift ;;
+        --overrides)
+            [[ -f $2 ]] || refuse "there is no file of overrides $2 in $PWD"
+            mapfile -t lines < <(grep -vE '^[[:space:]]*(#|$)' "$2")
+            ((${#lines[@]})) || refuse "$2 holds no line of overrides"
+            shift ;;
+        *.yaml | *.yml) if ((${#rest[@]})); then rest+=("$1"); else configs+=("$1"); fi ;;
+        *) rest+=("$1") ;;
+    esac
+    shift
+done
+((${#configs[@]})) || refuse "no config file given; usage: $usage"
+
+num_runs=$((${#lines[@]} * ${#seeds[@]}))
+task=$SLURM_ARRAY_TASK_ID
+((task < num_runs)) ||
+    refuse "task $task of the array has no run: there are $num_runs (${#lines[@]} x ${#seeds[@]}); --array=0-$((num_runs - 1))"
+if ((task == SLURM_ARRAY_TASK_MAX && task < num_runs - 1)); then
+    echo "sweep.sh: runs $((task + 1)) to $((num_runs - 1)) have no task; all of them: --array=0-$((num_runs - 1))" >&2
+fi
+line=${lines[task / ${#seeds[@]}]} seed=${seeds[task % ${#seeds[@]}]}
+mapfile -t overrides < <(xargs -r printf '%s\n' <<<"$line") # splits and unquotes as a shell does, but expands nothing
+if [[ -n $seed ]]; then overrides+=(--seed_everything "$seed"); fi
+
+# sbatch runs a copy of this file from its spool folder: Slurm knows where the original and train.sh lie.
+job=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=//p')
+recipe=$(basename "${configs[0]}")
+exec "${job%%/sweep.sh*}/train.sh" "${configs[@]}" --tracking.group "${recipe%.y*ml}" "${overrides[@]}" "${rest[@]}"

@@ -1,0 +1,166 @@
+"""A fit that is asked to stop saves once, leaves with the right status and ends, resumed, bit for bit as if it had
+never been stopped. Real processes and signals through the real command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from trainer.demo_data import write_pairs
+from trainer.demo_encoder import write_encoder
+from trainer.manifest import newest, read_state, steps
+
+TESTS = Path(__file__).parents[1]
+LAST = 40  # steps
+TWO = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("preemption")
+    train, dev = write_pairs(folder, num_train=80, num_dev=12, seed=1)
+    write_encoder(folder / "encoder", ["a few words for a vocabulary"] * 5, hidden=16, layers=1, heads=2, vocab=200)
+    columns = {"anchor": "sentence1", "positive": "sentence2", "score": "score"}
+    source = {"path": str(train), "columns": columns, "score_range": [0, 5]}
+    content = {
+        "model": {"encoder": {"backbone": str(folder / "encoder")}, "loss": "CosineSimilarity", "learning_rate": 1e-3},
+        "data": {
+            "train": [source],
+            "validation": [{**source, "name": "dev", "path": str(dev)}],
+            "batch_size": 4,
+            "cache_dir": str(folder / "cache"),
+        },
+        "trainer": {"max_epochs": 2, "accelerator": "cpu", "val_check_interval": 15, "log_every_n_steps": 1},
+        "checkpoint": {"save_every_steps": 100},
+        "tracking": {"wandb": "off"},
+    }
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def start(recipe: Path, run_dir: Path, *flags: str, **environ: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environ}
+    command = [sys.executable, "-m", "trainer", "fit", "--config", str(recipe)]
+    command += ["--trainer.default_root_dir", str(run_dir), *flags]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+    )
+
+
+def end(process: subprocess.Popen[str]) -> tuple[int, str]:
+    try:
+        output, _ = process.communicate(timeout=150)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return process.returncode, output
+
+
+def slow_at(step: int) -> tuple[str, ...]:
+    """A callback that takes its time at one step, so that a signal finds the run there."""
+    return "--trainer.callbacks+=kill_at.WaitAt", f"--trainer.callbacks.step={step}"
+
+
+def when_waiting(run_dir: Path, act: Callable[[], None]) -> None:
+    deadline = time.monotonic() + 120
+    while not (run_dir / "waiting").exists():
+        assert time.monotonic() < deadline, "the run never came to the step it was to wait at"
+        time.sleep(0.02)
+    act()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(recipe: Path) -> dict[str, torch.Tensor]:
+    code, output = end(start(recipe, recipe.parent / "undisturbed"))
+    assert code == 0, output
+    return weights(recipe.parent / "undisturbed")
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    assert newest(run_dir) == run_dir / "checkpoints" / f"step-{LAST:08d}"
+    state: dict[str, torch.Tensor] = read_state(run_dir / "checkpoints" / f"step-{LAST:08d}")["state_dict"]
+    return state
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGUSR1", 85), ("SIGTERM", 143), ("SIGINT", 130)])
+def test_saved_once_and_resumed_bitwise(
+    recipe: Path, tmp_path: Path, undisturbed: dict[str, torch.Tensor], name: str, status: int
+) -> None:
+    process = start(recipe, tmp_path, *slow_at(7))
+    number = signal.Signals[name]
+    when_waiting(tmp_path, lambda: process.send_signal(number))
+    if number != signal.SIGINT:  # twice is once
+        process.send_signal(number)
+    code, output = end(process)
+    assert code == status, output
+    assert list(steps(tmp_path)) == [8]
+    assert f"stopped by {name} at step 8: {tmp_path}/checkpoints/step-00000008 (exit {status})" in output
+    code, output = end(start(recipe, tmp_path, "--ckpt_path", "auto"))
+    assert code == 0, output
+    resumed = weights(tmp_path)
+    assert all(torch.equal(value, resumed[key]) for key, value in undisturbed.items())
+    logged = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert sorted(set(logged)) == [0, *range(1, LAST + 1)]
+
+
+def test_second_ctrl_c_stops_at_once(recipe: Path, tmp_path: Path) -> None:
+    process = start(recipe, tmp_path, *slow_at(7))
+
+    def twice() -> None:
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+
+    when_waiting(tmp_path, twice)
+    code, output = end(process)
+    assert code == 130, output
+    assert not steps(tmp_path)
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_rank_of_two_is_asked(recipe: Path, tmp_path: Path, rank: int) -> None:
+    """TERM to one process only: both agree on a step, one message, status 143."""
+    long = ("--trainer.max_epochs", "100", "--data.num_workers", "1")
+    process = start(recipe, tmp_path, *TWO, *long, *slow_at(7))
+    pids = {0: lambda: process.pid, 1: lambda: child_of(process.pid)}
+    when_waiting(tmp_path, lambda: os.kill(pids[rank](), signal.SIGTERM))
+    code, output = end(process)
+    assert code == 143, output
+    step = max(steps(tmp_path))
+    assert output.count(f"stopped by SIGTERM at step {step}") == 1
+
+
+def child_of(pid: int) -> int:
+    """The rank that Lightning started."""
+    for status in Path("/proc").glob("[0-9]*/status"):
+        try:
+            command = status.with_name("cmdline").read_bytes()
+            if f"\nPPid:\t{pid}\n" in status.read_text() and b"trainer.__main__" in command:
+                return int(status.parent.name)
+        except OSError:
+            continue
+    raise AssertionError(f"process {pid} has no second rank")
+
+
+@pytest.mark.parametrize("delay", [0.3, 2.0])
+def test_asked_before_the_first_step(recipe: Path, tmp_path: Path, delay: float) -> None:
+    """During imports and loading: nothing to save, so at most the step that was reached is, and the status asks for
+    another start."""
+    process = start(recipe, tmp_path)
+    time.sleep(delay)
+    process.send_signal(signal.SIGUSR1)
+    code, output = end(process)
+    assert code == 85, output
+    assert "Traceback" not in output

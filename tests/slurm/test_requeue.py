@@ -1,0 +1,122 @@
+"""What `slurm/train.sh` makes of a run that was told to stop, on a real Slurm, with a program of a few lines."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.jobs import NEEDS_SLURM, Slurm, stand_in, wait_until
+
+pytestmark = NEEDS_SLURM
+
+# Leaves a checkpoint and waits for USR1; started again, it is done at once.
+PROGRAM = """\
+folder=runs/pairs/seed=7_job=$SLURM_JOB_ID
+mkdir -p "$folder/checkpoints/step-00000009" "$folder/checkpoints/step-00000022"
+[[ ${SLURM_RESTART_COUNT:-0} == 0 ]] || { echo "rank $SLURM_PROCID goes on"; exit 0; }
+trap 'stopped=1' USR1
+echo ready
+until [[ ${stopped:-} ]]; do sleep 0.1; done
+# Rank 0 is the last to leave, as if it still wrote: the exit of rank 1 must not end it.
+[[ $SLURM_PROCID != 0 ]] || { sleep 2; echo written; }
+exit 85
+"""
+
+
+def wait_for(slurm: Slurm, number: str, text: str, count: int = 1) -> None:
+    log = slurm.log(number)
+    wait_until(lambda: log.exists() and log.read_text().count(text) >= count, f"{count} x {text}")
+
+
+def test_a_preempted_run_is_requeued_and_a_finished_one_is_not_run_again(slurm: Slurm, tmp_path: Path) -> None:
+    python = stand_in(tmp_path, PROGRAM)
+    number = slurm.submit("--nodes 2", ["configs/pairs.yaml"], python)
+    wait_for(slurm, number, "ready", count=2)
+    slurm.signal(number, "USR1")
+    slurm.start_again(number)
+    job = slurm.finished(number)
+    folder = f"runs/pairs/seed=7_job={number}"
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "1"), job.log
+    assert job.log.count("written\n") == 1
+    first, second = job.log.split(f"requeueing job {number} to go on from the checkpoint (restart 1 of at most 50)")
+    assert "ended with exit code 85; the first to fail was rank 0 on n1" in first
+    assert f"run directory: {folder}; last checkpoint: {folder}/checkpoints/step-00000022" in first
+    assert "goes on" not in first
+    assert second.count("goes on") == 2
+    assert "to go on" not in first + second.replace("goes on", ""), "nobody has to do anything"
+
+    slurm.output(["scontrol", "requeue", number])  # as Slurm does after the loss of a node
+    slurm.start_again(number)
+    job = slurm.finished(number)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "2")
+    assert f"{folder} holds a finished run (job {number}, " in job.log.splitlines()[-1]
+    assert job.log.count("goes on") == 2, "it trained again"
+
+
+@pytest.mark.parametrize(
+    ("most", "reason"),
+    [
+        ("50", "scontrol could not requeue job {}; the checkpoint is kept"),
+        ("0", "not requeued: the job was restarted 0 times, TRAINER_MAX_REQUEUES is 0"),
+    ],
+)
+def test_without_a_requeue_the_way_on_is_said(slurm: Slurm, tmp_path: Path, most: str, reason: str) -> None:
+    """A scontrol that answers questions and refuses orders, and the limit of requeues."""
+    scontrol = shutil.which("scontrol")
+    stand_in(tmp_path, f'[[ $1 != requeue ]] || exit 1; exec {scontrol} "$@"', "scontrol")
+    python = stand_in(tmp_path, f"{PROGRAM.partition('trap')[0]}\nexit 85")
+    path = f"{tmp_path}:{slurm.environ['PATH']}"
+    options = ["configs/pairs.yaml", "--x.token", "SECRET"]
+    job = slurm.run("--nodes 2", options, python, PATH=path, TRAINER_MAX_REQUEUES=most)
+    number = job["JobId"]
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "85:0", "0"), job.log
+    assert reason.format(number) in job.log.splitlines()[-2]
+    assert job.log.splitlines()[-1] == (
+        f"train.sh: to go on: cd {slurm.folder} && sbatch --nodes=2 --ntasks-per-node=1 --cpus-per-task=1 "
+        f"{Path(__file__).parents[2]}/slurm/train.sh runs/pairs/seed=7_job={number}/config.yaml --ckpt_path auto"
+    )
+    assert "SECRET" not in job.log
+
+
+def test_a_named_directory_that_is_done_is_not_trained_again(slurm: Slurm, tmp_path: Path) -> None:
+    """A new job; without the flag it would train, for another run may have the same recipe."""
+    python = stand_in(tmp_path, "echo trained")
+    (slurm.folder / "runs/mine").mkdir(parents=True)
+    named = ["configs/pairs.yaml", "--trainer.default_root_dir=runs/mine"]
+    first, second = (slurm.run("--nodes 1", named, python) for _ in range(2))
+    assert [job.log.count("trained\n") for job in (first, second)] == [1, 0]
+    assert "to train it further remove runs/mine/.done" in second.log
+    assert second["ExitCode"] == "0:0"
+
+
+def test_a_sweep_gives_each_task_its_overrides_and_requeues_it_alone(slurm: Slurm, tmp_path: Path) -> None:
+    program = '[[ $SLURM_ARRAY_TASK_ID$SLURM_RESTART_COUNT == 1 ]] && exit 85; printf "<%s> " "$@"; echo'
+    python = stand_in(tmp_path, program)
+    sweep = tmp_path / "sweep.txt"
+    sweep.write_text("# rates\n\n--model.learning_rate 1e-5\n--tracking.tags '[a, b]' --data.batch_size 8\n")
+    arguments = ["configs/pairs.yaml", "--overrides", str(sweep), "--seeds", "1,2", "--trainer.max_epochs", "3"]
+    array = slurm.submit("--array=0-3", arguments, python, "sweep.sh")
+    numbers = slurm.numbers(array)
+    slurm.start_again(f"{array}_1")
+    jobs = [slurm.finished(number) for number in numbers]
+    assert [job["ExitCode"] for job in jobs] == ["0:0"] * 4
+    assert [job["Restarts"] for job in jobs] == ["0", "1", "0", "0"]
+    flags = ["<--model.learning_rate> <1e-5>", "<--tracking.tags> <[a, b]> <--data.batch_size> <8>"]
+    for task, job in enumerate(jobs):
+        words = f"{flags[task // 2]} <--seed_everything> <{task % 2 + 1}> <--trainer.max_epochs> <3>"
+        group = "<--trainer.devices> <1> <--tracking.group> <pairs>"
+        assert job.log.count(f"{group} {words} \n") == 1, job.log
+
+
+def test_a_sweep_says_what_its_array_misses(slurm: Slurm, tmp_path: Path) -> None:
+    python = stand_in(tmp_path, "exit 0")
+    beyond, short = (
+        slurm.numbers(slurm.submit(f"--array={tasks}", ["configs/pairs.yaml", "--seeds", "1,2,3"], python, "sweep.sh"))
+        for tasks in ("3", "1")
+    )
+    refused = slurm.finished(beyond[0])
+    assert refused["ExitCode"] == "2:0"
+    assert "task 3 of the array has no run: there are 3 (1 x 3); --array=0-2" in refused.log
+    assert "runs 2 to 2 have no task; all of them: --array=0-2" in slurm.finished(short[0]).log

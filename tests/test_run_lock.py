@@ -1,0 +1,108 @@
+"""Two processes never share a run directory; a dead one is no obstacle. Real processes die here."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trainer.config_files import ConfigError
+from trainer.run_lock import FILE_NAME, take_lock
+
+HOLD = "import os, sys, time; from pathlib import Path; from trainer.run_lock import take_lock\n" + (
+    "take_lock(Path(sys.argv[1]), os.environ); print('held', flush=True); time.sleep(60)"
+)
+
+
+def hold(run_dir: Path, **environ: str) -> subprocess.Popen:
+    command = [sys.executable, "-c", HOLD, str(run_dir)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **environ})
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+@pytest.mark.timeout(100)
+def test_second_is_refused_and_a_dead_one_is_taken_over(tmp_path: Path) -> None:
+    process = hold(tmp_path)
+    try:
+        with pytest.raises(ConfigError) as error:
+            take_lock(tmp_path, {})
+        assert str(error.value) == (
+            f"{tmp_path} is in use by process {process.pid} on {socket.gethostname()}; wait for it, or give another "
+            f"--trainer.default_root_dir {tmp_path}-2"
+        )
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait(10)
+    said = take_lock(tmp_path, {})
+    assert said is not None
+    assert f"taken over from process {process.pid} on" in said
+    assert take_lock(tmp_path, {}) is None  # the same process once more
+    assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
+    (tmp_path / FILE_NAME).unlink()
+
+
+@pytest.mark.timeout(100)
+def test_an_orderly_end_leaves_no_lock(tmp_path: Path) -> None:
+    process = hold(tmp_path)
+    process.send_signal(signal.SIGINT)
+    process.wait(10)
+    assert not list(tmp_path.iterdir())
+
+
+def lock_of(tmp_path: Path, **changes: object) -> Path:
+    holder = {"host": "elsewhere", "pid": 1, "started": "1", "job": None, "restart": 0, **changes}
+    (tmp_path / FILE_NAME).write_text(json.dumps(holder))
+    return tmp_path
+
+
+def test_another_host_without_slurm_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"process 1 on elsewhere; nobody here can tell .* remove .*run.lock"):
+        take_lock(lock_of(tmp_path), {})
+
+
+def test_a_pid_that_was_given_to_another_process_is_dead(tmp_path: Path) -> None:
+    said = take_lock(lock_of(tmp_path, host=socket.gethostname(), pid=os.getpid(), started="12"), {})
+    assert said is not None
+    assert "taken over" in said
+    (tmp_path / FILE_NAME).unlink()
+
+
+@pytest.mark.parametrize(("restart", "free"), [("1", True), ("0", False)])
+def test_a_requeued_job_takes_over_from_itself(tmp_path: Path, restart: str, free: bool) -> None:
+    """On another node than before: its first start can't run any more."""
+    environ = {"SLURM_JOB_ID": "77", "SLURM_RESTART_COUNT": restart}
+    lock_of(tmp_path, job="77")
+    if free:
+        assert "Slurm job 77, which has ended" in str(take_lock(tmp_path, environ))
+        (tmp_path / FILE_NAME).unlink()
+    else:
+        with pytest.raises(ConfigError, match="Slurm job 77"):
+            take_lock(tmp_path, environ)
+
+
+@pytest.mark.parametrize(("printed", "code", "free"), [("RUNNING", 0, False), ("COMPLETED", 0, True), ("", 1, True)])
+def test_slurm_is_asked_about_a_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, printed: str, code: int, free: bool
+) -> None:
+    """With a squeue that answers as Slurm's does for a running, an ended and a forgotten job."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    complaint = "echo 'slurm_load_jobs error: Invalid job id specified' >&2;" if code else ""
+    (folder / "squeue").write_text(f"#!/bin/sh\n{complaint}echo {printed}\nexit {code}\n")
+    (folder / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    lock_of(run_dir, job="78")
+    if free:
+        assert "Slurm job 78" in str(take_lock(run_dir, {}))
+        (run_dir / FILE_NAME).unlink()
+    else:
+        with pytest.raises(ConfigError, match="Slurm job 78; wait for it"):
+            take_lock(run_dir, {})

@@ -1,0 +1,206 @@
+"""Checkpoint directories: written whole, checked by sha256, found by their step.
+
+``checkpoints/step-00000022/`` holds ``state.ckpt`` (what Lightning restores, plain types only) and ``manifest.json``
+(step, ranks, identity of the run, size and sha256 of every other file and of the manifest itself). A directory has its
+name only when all of it is on the disk. ``checkpoints/best.json`` names the step with the best metric.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.files import flush_folder, write_whole
+
+FORMAT = 1
+STATE, MANIFEST, BEST = "state.ckpt", "manifest.json", "best.json"
+_STEP_NAME = re.compile(r"step-(\d+)")
+_BLOCK = 1 << 22
+
+
+def write_checkpoint(content: Mapping[str, Any], folder: Path, about: Mapping[str, Any]) -> None:
+    """Write a checkpoint directory; an older one of the same name is replaced.
+
+    Args:
+        content: plain types and tensors.
+        folder: ``checkpoints/step-XXXXXXXX``; appears by a rename, on its own file system, whatever TMPDIR says.
+        about: what the manifest says besides the files.
+
+    Raises:
+        ValueError: the disk is full or can't be written; says the bytes needed and found. Nothing older is touched.
+    """
+    needed = num_bytes(content)
+    parent = _existing(folder.parent)
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise ValueError(_no_room(folder, f"{needed:,} bytes needed, {free:,} free on {parent}"))
+    partial = folder.with_name(f".{folder.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # what a kill left
+        partial.mkdir(parents=True)
+        with open(partial / STATE, "wb") as file:
+            torch.save(dict(content), file)
+            file.flush()
+            os.fsync(file.fileno())
+        files = {STATE: {"bytes": (partial / STATE).stat().st_size, "sha256": _sha256(partial / STATE)}}
+        manifest = {"format": FORMAT, **about, "files": files}
+        write_whole(partial / MANIFEST, json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1))
+        if folder.exists():
+            # The same step once more, by a run that went on from an older checkpoint; a directory can't be renamed
+            # over another.
+            drop(folder)
+        os.replace(partial, folder)
+        flush_folder(folder.parent)
+    except (OSError, RuntimeError) as error:  # torch's own writer turns a full disk into a RuntimeError
+        shutil.rmtree(partial, ignore_errors=True)
+        free = shutil.disk_usage(parent).free
+        cause = str(error).splitlines()[0]
+        raise ValueError(_no_room(folder, f"{cause}; {needed:,} bytes needed, {free:,} free on {parent}")) from error
+
+
+def num_bytes(content: Any) -> int:
+    """Bytes of all tensors in nested dicts and lists."""
+    if isinstance(content, Tensor):
+        return content.numel() * content.element_size()
+    if isinstance(content, Mapping):
+        return sum(num_bytes(value) for value in content.values())
+    if isinstance(content, list | tuple):
+        return sum(num_bytes(value) for value in content)
+    return 0
+
+
+def _existing(folder: Path) -> Path:
+    while not folder.exists():
+        folder = folder.parent
+    return folder
+
+
+def _no_room(folder: Path, numbers: str) -> str:
+    older = newest(folder.parent.parent)
+    kept = f"{older} is intact" if older else "there is no older checkpoint"
+    return (
+        f"checkpoint {folder} can't be written: {numbers}; {kept}. Make room (checkpoint.keep, another "
+        "trainer.default_root_dir) and go on with --ckpt_path auto"
+    )
+
+
+def problem(folder: Path) -> str | None:
+    """Why a checkpoint directory can't be trusted, or None. Reads every byte of it."""
+    try:
+        manifest = read_manifest(folder)
+    except ValueError as error:
+        return str(error)
+    for name, expected in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != expected["bytes"]:
+            return f"{name} has {path.stat().st_size:,} bytes, {expected['bytes']:,} were written"
+        if _sha256(path) != expected["sha256"]:
+            return f"{name} is not what was written (sha256 differs)"
+    return None
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint directory.
+
+    Raises:
+        ValueError: there is none, or it is damaged or of another format.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        digest = manifest.pop("sha256")
+    except FileNotFoundError as error:
+        raise ValueError(f"{MANIFEST} is missing") from error
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{MANIFEST} can't be read") from error
+    if digest != _digest(manifest):
+        raise ValueError(f"{MANIFEST} is not what was written (sha256 differs)")
+    if manifest["format"] != FORMAT:
+        raise ValueError(f"{MANIFEST} is of format {manifest['format']}, this version reads {FORMAT}")
+    return dict(manifest)
+
+
+def read_state(folder: Path, **options: Any) -> dict[str, Any]:
+    """What `write_checkpoint` was given; ``options`` go to ``torch.load``. No code in it is ever run.
+
+    Raises:
+        ValueError: it can't be read, or holds more than tensors and plain types.
+    """
+    try:
+        content = torch.load(folder / STATE, **{"map_location": "cpu", **options, "weights_only": True})
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{folder / STATE} is refused: it holds more than tensors and plain types, which could run code; "
+            "take a checkpoint that a fit wrote"
+        ) from error
+    except (OSError, EOFError, RuntimeError) as error:
+        cause = str(error).splitlines()[0]
+        raise ValueError(f"{folder / STATE} can't be read: {cause}; take another checkpoint of its folder") from error
+    if not isinstance(content, dict) or not {"state_dict", "global_step"} <= content.keys():
+        raise ValueError(f"{folder / STATE} has no state_dict and global_step; give a checkpoint that a fit wrote")
+    return content
+
+
+def steps(run_dir: Path) -> dict[int, Path]:
+    """Step -> directory of the finished checkpoints of a run, ascending; not yet verified."""
+    found = [(m, path) for path in (run_dir / "checkpoints").glob("step-*") if (m := _STEP_NAME.fullmatch(path.name))]
+    return dict(sorted((int(m[1]), path) for m, path in found if path.is_dir()))
+
+
+def newest(run_dir: Path) -> Path | None:
+    """The checkpoint with the highest step of a run, None where there is none; not yet verified."""
+    return next(reversed(steps(run_dir).values()), None)
+
+
+def newest_valid(run_dir: Path) -> tuple[Path | None, dict[Path, str]]:
+    """The newest checkpoint that can be trusted, and why newer ones can't."""
+    damaged: dict[Path, str] = {}
+    for path in reversed(steps(run_dir).values()):
+        reason = problem(path)
+        if reason is None:
+            return path, damaged
+        damaged[path] = reason
+    return None, damaged
+
+
+def drop(folder: Path) -> None:
+    """Remove a checkpoint; a kill meanwhile leaves no half of it under its name."""
+    aside = folder.with_name(f".{folder.name}.dropped")
+    os.replace(folder, aside)
+    shutil.rmtree(aside)
+
+
+def mark_best(run_dir: Path, step: int) -> None:
+    write_whole(run_dir / "checkpoints" / BEST, json.dumps({"step": step}))
+
+
+def best(run_dir: Path) -> Path | None:
+    """The checkpoint with the best monitored metric, None where nothing was monitored."""
+    try:
+        step = json.loads((run_dir / "checkpoints" / BEST).read_text(encoding="utf-8"))["step"]
+    except FileNotFoundError:
+        return None
+    return steps(run_dir).get(step)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

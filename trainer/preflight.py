@@ -1,0 +1,206 @@
+"""``trainer preflight``: what would fail minutes later, on one node of many, is found in seconds and named.
+
+One line per check. A check is a function of the parsed command: it returns what it found or raises ValueError with
+numbers and remedy.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import socket
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trainer.config_files import ConfigError, read_command
+from trainer.run_dir import is_first_rank
+
+if TYPE_CHECKING:
+    from trainer.encoder.spec import EncoderSpec
+    from trainer.lightning_cli import Parts
+
+LIBRARIES = ("torch", "lightning", "transformers", "sentence_transformers", "datasets")
+# Of a parameter: the weight and AdamW's two moments, in float32; the export holds the weight alone.
+CHECKPOINT_BYTES, EXPORT_BYTES = 12, 4
+
+
+def preflight(args: Sequence[str]) -> int:
+    """Checks this node for ``trainer fit ARGS`` and prints a line per check; 0, or 2 where one failed."""
+    node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    if is_first_rank(os.environ):
+        from trainer.tracking.redact import redact_arguments
+
+        print(f"preflight {node}: {shlex.join(['trainer', 'fit', *redact_arguments(args)])}", flush=True)
+    if not _report(node, "imports", _check_imports):
+        return 2
+    built: list[Parts] = []
+    if not _report(node, "config", lambda: _check_config(args, built)):
+        return 2
+    (parts,) = built
+    checks: dict[str, Callable[[Parts], str]] = {
+        "devices": check_devices,
+        "run directory": check_run_directory,
+        "backbone": check_backbone,
+        "space": check_space,
+        "data": check_data,
+    }
+    passed = [_report(node, name, lambda check=check: check(parts)) for name, check in checks.items()]  # type: ignore[misc]
+    return 0 if all(passed) else 2
+
+
+def _report(node: str, name: str, check: Callable[[], str]) -> bool:
+    try:
+        verdict, passed = f"ok: {check()}", True
+    except (ConfigError, ValueError) as error:
+        verdict, passed = f"FAILED: {error}", False
+    print(f"preflight {node}: {name} {verdict}", flush=True)
+    return passed
+
+
+def _check_imports() -> str:
+    for name in (*LIBRARIES, "trainer.lightning_cli"):
+        try:
+            import_module(name)
+        except (ImportError, OSError, RuntimeError) as error:  # a library without its shared objects, or half installed
+            raise ValueError(f"{name}: {error}; is this the environment you meant? TRAINER_ENV names it") from error
+    return ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
+
+
+def _check_config(args: Sequence[str], built: list[Parts]) -> str:
+    from trainer.lightning_cli import Parts
+
+    built.append(Parts(["fit", *args], read_command(args), execute=False))
+    return f"run directory {built[0].run_dir}"
+
+
+def check_devices(parts: Parts) -> str:
+    """Ranks of a node against what Slurm starts there and what they see."""
+    import torch
+
+    asked, options = os.environ.get("SLURM_NTASKS_PER_NODE", ""), parts.options.trainer
+    wanted = int(options.devices) if str(options.devices).isdigit() else None
+    if asked and wanted and int(asked) != wanted:
+        raise ValueError(f"Slurm starts {asked} tasks on a node, trainer.devices is {wanted}; make them equal")
+    gpus = torch.cuda.device_count()
+    if options.accelerator == "cpu" or (options.accelerator == "auto" and not gpus):
+        return f"{wanted or 1} x cpu, {len(os.sched_getaffinity(0))} CPUs visible"
+    # More than Slurm gave would be somebody else's.
+    if gpus == 0 or (wanted and (gpus != wanted if asked else gpus < wanted)):
+        raise ValueError(
+            f"{gpus} GPUs are visible, {wanted or 'some'} are wanted; compare with nvidia-smi on this node: a dead "
+            f"GPU, a driver older than torch {torch.__version__} needs, or CUDA_VISIBLE_DEVICES"
+        )
+    return f"{gpus} x {torch.cuda.get_device_name(0)}"
+
+
+def check_run_directory(parts: Parts) -> str:
+    """Writes, flushes and reads back: a full quota or a read-only mount often shows no earlier than that."""
+    folder, text = parts.run_dir, f"{socket.gethostname()} {os.getpid()}"
+    probe = folder / f".preflight-{text.replace(' ', '-')}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(probe, "w") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            found = probe.read_text()
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"{folder} can't be written: {error.strerror}; mount or free it, or name another place: "
+            "--trainer.default_root_dir"
+        ) from error
+    if found != text:
+        raise ValueError(
+            f"{folder} gave back {len(found)} of {len(text)} bytes that were written; ask who runs the disk"
+        )
+    return f"{folder} is written and read"
+
+
+def check_backbone(parts: Parts) -> str:
+    spec = parts.model.encoder_spec
+    folder = backbone_folder(spec)
+    if folder is None:
+        if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+            raise ValueError(
+                f"'{spec.backbone}' is no folder here and not in the cache, and HF_HUB_OFFLINE is set; "
+                "on a node with a network: trainer prepare"
+            )
+        return f"'{spec.backbone}' is not in the cache: the start downloads it (trainer prepare does so before)"
+    return f"{folder}: texts of up to {parts.datamodule.text.max_length} pieces"
+
+
+def check_space(parts: Parts) -> str:
+    """Two checkpoints, since the older one goes when the newer one is whole, and the export."""
+    folder = backbone_folder(parts.model.encoder_spec)
+    num_parameters = count_parameters(folder) if folder else 0
+    if not num_parameters:
+        return "not known before the backbone is here"
+    needed = (2 * CHECKPOINT_BYTES + EXPORT_BYTES) * num_parameters
+    place = next(path for path in (parts.run_dir, *parts.run_dir.absolute().parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise ValueError(
+            f"{place} has {free:,} bytes free, two checkpoints and the export of {num_parameters:,} parameters need "
+            f"{needed:,}; free them, or name another place: --trainer.default_root_dir"
+        )
+    return f"{free:,} bytes free in {place}, {needed:,} needed"
+
+
+def check_data(parts: Parts) -> str:
+    from trainer.data.files import data_files, is_hub_id
+    from trainer.data.sources import fingerprint
+
+    num_files, num_bytes, num_hub = 0, 0, 0
+    for source in (*parts.datamodule.train_sources, *parts.datamodule.validation_sources):
+        if is_hub_id(source.path):
+            num_hub += 1
+            if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+                fingerprint(source)  # only the cache can have it
+            continue
+        for file in data_files(source.path, source.split):
+            try:
+                with open(file, "rb") as opened:
+                    opened.read(1)
+                num_bytes += file.stat().st_size
+            except OSError as error:
+                raise ValueError(f"{file} can't be read: {error.strerror}; check its rights and the mount") from error
+            num_files += 1
+    hub = f", {num_hub} sets of the hub" if num_hub else ""
+    return f"{num_files} files of {num_bytes:,} bytes{hub}"
+
+
+def backbone_folder(spec: EncoderSpec) -> Path | None:
+    """Where the backbone lies: the folder that was named, or its snapshot in the hub's cache; None where it doesn't."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    if Path(spec.backbone).is_dir():
+        return Path(spec.backbone)
+    try:
+        return Path(snapshot_download(spec.backbone, revision=spec.revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+
+
+def count_parameters(folder: Path) -> int:
+    """Parameters in the weight files of a model folder, without reading the weights."""
+    from safetensors import safe_open
+
+    total = 0
+    for path in folder.rglob("*.safetensors"):
+        with safe_open(path, "numpy") as file:
+            for name in file.keys():  # noqa: SIM118 - no mapping
+                size = 1
+                for length in file.get_slice(name).get_shape():
+                    size *= length
+                total += size
+    if total:
+        return total
+    return sum(path.stat().st_size for path in folder.rglob("pytorch_model*.bin")) // 4  # float32, as most were saved

@@ -1,0 +1,44 @@
+"""``trainer prepare``: fills the caches on a machine with a network, so that fit, validate and test need none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from trainer.config_files import read_command
+
+
+def prepare(args: Sequence[str]) -> int:
+    """Fetches what ``trainer fit ARGS`` would fetch, tokenises it, and prints what lies where.
+
+    Raises:
+        ValueError: as fit, before it trains.
+    """
+    from trainer.data.sources import load
+    from trainer.data.tokens import tokenize
+    from trainer.encoder import Encoder
+    from trainer.lightning_cli import Parts
+    from trainer.preflight import backbone_folder
+
+    parts = Parts(["fit", *args], read_command(args), execute=False)
+    data, spec = parts.datamodule, parts.model.encoder_spec
+    Encoder(spec, parts.model.max_tokens)  # no list of files to keep: what loads here loads there
+    folder = backbone_folder(spec)
+    assert folder is not None
+    _say("backbone", spec.backbone, "", folder)
+    for source in data.train_sources:
+        table = tokenize(source, data.text, data.cache_dir)
+        tokens = sum(int(table.lengths(column).sum()) for column in table.columns)
+        _say("train", source.path, f"{table.num_rows:,} rows, {tokens:,} tokens", table.folder)
+    for source in data.validation_sources:
+        rows = load(source, data.cache_dir)
+        _say("validation", source.name, f"{len(rows):,} rows", Path(rows.cache_files[0]["filename"]).parent)
+    print(
+        "from here on, without a network: HF_HUB_OFFLINE=1 trainer fit (or sbatch slurm/train.sh) with the same flags"
+    )
+    return 0
+
+
+def _say(part: str, name: str, count: str, folder: Path) -> None:
+    num_bytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    print(f"{part:<10} {name}: {f'{count}, ' if count else ''}{num_bytes:,} bytes in {folder}")

@@ -1,0 +1,139 @@
+"""One process at a time in a run directory: a small file that says who, so that nobody waits or guesses."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import socket
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from trainer.config_files import ConfigError
+
+FILE_NAME = "run.lock"
+# Of a Slurm job that has ended, or that waits to start again.
+_NOT_RUNNING = {"PENDING", "REQUEUED", "SPECIAL_EXIT", "REQUEUE_HOLD", "REQUEUE_FED"}
+
+
+def take_lock(run_dir: Path, environ: Mapping[str, str]) -> str | None:
+    """Hold ``run_dir`` until this process ends.
+
+    Returns what is to be said where the lock of a dead process was taken over.
+
+    Raises:
+        ConfigError: a living process holds it, or one on another host that nobody can ask.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    lock, mine = run_dir / FILE_NAME, _describe(environ)
+    said = None
+    while True:
+        own = run_dir / f".{FILE_NAME}.{mine['host']}.{os.getpid()}"
+        own.write_text(json.dumps(mine), encoding="utf-8")
+        try:
+            os.link(own, lock)  # whole at once, and only where there is none; on NFS too
+        except FileExistsError:
+            holder = _read(lock)
+            if holder is None:
+                continue  # it went away meanwhile
+            if holder == mine:
+                return None
+            verdict = _is_alive(holder, mine)
+            if verdict is not False:
+                raise ConfigError(_refusal(run_dir, lock, holder, known=verdict is True)) from None
+            aside = run_dir / f".{FILE_NAME}.dead.{os.getpid()}"
+            try:
+                os.replace(lock, aside)  # of two who try, one succeeds
+            except FileNotFoundError:
+                continue
+            aside.unlink()
+            said = f"{lock}: taken over from {_who(holder)}, which has ended"
+        else:
+            atexit.register(_release, lock, mine)
+            return said
+        finally:
+            own.unlink(missing_ok=True)
+
+
+def _release(lock: Path, mine: dict[str, Any]) -> None:
+    if mine["pid"] == os.getpid() and _read(lock) == mine:
+        lock.unlink(missing_ok=True)
+
+
+def _describe(environ: Mapping[str, str]) -> dict[str, Any]:
+    job = environ.get("SLURM_JOB_ID")
+    restart = int(environ.get("SLURM_RESTART_COUNT") or 0)
+    pid = os.getpid()
+    return {"host": socket.gethostname(), "pid": pid, "started": _start_time(pid), "job": job, "restart": restart}
+
+
+def _start_time(pid: int) -> str | None:
+    """Clock ticks since boot at which a process of this host started; with the pid it names the process for good."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    return stat.rpartition(")")[2].split()[19]  # field 22; the name before it may hold blanks
+
+
+def _read(lock: Path) -> dict[str, Any] | None:
+    try:
+        return dict(json.loads(lock.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        return {"host": "?", "pid": 0, "started": None, "job": None, "restart": 0}
+
+
+def _is_alive(holder: Mapping[str, Any], mine: Mapping[str, Any]) -> bool | None:
+    """None where nobody can tell from here."""
+    if holder["job"] is not None:
+        if holder["job"] == mine["job"]:
+            return holder["restart"] >= mine["restart"] and _runs_here(holder, mine)
+        state = _job_state(holder["job"])
+        if state is not None:
+            return bool(state) and state not in _NOT_RUNNING
+    return _runs_here(holder, mine)
+
+
+def _runs_here(holder: Mapping[str, Any], mine: Mapping[str, Any]) -> bool | None:
+    if holder["host"] != mine["host"]:
+        return None
+    if Path("/proc").is_dir():
+        return holder["started"] is not None and _start_time(holder["pid"]) == holder["started"]
+    try:
+        os.kill(holder["pid"], 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _job_state(job: str) -> str | None:
+    """State of a Slurm job, empty where Slurm has forgotten it, None where there is no Slurm to ask."""
+    command = ["squeue", "--noheader", "--jobs", job, "--states=all", "--format=%T"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if done.returncode:
+        return "" if "Invalid job id" in done.stderr else None
+    state = done.stdout.split()
+    return state[0] if state and state[0] in {"RUNNING", "COMPLETING", "SUSPENDED", *_NOT_RUNNING} else ""
+
+
+def _who(holder: Mapping[str, Any]) -> str:
+    job = f", Slurm job {holder['job']}" if holder["job"] else ""
+    return f"process {holder['pid']} on {holder['host']}{job}"
+
+
+def _refusal(run_dir: Path, lock: Path, holder: Mapping[str, Any], known: bool) -> str:
+    remedy = (
+        f"wait for it, or give another --trainer.default_root_dir {run_dir}-2"
+        if known
+        else f"nobody here can tell whether it still runs: if it has ended, remove {lock}"
+    )
+    return f"{run_dir} is in use by {_who(holder)}; {remedy}"
