@@ -23,7 +23,8 @@ FLOORS = {
           trainer.demo trainer.demo_data trainer.demo_encoder
           trainer.export trainer.export.*""",
     3: """trainer.module trainer.checkpoint trainer.data.module trainer.evaluation.runner trainer.evaluation.sharded
-          trainer.distributed.exact trainer.distributed.preemption trainer.distributed.strategies*
+          trainer.distributed.exact trainer.distributed.heartbeat trainer.distributed.preemption
+          trainer.distributed.strategies* trainer.distributed.watch trainer.finite trainer.memory
           trainer.tracking trainer.tracking.*""",
     2: """trainer.identity trainer.manifest trainer.losses trainer.losses.* trainer.encoder trainer.encoder.*
           trainer.data.batches trainer.data.cache trainer.data.checks trainer.data.collate trainer.data.files

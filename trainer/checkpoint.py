@@ -126,7 +126,7 @@ class Checkpoints(Checkpoint):
             io = trainer.strategy.checkpoint_io
             assert isinstance(io, DirectoryCheckpointIO)
             if failure := gather.broadcast_object(io.failure):
-                raise failure
+                raise gather.SharedError(str(failure))
         self._saved_step = step
         if trainer.is_global_zero:
             if better:

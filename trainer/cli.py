@@ -14,7 +14,6 @@ from trainer.config_files import ConfigError, read_command
 from trainer.run_dir import is_first_rank, rank_name
 
 COMMANDS = ("fit", "validate", "test", "export", "check", "prepare", "preflight", "demo")
-_LOST_RANK = re.compile("Connection (closed|reset) by peer|Broken pipe|remote process exited")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,6 +27,8 @@ def main(argv: list[str] | None = None) -> int:
     if argv is None and args[:1] == ["fit"]:
         interruption.listen()
     debug = "--debug" in args or os.environ.get("TRAINER_DEBUG") == "1"
+    # The loss of a rank is said in one sentence, which 30 lines of C++ would hide.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         return _dispatch([arg for arg in args if arg != "--debug"])
     except ConfigError as error:
@@ -51,7 +52,8 @@ def main(argv: list[str] | None = None) -> int:
         user_error = _user_error(error)
         if debug or user_error is None:
             raise
-        print(_sentence(user_error), file=sys.stderr)
+        if not _is_said(user_error):
+            print(_sentence(user_error), file=sys.stderr)
         return 1
 
 
@@ -137,23 +139,35 @@ def _export(args: list[str]) -> int:
 
 
 def _user_error(error: BaseException | None) -> BaseException | None:
-    """What the user can mend: a ValueError, Lightning's complaint about settings, the loss of a rank.
+    """What the user can mend: a ValueError, Lightning's complaint about settings, the loss of another rank.
 
     Libraries wrap what our code raises inside them (datasets does), so the chain of causes is searched.
     """
     while error is not None:
         if isinstance(error, ValueError) or type(error).__name__ == "MisconfigurationException":
             return error
-        if isinstance(error, RuntimeError) and _LOST_RANK.search(str(error)):
+        if isinstance(error, RuntimeError) and _is_lost_rank(error):
             return error
         error = error.__cause__
     return None
 
 
+def _is_lost_rank(error: RuntimeError) -> bool:
+    watch = sys.modules.get("trainer.distributed.watch")  # where it was not imported there are no ranks
+    return watch is not None and watch.LOST_RANK.search(str(error)) is not None
+
+
+def _is_said(error: BaseException) -> bool:
+    """Whether another rank, or the watch of this one, says it."""
+    if isinstance(error, RuntimeError):
+        return sys.modules["trainer.distributed.watch"].SAID in getattr(error, "__notes__", ())
+    return type(error).__name__ == "SharedError" and not is_first_rank(os.environ)
+
+
 def _sentence(error: BaseException) -> str:
     """``error: cause and remedy``; where a library raised it, also in which line."""
     rank = "" if is_first_rank(os.environ) else f" (rank {rank_name(os.environ)})"
-    if isinstance(error, RuntimeError):  # the rank that failed says why
+    if isinstance(error, RuntimeError):  # before the watch was set up; the rank that failed says why
         return f"error{rank}: another rank has ended, so this one stops"
     text = str(error)
     if "\nOriginal Traceback" in text:  # a worker of a loader: its traceback is in the text

@@ -34,7 +34,7 @@ KEYS = {
         trainer.max_epochs trainer.val_check_interval trainer.precision trainer.devices
         trainer.default_root_dir
         checkpoint.save_every_steps checkpoint.keep checkpoint.monitor
-        tracking.wandb
+        tracking.wandb watch.timeout_s
         ckpt_path
     """,
     "validate": """

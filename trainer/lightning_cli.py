@@ -15,7 +15,7 @@ from typing import Any
 import transformers
 import yaml
 from jsonargparse import set_parsing_settings
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -27,6 +27,7 @@ from trainer.config_files import ConfigError, Written, replaced_lists
 from trainer.data.module import PairData
 from trainer.data.sources import fingerprint
 from trainer.distributed.preemption import Preemption
+from trainer.distributed.watch import Watch
 from trainer.encoder.spec import EncoderSpec
 from trainer.evaluation.runner import Evaluation
 from trainer.identity import Resume, differences, identity, refuse_differences
@@ -50,6 +51,7 @@ GROUPS: Mapping[str, type] = {
     "checkpoint": Checkpoints,
     "tracking": Tracking,
     "resume": Resume,
+    "watch": Watch,
 }
 # Our order, evaluation, checkpoints and progress take the place of Lightning's.
 TRAINER_DEFAULTS: Mapping[str, Any] = {
@@ -118,6 +120,7 @@ class TrainerCLI(LightningCLI):
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
         parser.add_class_arguments(Tracking, "tracking")
         parser.add_class_arguments(Resume, "resume")
+        parser.add_lightning_class_args(Watch, "watch")
         for target, source in LINKS.items():
             parser.link_arguments(source, target)
 
@@ -214,6 +217,11 @@ class TrainerCLI(LightningCLI):
             raise ConfigError(f"the trainer can't be built from these settings: {error}") from error
         # Its handler of TERM talks to the other ranks from inside a signal: one rank that gets it waits for ever.
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        # Behind the progress bar, which must have left the terminal before the watch speaks.
+        watch = next(callback for callback in callbacks if isinstance(callback, Watch))
+        callbacks.remove(watch)
+        callbacks.insert(next(i for i, c in enumerate(callbacks) if isinstance(c, Progress)) + 1, watch)
         return trainer
 
     # -- running ------------------------------------------------------------------------------------------

@@ -13,7 +13,9 @@ from trainer.data.module import PairData
 from trainer.data.order import mix
 from trainer.distributed import gather
 from trainer.encoder import Encoder, EncoderSpec
+from trainer.finite import FiniteSteps
 from trainer.losses import Loss
+from trainer.memory import explained_memory
 
 
 class EmbeddingModule(LightningModule):
@@ -61,6 +63,7 @@ class EmbeddingModule(LightningModule):
         self.decay_all = decay_all
         self.print_first_batch = print_first_batch
         self.last_grad_norm: Optional[Tensor] = None
+        self.finite_steps = FiniteSteps()
         self.encoder: Encoder
 
     # -- building -----------------------------------------------------------------------------------------
@@ -137,7 +140,7 @@ class EmbeddingModule(LightningModule):
         self._weight_decays = [group["weight_decay"] for group in groups]
         optimizer: torch.optim.Optimizer
         if self.optimizer_name == "sgd":
-            optimizer = torch.optim.SGD(groups, lr=self.learning_rate)
+            optimizer = torch.optim.SGD(groups, lr=self.learning_rate, fused=self.device.type == "cuda")
         else:
             # Under fp16 the loss scaler must unscale before we clip, which a fused step would do itself.
             fused = str(self.trainer.precision) != "16-mixed"
@@ -168,12 +171,14 @@ class EmbeddingModule(LightningModule):
     def on_train_batch_start(self, batch: PackedBatch, batch_idx: int) -> None:
         # Dropout of a step is a function of (seed, step, rank): it is the same after a kill, without saved
         # generator states, and needs no rule for ranks that come or go.
+        self._batch = batch
         torch.manual_seed(mix(self.data.seed, self.trainer.global_step, gather.rank()) >> 1)
         if self.print_first_batch and batch_idx == 0 and self.trainer.global_step == 0 and gather.rank() == 0:
             self._print(batch)
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
-        return self.loss(self.encoder(batch), batch.targets)
+        loss = self.loss(self.encoder(batch), batch.targets)
+        return self.finite_steps.watch_loss(loss, self.trainer.global_step)
 
     def configure_gradient_clipping(
         self,
@@ -182,19 +187,31 @@ class EmbeddingModule(LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip by the global norm and keep the norm before clipping for the log."""
-        if gradient_clip_algorithm not in (None, "norm"):
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-            return
+        by_norm = gradient_clip_algorithm in (None, "norm")
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        limit = gradient_clip_val if gradient_clip_val else float("inf")
+        limit = gradient_clip_val if gradient_clip_val and by_norm else float("inf")
         self.last_grad_norm = nn.utils.clip_grad_norm_(parameters, limit)
+        if not by_norm:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        self.finite_steps.check(self.last_grad_norm, optimizer, self.trainer)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         rate = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
-        super().optimizer_step(*args, **kwargs)
+        with explained_memory("training", self._batch, self.max_tokens):  # forward and backward run in here
+            super().optimizer_step(*args, **kwargs)
         vocabulary = self.encoder.vocabulary
         if vocabulary is not None and self.weight_decay and self.optimizer_name == "adamw":
             vocabulary.decay_unused(1.0 - rate * self.weight_decay)
+
+    def on_train_batch_end(self, outputs: Any, batch: PackedBatch, batch_idx: int) -> None:
+        gather.enter("loading the next batch")  # all callbacks have had their turn
+        # The log has waited for the device just now.
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and self.trainer.global_step % every == 0:
+            self.finite_steps.read(self.trainer)
+
+    def on_train_end(self) -> None:
+        self.finite_steps.read(self.trainer)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Nothing: the evaluation callback embeds and scores."""
@@ -205,6 +222,7 @@ class EmbeddingModule(LightningModule):
     # -- checkpoints --------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.finite_steps.read(self.trainer)
         vocabulary = self.encoder.vocabulary
         if vocabulary is not None:
             checkpoint["base_vocabulary"] = self._base_checksum()

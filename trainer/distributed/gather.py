@@ -6,7 +6,9 @@ Shape suffixes: b rows of the global batch, B rows of this rank.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +17,48 @@ from torch import Tensor
 
 ObjectT = TypeVar("ObjectT")
 Later = Callable[[], list[int]]
+
+
+class SharedError(ValueError):
+    """What all ranks raise together, with the same text: one of them says it."""
+
+
+@dataclass
+class Activity:
+    """What this rank does, for whoever watches it.
+
+    Attributes:
+        step: optimizer steps taken.
+        phase: part of the work.
+        collective: the collective of ours that it is in.
+        changes: grows with each change of the above; as long as it grows, nothing hangs.
+    """
+
+    step: int = 0
+    phase: str = "loading"
+    collective: str = ""
+    changes: int = 0
+
+
+activity = Activity()
+
+
+def enter(phase: str) -> None:
+    """Note what this rank does from now on."""
+    activity.phase = phase
+    activity.changes += 1
+
+
+@contextmanager
+def _collective(name: str) -> Iterator[None]:
+    """Note the collective that this rank waits in."""
+    activity.collective = name
+    activity.changes += 1
+    try:
+        yield
+    finally:
+        activity.collective = ""
+        activity.changes += 1
 
 
 def is_initialized() -> bool:
@@ -35,7 +79,8 @@ def _all_gather_rows(x_B: Tensor, rows_per_rank: Sequence[int]) -> list[Tensor]:
     padded = x_B.new_zeros((most, *x_B.shape[1:]))
     padded[: x_B.shape[0]] = x_B
     parts = [torch.empty_like(padded) for _ in rows_per_rank]
-    dist.all_gather(parts, padded)
+    with _collective("gather of rows"):
+        dist.all_gather(parts, padded)
     return [part[:n] for part, n in zip(parts, rows_per_rank, strict=True)]
 
 
@@ -58,7 +103,8 @@ class _GatherRows(torch.autograd.Function):
         grad_b = grads[0].clone(memory_format=torch.contiguous_format)
         # All-reduce and cut is reduce-scatter for ragged rows, and gloo has no reduce-scatter of its own.
         # The gradient is (b, D): small beside the parameters.
-        dist.all_reduce(grad_b, op=dist.ReduceOp.SUM)
+        with _collective("sum of the gradients of gathered rows"):
+            dist.all_reduce(grad_b, op=dist.ReduceOp.SUM)
         start = sum(ctx.rows_per_rank[: rank()])
         return grad_b[start : start + ctx.rows_per_rank[rank()]], None
 
@@ -85,7 +131,8 @@ def gather_ragged(x_B: Tensor) -> Tensor:
         return x_B
     count = torch.tensor([x_B.shape[0]], device=x_B.device)
     counts = [torch.empty_like(count) for _ in range(world_size())]
-    dist.all_gather(counts, count)
+    with _collective("gather of row counts"):
+        dist.all_gather(counts, count)
     with torch.no_grad():
         return torch.cat(_all_gather_rows(x_B, [int(c) for c in counts]))
 
@@ -95,7 +142,8 @@ def reduce_sum(x: Tensor) -> Tensor:
     if world_size() == 1:
         return x
     total = x.detach().clone()
-    dist.all_reduce(total, op=dist.ReduceOp.SUM)
+    with _collective("sum over ranks"):
+        dist.all_reduce(total, op=dist.ReduceOp.SUM)
     return total
 
 
@@ -106,7 +154,8 @@ def start_max(values: Sequence[int], device: torch.device) -> Later:
 
     def read() -> list[int]:
         if work is not None:
-            work.wait()
+            with _collective("maximum over ranks"):
+                work.wait()
         return [int(value) for value in largest.tolist()]
 
     return read
@@ -117,7 +166,8 @@ def broadcast_object(obj: ObjectT) -> ObjectT:
     if world_size() == 1:
         return obj
     box = [obj]
-    dist.broadcast_object_list(box, src=0)
+    with _collective("broadcast from rank 0"):
+        dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
@@ -126,13 +176,15 @@ def gather_objects(obj: ObjectT) -> list[ObjectT]:
     if world_size() == 1:
         return [obj]
     boxes: list[Any] = [None] * world_size()
-    dist.all_gather_object(boxes, obj)
+    with _collective("gather of objects"):
+        dist.all_gather_object(boxes, obj)
     return boxes
 
 
 def barrier() -> None:
     if world_size() > 1:
-        dist.barrier()
+        with _collective("barrier"):
+            dist.barrier()
 
 
 def warn(logger: logging.Logger, message: str) -> None:

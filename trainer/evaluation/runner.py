@@ -10,8 +10,10 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+from trainer.batch import PackedBatch
 from trainer.distributed import gather
 from trainer.evaluation.sharded import TokenizedSet, evaluate, tokenize_set
+from trainer.memory import explained_memory
 from trainer.module import EmbeddingModule
 from trainer.tracking.metrics import MetricsLog
 
@@ -116,15 +118,14 @@ class Evaluation(Callback):
 
     def _run(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
         assert isinstance(pl_module, EmbeddingModule)
-        encoder, device = pl_module.encoder, pl_module.device
+        encoder, device, max_tokens = pl_module.encoder, pl_module.device, pl_module.max_tokens
+
+        def encode(batch: PackedBatch) -> Tensor:
+            with explained_memory("evaluation", batch, max_tokens):
+                return encoder.embed(batch.to(device))
+
         with _evaluation_mode(pl_module, device), trainer.precision_plugin.val_step_context():
-            return evaluate(
-                lambda batch: encoder.embed(batch.to(device)),
-                self.sets,
-                gather.rank(),
-                gather.world_size(),
-                pl_module.max_tokens,
-            )
+            return evaluate(encode, self.sets, gather.rank(), gather.world_size(), max_tokens)
 
     def _evaluate_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.sets:

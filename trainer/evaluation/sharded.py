@@ -114,7 +114,7 @@ def _score(one: TokenizedSet, embeddings_UD: Tensor, rank: int, world_size: int)
     if world_size > 1:
         metrics, message = gather.broadcast_object((metrics, str(failure) if failure else None))
         if message and rank != 0:
-            failure = ValueError(message)
+            failure = gather.SharedError(message)
     if failure:
         raise failure
     return {f"eval/{one.name}/{metric}": value for metric, value in metrics.items()}
@@ -145,6 +145,7 @@ def evaluate(
     """
     metrics: dict[str, float] = {}
     for validation_set in sets:
+        gather.enter(f"evaluation of {validation_set.name}")
         one = validation_set if isinstance(validation_set, TokenizedSet) else tokenize_set(validation_set)
         metrics |= _score(one, _embed(encode, one.ids_U, rank, world_size, max_tokens), rank, world_size)
     return metrics

@@ -1,0 +1,54 @@
+"""Out of memory: which batch, and what to turn."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from trainer.batch import PackedBatch
+
+# How the host says it; torch.OutOfMemoryError is the device's. oneDNN fails like this when it finds no room for the
+# code of a kernel that it has already chosen.
+_MESSAGE = re.compile("[Cc]an(no|')t allocate memory|std::bad_alloc|could not create a (primitive|memory object)$")
+
+
+@contextmanager
+def explained_memory(doing: str, batch: PackedBatch, max_tokens: int) -> Iterator[None]:
+    """Turns a lack of memory into a sentence.
+
+    Args:
+        doing: what the memory was for.
+        batch: this rank's.
+        max_tokens: of one forward, now.
+
+    Raises:
+        ValueError: the memory did not suffice.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not _is_lack_of_memory(error):
+            raise
+        raise ValueError(_sentence(doing, batch, max_tokens)) from error
+
+
+def _is_lack_of_memory(error: BaseException) -> bool:
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return _MESSAGE.search(str(error)) is not None
+
+
+def _sentence(doing: str, batch: PackedBatch, max_tokens: int) -> str:
+    texts, tokens, longest = len(batch.lengths), sum(batch.lengths), batch.lengths[-1]
+    # Above the size of the batch the knob does nothing; below the longest text neither.
+    smaller = max(1, min(max_tokens, tokens) // 2)
+    remedy = f"model.max_tokens is {max_tokens} now; try {smaller}"
+    if smaller < longest:
+        remedy += f", or model.encoder.max_length below {longest}"
+    return (
+        f"out of memory in {doing}, with a batch of {texts // batch.num_columns} rows, {texts} texts, {tokens} tokens, "
+        f"longest text {longest} tokens: {remedy}"
+    )
