@@ -2,11 +2,14 @@
 
     python benchmarks/reliability.py kill --count 50 --json benchmarks/results/kill.json
     python benchmarks/reliability.py preempt --count 20 --json benchmarks/results/preempt.json      (needs Slurm)
-    python benchmarks/reliability.py report benchmarks/results/*.json > docs/reliability-tables.md
+    python benchmarks/reliability.py ranks --count 6 --json benchmarks/results/ranks.json            (needs Slurm)
+    python benchmarks/reliability.py report benchmarks/results/*.json     puts the tables into docs/reliability.md
 
 `kill`: SIGKILL to all processes of a run, several times before it may end; TMPDIR lies on another file system.
 `preempt`: USR1 to a job on a two-node Slurm (slurm/local-cluster.sh), as at the end of a time limit; the job script
 requeues it. Both compare the final weights with those of a run that was never disturbed, bit for bit.
+`ranks`: one rank of two is killed or stopped (SIGSTOP) while it trains; the job must end, with a status that is not 0,
+and name the rank.
 """
 
 from __future__ import annotations
@@ -38,6 +41,8 @@ from trainer.manifest import newest, newest_valid, read_state, steps
 
 ROOT = Path(__file__).parents[1]
 HERE = str(Path(__file__).parent)
+DOCUMENT = ROOT / "docs" / "reliability.md"
+MARKS = ("<!-- tables: written by benchmarks/reliability.py report -->", "<!-- end of tables -->")
 PHASES = ("import", "loading", "backward", "validation", "saving")
 INTERVAL = 5  # steps between checkpoints
 ROWS, BATCH, EPOCHS = 480, 16, 2
@@ -196,10 +201,10 @@ def show_job(job: str, environ: dict[str, str]) -> dict[str, str]:
     return dict(word.split("=", 1) for word in shown.stdout.split() if "=" in word)
 
 
-def submit(recipe: Path, run_dir: Path, environ: dict[str, str]) -> str:
+def submit(recipe: Path, run_dir: Path, environ: dict[str, str], *flags: str) -> str:
     command = ["sbatch", "--parsable", "--nodes=2", f"--output={run_dir.parent}/{run_dir.name}.out"]
     command += [str(ROOT / "slurm" / "train.sh"), str(recipe), "--trainer.default_root_dir", str(run_dir)]
-    command += ["--trainer.callbacks+=phases.Phases"]
+    command += ["--trainer.callbacks+=phases.Phases", *flags]
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60, check=True, cwd=ROOT)
     return done.stdout.strip()
 
@@ -287,16 +292,80 @@ def _preempt(
     return outcome
 
 
+# -- ranks --------------------------------------------------------------------------------------------------
+
+TIMEOUT_S = 15  # watch.timeout_s
+
+
+def ranks_loop(folder: Path, count: int, draw: random.Random) -> Iterator[dict[str, Any]]:
+    """Two kills for each stop."""
+    recipe = write_recipe(folder)
+    with cluster(folder / "slurm") as environ:
+        for number in range(count):
+            run_dir, rank = folder / f"run-{number}", draw.randrange(2)
+            name = "SIGSTOP" if number % 3 == 2 else "SIGKILL"
+            long = ("--trainer.max_epochs", "1000", "--watch.timeout_s", str(TIMEOUT_S), "--tracking.wandb", "off")
+            job = submit(recipe, run_dir, environ, *long)
+            deadline = time.monotonic() + 200
+            while len(logged_steps(run_dir)) < 10:
+                assert time.monotonic() < deadline, f"job {job} does not train"
+                time.sleep(0.2)
+            time.sleep(draw.uniform(0.0, 3.0))
+            os.kill(_rank_process(str(run_dir), rank), signal.Signals[name])
+            begun = time.monotonic()
+            shown = wait_for(job, environ, ENDED)
+            seconds = time.monotonic() - begun
+            output = (folder / f"{run_dir.name}.out").read_text(errors="replace")
+            stacks = sorted(path.name for path in run_dir.glob("hang-rank*.txt"))
+            first = re.search(r"the first to fail was (.*)", output)
+            silent = re.search(rf"rank {rank} on host \S+ \(pid \d+\)[^;]*", output)
+            named = silent[0] if silent else first[1] if first else ""
+            yield {
+                "signal": name,
+                "rank": rank,
+                "seconds_to_the_end": round(seconds, 1),
+                "named": named,
+                "stacks": stacks,
+                "scontrol": {key: shown[key] for key in ("JobState", "ExitCode") if key in shown},
+                "bitwise_equal": True,  # nothing to compare: no run goes on here
+                "ok": seconds < 60 + TIMEOUT_S * (name == "SIGSTOP")
+                and shown["JobState"] == "FAILED"
+                and f"rank {rank}" in named
+                and bool(stacks) == (name == "SIGSTOP"),
+            }
+
+
+def _rank_process(run_dir: str, rank: int) -> int:
+    """The Python process of a task of a job; its loader workers and its shell have other command lines."""
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (path / "cmdline").read_bytes().decode().split("\0")
+            variables = (path / "environ").read_bytes().decode(errors="replace").split("\0")
+        except OSError:
+            continue
+        is_python = "python" in Path(words[0]).name and words[1:4] == ["-m", "trainer", "fit"]
+        if is_python and run_dir in words and f"SLURM_PROCID={rank}" in variables:
+            return int(path.name)
+    raise AssertionError(f"rank {rank} of {run_dir} has no process")
+
+
 # -- report -------------------------------------------------------------------------------------------------
 
 _ENDS = ("steps_lost", "bitwise_equal", "ok")
 COLUMNS = {
     "kill": ("ranks", "offset_s", "while_saving", "step_reached", "resumes_at", *_ENDS),
     "preempt": ("phase", "offset_s", "saved_at", "resumed_at", "restarts", "exit_codes", "wandb_ids", *_ENDS),
+    "ranks": ("signal", "rank", "seconds_to_the_end", "named", "stacks", "scontrol", "ok"),
 }
 
 
-def report(paths: list[Path]) -> str:
+def with_tables(document: str, results: list[Path]) -> str:
+    """The document with the tables of these results between its two marks."""
+    head, rest = document.split(MARKS[0])
+    return f"{head}{MARKS[0]}\n\n{tables(results)}\n{MARKS[1]}{rest.split(MARKS[1])[1]}"
+
+
+def tables(paths: list[Path]) -> str:
     """The loops as Markdown tables."""
     parts = []
     for path in paths:
@@ -304,7 +373,8 @@ def report(paths: list[Path]) -> str:
         name, outcomes = result["loop"], result["outcomes"]
         good = sum(outcome["ok"] and outcome["bitwise_equal"] for outcome in outcomes)
         parts.append(f"### {name}: {good} of {len(outcomes)}\n")
-        parts.append(f"Commit {result['commit'][:12]}, seed {result['seed']}, {result['date']}.\n")
+        machine = f"{result['cores']} cores, {result['device']}"
+        parts.append(f"Commit {result['commit'][:12]}, seed {result['seed']}, {machine}.\n")
         columns = COLUMNS[name]
         parts.append("| # | " + " | ".join(column.replace("_", " ") for column in columns) + " |")
         parts.append("|---" * (len(columns) + 1) + "|")
@@ -317,21 +387,24 @@ def report(paths: list[Path]) -> str:
 def _cell(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, dict):
+        return ", ".join(f"{key}={item}" for key, item in value.items())
     return ", ".join(map(str, value)) or "-" if isinstance(value, list) else str(value)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("loop", choices=("kill", "preempt", "report"))
+    parser.add_argument("loop", choices=("kill", "preempt", "ranks", "report"))
     parser.add_argument("results", nargs="*", type=Path, help="of report: JSON files")
     parser.add_argument("--count", type=int, default=20)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--into", type=Path, default=DOCUMENT, help="of report: the document")
     args = parser.parse_args()
     if args.loop == "report":
-        print(report(args.results))
+        args.into.write_text(with_tables(args.into.read_text(encoding="utf-8"), args.results), encoding="utf-8")
         return 0
-    loop = {"kill": kill_loop, "preempt": preempt_loop}[args.loop]
+    loop = {"kill": kill_loop, "preempt": preempt_loop, "ranks": ranks_loop}[args.loop]
     outcomes: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="trainer-reliability-", ignore_cleanup_errors=True) as folder:
         for outcome in loop(Path(folder), args.count, random.Random(args.seed)):

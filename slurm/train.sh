@@ -221,6 +221,7 @@ finish() {
 
 echo "train.sh: job $SLURM_JOB_ID on $SLURM_JOB_NODELIST: nodes $nodes, tasks per node $tasks, CPUs per task" \
     "$cpus_per_task, $accelerator, meeting at $MASTER_ADDR:$MASTER_PORT, restarts ${SLURM_RESTART_COUNT:-0}"
+echo "train.sh: to have it saved and requeued at once: scancel --signal=USR1 $SLURM_JOB_ID"
 
 # A folder that was named, or that this job itself has made before: any other finished run is not what was asked for.
 finished=$(directory_of_flag)
