@@ -233,14 +233,14 @@ def preempt_loop(folder: Path, count: int, draw: random.Random) -> Iterator[dict
         assert wait_for(job, environ, ENDED)["JobState"] == "COMPLETED", (folder / "undisturbed.out").read_text()
         lasts = time.monotonic() - begun - 1.0  # what follows the last step is the export
         met: Counter[str] = Counter()
-        number = 0
-        while number < count or (count >= 20 and number < 3 * count and any(met[phase] < 3 for phase in PHASES)):
-            outcome = _preempt(recipe, folder / f"run-{number}", reference, environ, draw.uniform(0.0, lasts))
-            if outcome is None:  # the job had ended, or had not come to Python
-                continue
-            met[outcome["phase"]] += 1
+        done = number = 0
+        while done < count or (count >= 20 and done < 3 * count and any(met[phase] < 3 for phase in PHASES)):
             number += 1
-            yield outcome
+            outcome = _preempt(recipe, folder / f"run-{number}", reference, environ, draw.uniform(0.0, lasts))
+            if outcome is not None:  # else the job had ended, or had not come to Python
+                met[outcome["phase"]] += 1
+                done += 1
+                yield outcome
 
 
 def _preempt(
@@ -259,7 +259,7 @@ def _preempt(
     stopped = [int(step) for step in re.findall(r"stopped by SIGUSR1 at step (\d+)", output)]
     losses = logged_steps(run_dir)
     ids = {path.name.rpartition("-")[2] for path in (run_dir / "wandb").glob("offline-run-*")}
-    resumed = re.findall(r"checkpoint: \S*step-(\d+)", output)
+    resumed = re.findall(r"^checkpoint: \S*step-(\d+)", output, re.M)
     outcome = {
         "job": job,
         "offset_s": round(offset, 3),

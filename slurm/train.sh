@@ -235,12 +235,16 @@ fi
 trap : USR1 TERM INT
 trap finish EXIT
 
+export by_usr1=138 # status of a program that USR1 ended, before it could listen: nothing to save, and as good as 85
+
 if [[ ${TRAINER_PREFLIGHT:-1} != 0 ]]; then
     # In the shape of the run itself, so that a task sees the devices it will get; the first one of each node speaks for it.
     # shellcheck disable=SC2016  # to be expanded in the task
     srun "${srun_options[@]}" --kill-on-bad-exit=0 bash -c '[[ $SLURM_LOCALID != 0 ]] || exec "$@"' preflight \
-        "${run_in[@]}" "$python" -m trainer preflight "${options[@]}" ||
+        "${run_in[@]}" "$python" -m trainer preflight "${options[@]}" || {
+        [[ $? != "$by_usr1" ]] || exit 85
         refuse "the checks before the run failed: the lines above name node, check and remedy"
+    }
 fi
 
 # Every task runs under this. Once one task has failed, srun ends the others and returns *their* code (143): so the
@@ -250,6 +254,7 @@ fi
 # shellcheck disable=SC2016  # to be expanded in the task
 task='trap : USR1 USR2 TERM INT
 "$@" || { code=$?
+[[ $code != "$by_usr1" ]] || code=85
 [[ $code != 85 || $SLURM_PROCID == 0 ]] || exit 0
 (set -o noclobber; echo "$code rank $SLURM_PROCID on $SLURMD_NODENAME" >"$TRAINER_EXIT_FILE") 2>/dev/null
 exit "$code"; }'

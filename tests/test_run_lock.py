@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from trainer.config_files import ConfigError
-from trainer.run_lock import FILE_NAME, take_lock
+from trainer.run_lock import FILE_NAME, release_lock, take_lock
 
 HOLD = "import os, sys, time; from pathlib import Path; from trainer.run_lock import take_lock\n" + (
     "take_lock(Path(sys.argv[1]), os.environ); print('held', flush=True); time.sleep(60)"
@@ -47,11 +47,11 @@ def test_second_is_refused_and_a_dead_one_is_taken_over(tmp_path: Path) -> None:
     (tmp_path / FILE_NAME).unlink()
 
 
-@pytest.mark.timeout(100)
-def test_an_orderly_end_leaves_no_lock(tmp_path: Path) -> None:
-    process = hold(tmp_path)
-    process.send_signal(signal.SIGINT)
-    process.wait(10)
+def test_only_the_holder_releases(tmp_path: Path) -> None:
+    take_lock(tmp_path, {})
+    release_lock(tmp_path, {"SLURM_JOB_ID": "7"})
+    assert (tmp_path / FILE_NAME).exists()
+    release_lock(tmp_path, {})
     assert not list(tmp_path.iterdir())
 
 

@@ -22,6 +22,7 @@ from tests.stub_hub import stub_hub
 from trainer.cli import main
 from trainer.config_files import Flag
 from trainer.demo_data import write_pairs
+from trainer.manifest import newest, read_manifest, write_checkpoint
 from trainer.run_dir import name_run
 
 ROOT = Path(__file__).parents[1]
@@ -69,21 +70,23 @@ def refused(capsys: pytest.CaptureFixture[str], args: list[str]) -> str:
 
 
 def bomb_checkpoint(run_dir: Path) -> Path:
-    path = run_dir / "checkpoints" / "step-00000003.ckpt"
-    path.parent.mkdir(parents=True)
-    torch.save({"state_dict": {}, "global_step": 3, "callbacks": Bomb()}, path)
+    """In place of what a real run saved, behind a manifest that fits."""
+    assert main(FIT) == 0
+    path = newest(run_dir)
+    assert path is not None
+    about = {key: value for key, value in read_manifest(path).items() if key not in ("format", "files")}
+    write_checkpoint({"state_dict": {}, "global_step": 3, "callbacks": Bomb()}, path, about)
     return path
 
 
 def test_a_checkpoint_that_runs_code(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Named, found by auto, and as what validate and export read."""
     path = bomb_checkpoint(folder / "run")
-    (folder / "run" / "config.yaml").write_text(CONFIG)
     sentence = "holds more than tensors and plain types, which could run code"
     assert sentence in refused(capsys, [*FIT, "--ckpt_path", str(path)])
     assert sentence in refused(capsys, [*FIT, "--ckpt_path", "auto"])
     assert sentence in refused(capsys, ["validate", "--config", "pairs.yaml", "--ckpt_path", str(path)])
-    print(refused(capsys, ["export", str(path), "out"]))
+    assert sentence in refused(capsys, ["export", str(path), "out"])
     assert not (folder / "out").exists()
 
 

@@ -34,7 +34,7 @@ from trainer.identity import Resume, differences, identity, refuse_differences
 from trainer.manifest import newest, newest_valid, problem, read_manifest
 from trainer.module import EmbeddingModule
 from trainer.run_dir import is_first_rank, name_run, refuse_used, write_config
-from trainer.run_lock import take_lock
+from trainer.run_lock import release_lock, take_lock
 from trainer.tracking.metrics import MetricsLog, run_id_in
 from trainer.tracking.progress import Progress
 from trainer.tracking.redact import redact
@@ -227,8 +227,12 @@ class TrainerCLI(LightningCLI):
     # -- running ------------------------------------------------------------------------------------------
 
     def _run_subcommand(self, subcommand: str) -> None:
-        if self.execute:
+        if not self.execute:
+            return
+        try:
             super()._run_subcommand(subcommand)
+        finally:
+            release_lock(self.run_dir, os.environ)
 
     def before_fit(self) -> None:
         interruption.stop_if_asked()
@@ -255,7 +259,7 @@ class TrainerCLI(LightningCLI):
         self.checkpoint_io.identity = now
         if self.options.ckpt_path is None:
             return
-        saved = read_manifest(Path(self.options.ckpt_path))["identity"]
+        saved = read_manifest(Path(self.options.ckpt_path)).get("identity") or {}
         allowed = self._get(self.config_init, "resume").names
         try:
             lines = refuse_differences(differences(saved, now), allowed, self.options.ckpt_path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import json
 import os
 import socket
@@ -19,7 +18,7 @@ _NOT_RUNNING = {"PENDING", "REQUEUED", "SPECIAL_EXIT", "REQUEUE_HOLD", "REQUEUE_
 
 
 def take_lock(run_dir: Path, environ: Mapping[str, str]) -> str | None:
-    """Hold ``run_dir`` until this process ends.
+    """Hold ``run_dir`` until `release_lock`, or until this process is dead.
 
     Returns what is to be said where the lock of a dead process was taken over.
 
@@ -51,14 +50,15 @@ def take_lock(run_dir: Path, environ: Mapping[str, str]) -> str | None:
             aside.unlink()
             said = f"{lock}: taken over from {_who(holder)}, which has ended"
         else:
-            atexit.register(_release, lock, mine)
             return said
         finally:
             own.unlink(missing_ok=True)
 
 
-def _release(lock: Path, mine: dict[str, Any]) -> None:
-    if mine["pid"] == os.getpid() and _read(lock) == mine:
+def release_lock(run_dir: Path, environ: Mapping[str, str]) -> None:
+    """Let others use ``run_dir``; nothing happens where this process does not hold it."""
+    lock = run_dir / FILE_NAME
+    if _read(lock) == _describe(environ):
         lock.unlink(missing_ok=True)
 
 

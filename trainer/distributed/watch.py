@@ -118,7 +118,7 @@ class Watch(Callback):
             self._beats.end("")  # asked for, not a failure
             return
         if isinstance(exception, RuntimeError) and LOST_RANK.search(str(exception)):
-            exception.add_note(SAID)
+            exception.__notes__ = [SAID]  # add_note, as Python 3.10 has none yet
             if not self._hung:
                 self._name(self._wait_for_name())
             self._beats.end("")
