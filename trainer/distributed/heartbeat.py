@@ -57,6 +57,7 @@ class Heartbeats:
         self._heard: dict[int, tuple[Sign, float]] = {}  # and when, by this rank's clock
         self._answered_at = time.monotonic()
         self._beat = 0
+        self._answered = 0  # the last beat that the store has answered
         self._end: str | None = None
         self._wake = threading.Event()
         self._ended = threading.Event()
@@ -67,6 +68,13 @@ class Heartbeats:
         self._end = reason
         self._wake.set()
         self._ended.wait(1.0)
+
+    def refresh(self) -> None:
+        """Ask the store anew; waits a second at most for the answer."""
+        wanted, deadline = self._beat + 1, time.monotonic() + 1.0
+        self._wake.set()
+        while self._answered < wanted and not self.store_gone and time.monotonic() < deadline:
+            time.sleep(0.02)
 
     def forgive(self, seconds: float) -> None:
         """Count as silence of nobody what this process itself was stopped."""
@@ -149,7 +157,7 @@ class Heartbeats:
             other = Sign(**json.loads(answer))
             if other.rank not in self._heard or self._heard[other.rank][0] != other:
                 self._heard = self._heard | {other.rank: (other, now)}  # other threads read the old one
-        self._answered_at = now
+        self._answered, self._answered_at = self._beat, now
 
 
 def _key(rank: int) -> str:

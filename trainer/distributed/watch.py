@@ -182,6 +182,7 @@ class Watch(Callback):
         """Which ranks are lost; the process of a dead one may be found at once, another host only falls silent."""
         assert self._beats is not None
         deadline = time.monotonic() + _NAMING_S
+        self._beats.refresh()  # a rank that has failed in order has left its reason just now
         while time.monotonic() < deadline:
             if found := self._beats.lost(0.0) or self._beats.silent(SILENT_S):
                 return found
