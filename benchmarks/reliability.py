@@ -211,6 +211,7 @@ def submit(recipe: Path, run_dir: Path, environ: dict[str, str], *flags: str) ->
 
 def wait_for(job: str, environ: dict[str, str], states: set[str], timeout_s: float = 240.0) -> dict[str, str]:
     deadline = time.monotonic() + timeout_s
+    held_since = 0.0
     while (shown := show_job(job, environ)).get("JobState") not in states:
         if time.monotonic() > deadline:
             raise TimeoutError(f"job {job} is {shown.get('JobState')}, not {states}, after {timeout_s} s")
@@ -235,8 +236,11 @@ def preempt_loop(folder: Path, count: int, draw: random.Random) -> Iterator[dict
         job = submit(recipe, reference, environ)
         wait_for(job, environ, {"RUNNING"})
         begun = time.monotonic()
+        while LAST not in logged_steps(reference):
+            assert time.monotonic() - begun < 200, (folder / "undisturbed.out").read_text()
+            time.sleep(0.1)
+        lasts = time.monotonic() - begun
         assert wait_for(job, environ, ENDED)["JobState"] == "COMPLETED", (folder / "undisturbed.out").read_text()
-        lasts = time.monotonic() - begun - 1.0  # what follows the last step is the export
         met: Counter[str] = Counter()
         done = number = 0
         while done < count or (count >= 20 and done < 3 * count and any(met[phase] < 3 for phase in PHASES)):
@@ -268,7 +272,7 @@ def _preempt(
     outcome = {
         "job": job,
         "offset_s": round(offset, 3),
-        "phase": noted.read_text() if noted.exists() else "import",
+        "phase": noted.read_text() if noted.exists() else "ending" if resumed == [f"{LAST:08d}"] else "import",
         "saved_at": stopped,
         "resumed_at": [int(step) for step in resumed],
         "restarts": restarts,
