@@ -216,10 +216,12 @@ def wait_for(job: str, environ: dict[str, str], states: set[str], timeout_s: flo
         if time.monotonic() > deadline:
             raise TimeoutError(f"job {job} is {shown.get('JobState')}, not {states}, after {timeout_s} s")
         if shown.get("JobState") == "PENDING" and shown.get("Restarts", "0") != "0":
-            # Slurm holds a requeued job back for two minutes.
-            subprocess.run(
-                ["scontrol", "update", f"JobId={job}", "StartTime=now"], env=environ, check=False, timeout=30
-            )
+            # Slurm holds a requeued job back for two minutes. A start in the very second of the requeue it refuses:
+            # "Job credential revoked".
+            held_since = held_since or time.monotonic()
+            if time.monotonic() - held_since > 3.0:
+                now = ["scontrol", "update", f"JobId={job}", "StartTime=now"]
+                subprocess.run(now, env=environ, check=False, timeout=30)
         time.sleep(0.3)
     return shown
 
