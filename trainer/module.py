@@ -12,6 +12,7 @@ from trainer.batch import PackedBatch
 from trainer.data.module import PairData
 from trainer.data.order import mix
 from trainer.distributed import gather
+from trainer.distributed.strategies import ZeRO
 from trainer.encoder import Encoder, EncoderSpec
 from trainer.losses import Loss
 
@@ -77,6 +78,8 @@ class EmbeddingModule(LightningModule):
             return
         self.encoder = Encoder(self.encoder_spec, self.max_tokens)
         self.loss.build(self.encoder.embedding_dimension)
+        strategy = self.trainer.strategy
+        self.encoder.lockstep = isinstance(strategy, ZeRO) and strategy.stage == 3
         self.train()  # transformers loads in evaluation mode, in which dropout is off
         if self.trainer.training:
             self._check_columns()
@@ -169,6 +172,9 @@ class EmbeddingModule(LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip by the global norm and keep the norm before clipping for the log."""
+        if isinstance(self.trainer.strategy, ZeRO):
+            self.last_grad_norm = self.trainer.strategy.gradient_norm()  # its step clips
+            return
         if gradient_clip_algorithm not in (None, "norm"):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return

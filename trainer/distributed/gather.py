@@ -98,6 +98,15 @@ def reduce_sum(x: Tensor) -> Tensor:
     return total
 
 
+def reduce_max(number: int, device: torch.device) -> int:
+    """Largest number of all ranks; device is where the group's tensors live."""
+    if world_size() == 1:
+        return number
+    most = torch.tensor(number, device=device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return int(most)
+
+
 def broadcast_object(obj: ObjectT) -> ObjectT:
     """Rank 0's object on every rank."""
     if world_size() == 1:
