@@ -42,6 +42,7 @@ class ZeRO(DDPStrategy):
         self.offload = offload
         self.live_parameters = live_parameters
         self._groups: list[list[nn.Parameter]] = []  # as configure_optimizers made them
+        self._linear = F.linear
 
     # -- setting up ---------------------------------------------------------------------------------------
 
@@ -119,6 +120,12 @@ class ZeRO(DDPStrategy):
     def engine(self) -> Any:
         """The module wrapped by DeepSpeed, which is imported only by a run that uses it."""
         return self.model
+
+    def teardown(self) -> None:
+        super().teardown()
+        if self._groups:
+            self.engine.destroy()
+            F.linear = self._linear  # stage 3 puts its own in place, for the whole process
 
     # -- one step -----------------------------------------------------------------------------------------
 
