@@ -38,7 +38,7 @@ from trainer.module import EmbeddingModule
 
 STEPS, BATCH = 20, 7  # 4 rows on one rank, 3 on the other
 CLIP = 0.5
-WHOLE, CHUNKED = 16384, 120
+WHOLE, CHUNKED = 16384, 200
 LOSSES = {"CosineSimilarity": CosineSimilarity, "InfoNCE": InfoNCE, "Softmax": lambda: Softmax(num_labels=3)}
 STAGES = (1, 2, 3)
 
@@ -53,7 +53,7 @@ class Run:
     loss: str = "CosineSimilarity"
     optimizer: str = "adamw"
     max_tokens: int = CHUNKED
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-3
     dropout: float = 0.0
     precision: str = "32-true"
     save_at: int = 0
@@ -139,7 +139,7 @@ def build(run: Run, callbacks: list[Callback], **options: Any) -> tuple[Embeddin
         # So few live parameters that stage 3 parts with even the smallest matrix.
         options["strategy"] = ZeRO(run.stage, run.offload, live_parameters=3000)  # type: ignore[arg-type]
     live = [LiveGroup()] if gather.world_size() > 1 else []
-    options |= {"plugins": [AtomicCheckpointIO(), *live], "gradient_clip_val": CLIP, "val_check_interval": 5}
+    options |= {"plugins": [AtomicCheckpointIO(), *live], "gradient_clip_val": CLIP, "val_check_interval": 10}
     trainer = make_trainer(Path(run.folder) / "runs", callbacks, max_epochs=1, precision=run.precision, **options)
     return module, data, trainer
 
@@ -150,6 +150,7 @@ def train(run: Run) -> Result:
     calls: list[None] = []
     module.on_fit_start = lambda: module.encoder.backbone.register_forward_hook(lambda *_: calls.append(None))  # type: ignore
     trainer.fit(module, datamodule=data, ckpt_path=run.resume or None)
+    assert F.linear is torch._C._nn.linear, "stage 3 left its own in the process"
     watch.result.num_forwards = len(calls)
     return watch.result
 
@@ -179,14 +180,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory, demo_texts: list[str]) -> P
 
 
 @pytest.fixture(scope="module")
-def result_of(ranks: TwoRanks) -> Any:
-    """What rank 0 saw of a run; each run happens once."""
-    return cache(lambda run: ranks(train, run)[0])
+def results_of(ranks: TwoRanks) -> Any:
+    """What both ranks saw of a run; each run happens once."""
+    return cache(lambda run: ranks(train, run))
 
 
-def weights_of(result: Result) -> dict[str, Tensor]:
-    """The trained weights, without rows and counts."""
-    return {name: value for name, value in result.weights.items() if name in result.gradients}
+@pytest.fixture(scope="module")
+def result_of(results_of: Any) -> Any:
+    return lambda run: results_of(run)[0]
+
+
+def weight_error(result: Result, expected: Result) -> float:
+    """Of what is trained; not of the ids of rows and the like."""
+    ours, theirs = ({name: one.weights[name] for name in expected.gradients} for one in (result, expected))
+    return relative_error(ours, theirs)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -207,7 +214,7 @@ def test_every_stage_computes_what_ddp_computes(
     """Gradients before clipping, norms, rates, metrics, and weights and moments after 20 steps; the ranks run unequal
     numbers of chunks, and clipping is at work."""
     run = Run(str(folder), loss=loss, optimizer=optimizer, max_tokens=max_tokens)
-    run = replace(run, learning_rate=0.03 if optimizer == "sgd" else 3e-3)
+    run = replace(run, learning_rate=0.03 if optimizer == "sgd" else 1e-3)
     expected, result = result_of(run), result_of(replace(run, stage=stage))
     assert norm_of(expected.gradients) > 1e-2
     assert relative_error(result.gradients, expected.gradients) < 1e-5
@@ -215,10 +222,10 @@ def test_every_stage_computes_what_ddp_computes(
     assert result.norms == pytest.approx(expected.norms, rel=1e-5)
     assert max(expected.norms) > CLIP
     assert result.rates == expected.rates
-    assert len(expected.metrics) == 1 + STEPS // 5
+    assert len(expected.metrics) == 1 + STEPS // 10
     for ours, theirs in zip(result.metrics, expected.metrics, strict=True):
         assert ours == pytest.approx(theirs, abs=1e-4)
-    assert relative_error(weights_of(result), weights_of(expected)) < 1e-5
+    assert weight_error(result, expected) < 1e-5
     assert result.weights.keys() == expected.weights.keys()
     assert all(torch.equal(result.weights[n], w) for n, w in expected.weights.items() if n not in result.gradients)
     assert result.optimizer["param_groups"] == expected.optimizer["param_groups"]
@@ -231,22 +238,19 @@ def test_every_stage_computes_what_ddp_computes(
         assert {n: v.dtype for n, v in ours.items()} == {n: v.dtype for n, v in theirs.items()}
 
 
-def forwards(run: Run) -> int:
-    return train(run).num_forwards
-
-
-def test_ranks_with_few_chunks_wait_for_those_with_more(ranks: TwoRanks, folder: Path) -> None:
+def test_ranks_with_few_chunks_wait_for_those_with_more(results_of: Any, folder: Path) -> None:
     """Under DDP the ranks run as many forwards as they have chunks; under stage 3 a forward is a collective."""
-    one, other = ranks(forwards, Run(str(folder)))
-    assert one != other
-    one, other = ranks(forwards, Run(str(folder), stage=3))
-    assert one == other
+    run = Run(str(folder), loss="InfoNCE")
+    one, other = results_of(run)
+    assert one.num_forwards != other.num_forwards
+    one, other = results_of(replace(run, stage=3))
+    assert one.num_forwards == other.num_forwards
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_evaluation_in_the_middle_of_training(result_of: Any, folder: Path, stage: int) -> None:
     """At a rate of 0 the weights stay, so all evaluations of all stages are one."""
-    run = Run(str(folder), learning_rate=0.0, precision="32-true")
+    run = Run(str(folder), learning_rate=0.0)
     (expected, *others) = result_of(run).metrics
     assert expected
     assert all(other == pytest.approx(expected, abs=1e-6) for other in others)
@@ -254,24 +258,22 @@ def test_evaluation_in_the_middle_of_training(result_of: Any, folder: Path, stag
         assert metrics == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize(("stage", "offload"), [(2, True), (3, True), (2, False), (3, False)])
-def test_bf16_and_offload(result_of: Any, folder: Path, stage: int, offload: bool) -> None:
+@pytest.mark.parametrize("stage", [2, 3])
+def test_bf16(result_of: Any, folder: Path, stage: int) -> None:
     """Weights stay fp32 and autocast rounds as it does under DDP; a float64 count stays what it is."""
     run = Run(str(folder), precision="bf16-mixed")
-    expected, result = result_of(run), result_of(replace(run, stage=stage, offload=offload))
+    expected, result = result_of(run), result_of(replace(run, stage=stage))
     assert {n: w.dtype for n, w in result.weights.items()} == {n: w.dtype for n, w in expected.weights.items()}
+    assert result.norms[0] != result_of(replace(run, precision="32-true", stage=stage)).norms[0], "no autocast"
     assert relative_error(result.gradients, expected.gradients) < 1e-2
-    assert result.norms[:3] == pytest.approx(expected.norms[:3], rel=1e-2)
-    assert relative_error(weights_of(result), weights_of(expected)) < 1e-2
-    full = result_of(replace(run, precision="32-true"))
-    assert result.norms[0] != full.norms[0], "no autocast"
+    assert weight_error(result, expected) < 1e-2
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [2, 3])
 def test_offload(result_of: Any, folder: Path, stage: int) -> None:
     expected, result = (result_of(Run(str(folder), stage=stage, offload=offload)) for offload in (False, True))
     assert result.norms == pytest.approx(expected.norms, rel=1e-5)
-    assert relative_error(weights_of(result), weights_of(expected)) < 1e-5
+    assert weight_error(result, expected) < 1e-5
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -290,12 +292,9 @@ def test_killed_run_ends_bitwise_equal(ranks: TwoRanks, folder: Path, tmp_path: 
         assert all(torch.equal(result.optimizer["state"][number][key], value) for key, value in state.items())
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_a_run_goes_on_under_any_strategy(
-    ranks: TwoRanks, result_of: Any, folder: Path, tmp_path: Path, optimizer: str
-) -> None:
+def test_a_run_goes_on_under_any_strategy(ranks: TwoRanks, result_of: Any, folder: Path, tmp_path: Path) -> None:
     """Saved by DDP, one process, or any stage; gone on with by another: as if nothing had changed."""
-    run = Run(str(folder), optimizer=optimizer, max_tokens=WHOLE)
+    run = Run(str(folder), max_tokens=WHOLE)
     expected = result_of(run)
     saved: dict[int | str, str] = {}
     for stage in (0, 2, 3):
@@ -303,12 +302,12 @@ def test_a_run_goes_on_under_any_strategy(
         ranks(train, replace(run, stage=stage, save_at=8, save_to=saved[stage]))
     saved["alone"] = str(tmp_path / "alone.ckpt")
     train(replace(run, save_at=8, save_to=saved["alone"]))
-    moves = [(2, 0), (2, "alone"), (2, 3), (0, 2), ("alone", 2), (3, 2), (3, 1)]
+    moves: list[tuple[int | str, Any]] = [(2, 0), (2, "alone"), (2, 3), (0, 2), ("alone", 3), (3, 2), (3, 1)]
     for source, target in moves:
         resumed = replace(run, resume=saved[source], stage=0 if target == "alone" else target)
         result = train(resumed) if target == "alone" else ranks(train, resumed)[0]
         assert len(result.norms) == STEPS - 8
-        assert relative_error(weights_of(result), weights_of(expected)) < 1e-5, (source, target)
+        assert weight_error(result, expected) < 1e-5, (source, target)
     contents = [torch.load(path, weights_only=True) for path in saved.values()]
     for content in contents:
         assert content.keys() == contents[0].keys()
@@ -341,58 +340,40 @@ class StopAt(Callback):
         self.after = keep_on_first_rank(whole_weights(trainer.strategy))
 
 
-def stop(run: Run) -> StopAt:
+def stop(run: Run) -> tuple[list[tuple[float, float]], dict[str, Tensor], dict[str, Tensor]]:
     callback = StopAt(3)
     module, data, trainer = build(run, [callback])
     with pytest.raises(ArithmeticError, match="stop"):
         trainer.fit(module, datamodule=data)
-    return callback
+    return callback.norms, callback.before, callback.after
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_norm_is_known_before_the_step(ranks: TwoRanks, folder: Path, stage: int) -> None:
     """It is that of the gradients, equal on all ranks, not finite if they are not; whoever raises then keeps the
     weights as they were."""
-    one, other = ranks(stop, Run(str(folder), stage=stage, loss="InfoNCE"))
-    assert [norm for norm, _ in one.norms] == [norm for norm, _ in other.norms]
-    assert len(one.norms) == 4
-    for norm, expected in one.norms[:3]:
+    (norms, before, after), (others, *_) = ranks(stop, Run(str(folder), stage=stage, loss="InfoNCE"))
+    assert [norm for norm, _ in norms] == [norm for norm, _ in others]
+    assert len(norms) == 4
+    for norm, expected in norms[:3]:
         assert norm == pytest.approx(expected, rel=1e-5)
-    assert one.norms[3][0] == math.inf
-    assert len(one.before) > 10
-    assert all(torch.equal(one.after[name], value) for name, value in one.before.items())
+    assert norms[3][0] == math.inf
+    assert len(before) > 10
+    assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
-def exact(run: Run) -> tuple[int, list[str]]:
+def exact(run: Run) -> int:
     module, data, trainer = build(run, [])
-    code = check_exact(SimpleNamespace(model=module, datamodule=data, trainer=trainer))
-    return code, []
+    return check_exact(SimpleNamespace(model=module, datamodule=data, trainer=trainer))
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_exactness_check(ranks: TwoRanks, folder: Path, stage: int) -> None:
     """The self-check passes under every stage, with dropout configured and the ranks in unequal chunks."""
-    (code, _), (other, _) = ranks(exact, Run(str(folder), stage=stage, dropout=0.1, loss="Softmax"))
-    assert code == other == 0
+    assert ranks(exact, Run(str(folder), stage=stage, dropout=0.1, loss="Softmax")) == [0, 0]
 
 
-def linear_after(run: Run) -> bool:
-    train(run)
-    return F.linear is torch._C._nn.linear
-
-
-def test_stage_3_leaves_the_process_as_it_was(ranks: TwoRanks, folder: Path) -> None:
-    assert ranks(linear_after, Run(str(folder), stage=3)) == [True, True]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"precision": "16-mixed"}, "trainer.precision is 16-mixed; ZeRO runs in 32-true or bf16-mixed"),
-        ({"precision": "bf16-true"}, "trainer.precision is bf16-true; ZeRO runs in 32-true or bf16-mixed"),
-    ],
-)
-def test_refusals(folder: Path, options: dict[str, Any], message: str) -> None:
-    module, data, trainer = build(replace(Run(str(folder), stage=2), **options), [])
-    with pytest.raises(ValueError, match=message):
+def test_half_precision_without_masters_is_refused(folder: Path) -> None:
+    module, data, trainer = build(Run(str(folder), stage=2, precision="bf16-true"), [])
+    with pytest.raises(ValueError, match=r"trainer\.precision is bf16-true; ZeRO runs in 32-true or bf16-mixed"):
         trainer.fit(module, datamodule=data)
