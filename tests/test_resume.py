@@ -6,12 +6,14 @@ because what is tested is the death of a process.
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from trainer.demo_data import write_pairs
 from trainer.demo_encoder import write_encoder
@@ -121,3 +123,26 @@ def test_checkpoint_at_the_end_of_an_epoch(undisturbed: tuple[tuple[str, ...], P
     resumed = fit(config, run_dir, *flags, "--ckpt_path", "auto")
     assert resumed.returncode == 0, resumed.stderr
     assert_same_end(reference, run_dir)
+
+
+@pytest.mark.parametrize("undisturbed", [2], indirect=True)
+def test_zero_3_writes_what_ddp_writes(undisturbed: tuple[tuple[str, ...], Path], config: Path) -> None:
+    """Through the command line, which starts the ranks: the same checkpoint, log and model folder, dropout on."""
+    _, reference = undisturbed
+    run_dir = config.parent / "zero3"
+    strategy = json.dumps({"class_path": "ZeRO", "init_args": {"stage": 3, "live_parameters": 3000}})
+    done = fit(config, run_dir, "--trainer.devices", "2", "--trainer.strategy", strategy)
+    assert done.returncode == 0, done.stderr
+    assert not re.search("deepspeed|real_accelerator|Warning", done.stdout + done.stderr, re.I)
+    ours, theirs = last_checkpoint(run_dir), last_checkpoint(reference)
+    assert ours.keys() == theirs.keys()
+    assert ours["global_step"] == theirs["global_step"]
+    assert list(ours["state_dict"]) == list(theirs["state_dict"])
+    assert ours["lr_schedulers"] == theirs["lr_schedulers"]
+    models = [load_file(folder / "model" / "model.safetensors") for folder in (run_dir, reference)]
+    for one, other in ((ours["state_dict"], theirs["state_dict"]), models):
+        assert one.keys() == other.keys()
+        assert all(torch.allclose(value, other[name], rtol=1e-5, atol=1e-6) for name, value in one.items())
+    assert losses(run_dir) == pytest.approx(losses(reference), rel=1e-5)
+    names = [{path.relative_to(f / "model") for path in (f / "model").rglob("*")} for f in (run_dir, reference)]
+    assert names[0] == names[1]

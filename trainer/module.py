@@ -12,6 +12,7 @@ from trainer.batch import PackedBatch
 from trainer.data.module import PairData
 from trainer.data.order import mix
 from trainer.distributed import gather
+from trainer.distributed.strategies import ZeRO
 from trainer.encoder import Encoder, EncoderSpec
 from trainer.finite import FiniteSteps
 from trainer.losses import Loss
@@ -80,6 +81,8 @@ class EmbeddingModule(LightningModule):
             return
         self.encoder = Encoder(self.encoder_spec, self.max_tokens)
         self.loss.build(self.encoder.embedding_dimension)
+        strategy = self.trainer.strategy
+        self.encoder.lockstep = isinstance(strategy, ZeRO) and strategy.stage == 3
         self.train()  # transformers loads in evaluation mode, in which dropout is off
         if self.trainer.training:
             self._check_columns()
@@ -187,6 +190,11 @@ class EmbeddingModule(LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip by the global norm and keep the norm before clipping for the log."""
+        if isinstance(self.trainer.strategy, ZeRO):
+            self.last_grad_norm = self.trainer.strategy.gradient_norm()  # its step clips
+            # Read on the host: its step is not torch's, and can't be left out on the device.
+            self.finite_steps.check(self.last_grad_norm.cpu(), optimizer, self.trainer)
+            return
         by_norm = gradient_clip_algorithm in (None, "norm")
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         limit = gradient_clip_val if gradient_clip_val and by_norm else float("inf")

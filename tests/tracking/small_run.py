@@ -111,7 +111,7 @@ def make_parts(
 def make_trainer(run_dir: Path, callbacks: list[Callback], **options: Any) -> Trainer:
     seed_everything(7)
     if gather.world_size() > 1:
-        options |= {"strategy": "ddp", "num_nodes": gather.world_size(), "plugins": [LiveGroup()]}
+        options = {"strategy": "ddp", "num_nodes": gather.world_size(), "plugins": [LiveGroup()], **options}
     return Trainer(
         **{
             "accelerator": "cpu",

@@ -2,20 +2,22 @@
 
 Rows, loss, parameter gradients before clipping and one metric are compared with dropout off. Each step of the one
 process starts from the weights the ranks had, so that a difference is named where it arises and is neither hidden
-nor blown up by the optimizer.
+nor blown up by the optimizer. The one process has a module of its own, for that of the ranks may be in pieces.
 """
 
+import copy
 import hashlib
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 
 from trainer.batch import PackedBatch
 from trainer.data.batches import StepBatches
 from trainer.distributed import gather
+from trainer.distributed.strategies import keep_on_first_rank, whole_gradients, whole_weights
 from trainer.evaluation.sharded import evaluate
 from trainer.module import EmbeddingModule
 
@@ -60,6 +62,11 @@ class ExactnessCheck(Callback):
     def __init__(self) -> None:
         self.records: list[StepRecord] = []
         self.joints: list[Joint] = []
+        self.alone: EmbeddingModule
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        assert isinstance(pl_module, EmbeddingModule)
+        self.alone = copy.deepcopy(pl_module)  # not built yet: settings only
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, EmbeddingModule)
@@ -70,14 +77,12 @@ class ExactnessCheck(Callback):
     ) -> None:
         rows = [row for part in gather.gather_objects(batch.targets.row_ids_B.tolist()) for row in part]
         self.records.append(StepRecord(rows))
-        if trainer.is_global_zero:
-            self.records[-1].weights = {k: v.detach().cpu().clone() for k, v in pl_module.state_dict().items()}
+        self.records[-1].weights = keep_on_first_rank(whole_weights(trainer.strategy))
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        if trainer.is_global_zero:
-            self.records[-1].gradients = _gradients(pl_module)
+        self.records[-1].gradients = keep_on_first_rank(whole_gradients(trainer.strategy))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PackedBatch, batch_idx: int
@@ -87,30 +92,30 @@ class ExactnessCheck(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, EmbeddingModule)
-        data, encoder = pl_module.data, pl_module.encoder
         tolerance = TOLERANCES.get(str(trainer.precision), HALF_TOLERANCE)
-        digests = gather.gather_objects(_digest(pl_module))
+        digests = gather.gather_objects(_digest(trainer))
         self.joints.append(
             Joint("weights of all ranks", float(len(set(digests)) - 1), 0.0, "bitwise, after the last step")
         )
-        ranks, device = gather.world_size(), pl_module.device
-
-        def encode(batch: PackedBatch) -> Tensor:
-            return encoder.embed(batch.to(device))
-
-        pl_module.eval()
-        sets = data.validation_sets[:1]
-        with trainer.precision_plugin.val_step_context():
-            sharded = evaluate(encode, sets, gather.rank(), ranks, encoder.max_tokens)
-            if trainer.is_global_zero:
-                alone = evaluate(encode, sets, 0, 1, encoder.max_tokens)
-        pl_module.train()
+        sharded = _evaluate(trainer, pl_module, gather.rank(), gather.world_size())
+        weights = keep_on_first_rank(whole_weights(trainer.strategy))
         if trainer.is_global_zero:
+            self._build_alone(trainer, pl_module)
+            self.alone.load_state_dict(weights)
+            alone = _evaluate(trainer, self.alone, 0, 1)
             for number, record in enumerate(self.records):
-                self.joints += self._replay(trainer, pl_module, number, record, tolerance)
+                self.joints += self._replay(trainer, self.alone, number, record, tolerance)
             for name in list(alone)[:1]:
                 self.joints.append(Joint(f"metric {name}", abs(sharded[name] - alone[name]), 1e-6))
         gather.barrier()
+
+    def _build_alone(self, trainer: Trainer, pl_module: EmbeddingModule) -> None:
+        alone = self.alone
+        alone.trainer = trainer
+        alone.configure_model()
+        alone.encoder.lockstep = False
+        alone.encoder.set_dropout(0.0)
+        alone.to(pl_module.device)
 
     def _replay(
         self,
@@ -128,7 +133,8 @@ class ExactnessCheck(Callback):
         with trainer.precision_plugin.train_step_context():
             loss = module.training_step(batch.to(module.device), number)
         loss.backward()
-        ours, theirs = _gradients(module), record.gradients
+        ours = {k: p.grad.cpu() for k, p in module.named_parameters() if p.grad is not None}
+        theirs = record.gradients
         assert ours.keys() == theirs.keys(), set(ours) ^ set(theirs)
         norm = torch.cat([g.flatten() for g in ours.values()]).norm()
         difference = torch.cat([(theirs[k] - ours[k]).flatten() for k in ours]).norm() / norm
@@ -181,13 +187,25 @@ def check_exact(cli: Any) -> int:
     return 0 if gather.broadcast_object(passed) else 1
 
 
-def _gradients(module: nn.Module) -> dict[str, Tensor]:
-    return {k: p.grad.detach().float().cpu().clone() for k, p in module.named_parameters() if p.grad is not None}
+def _evaluate(trainer: Trainer, module: EmbeddingModule, rank: int, world_size: int) -> dict[str, float]:
+    """Metrics of the first validation set, if there is one."""
+    encoder, device = module.encoder, module.device
+    module.eval()
+    with trainer.precision_plugin.val_step_context():
+        metrics = evaluate(
+            lambda batch: encoder.embed(batch.to(device)),
+            trainer.datamodule.validation_sets[:1],  # type: ignore[attr-defined]
+            rank,
+            world_size,
+            encoder.max_tokens,
+        )
+    module.train()
+    return metrics
 
 
-def _digest(module: nn.Module) -> str:
+def _digest(trainer: Trainer) -> str:
     digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    for name, tensor in whole_weights(trainer.strategy):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -70,6 +70,8 @@ class Encoder(nn.Module):
         self.backbone = backbone
         self.head = nn.Sequential(*head)
         self.max_tokens = max_tokens
+        # Where a forward is a collective (ZeRO-3), all ranks must run the same number of them.
+        self.lockstep = False
         self._position_offset = position_offset(self.backbone.config)
         self.packed = self.backbone.config.model_type in PACKED_MODEL_TYPES
         if self.packed:
@@ -130,6 +132,10 @@ class Encoder(nn.Module):
     def embed(self, batch: PackedBatch) -> Tensor:
         """Embeddings of all texts of a batch, (S, D) float32, in column-major order."""
         chunks = list(self._chunks(batch.lengths))
+        if self.lockstep:
+            # What an idle forward embeds stands behind the rest, where order_S does not look.
+            (num_chunks,) = gather.start_max([len(chunks)], batch.input_ids_T.device)()
+            chunks += [(slice(0, 1), slice(0, batch.lengths[0]))] * (num_chunks - len(chunks))
         parts = []
         for segments, tokens in chunks:
             inputs = batch.input_ids_T[tokens], batch.positions_T[tokens], batch.lengths[segments]

@@ -1,0 +1,379 @@
+"""ZeRO is DDP with less memory: the same gradients, weights, metrics, log and checkpoints under every stage.
+
+Two real gloo ranks, which the tests of this file may kill. Everything but a resumed run's own past has dropout off.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.nn import functional as F
+
+from tests.batches import norm_of, relative_error
+from tests.tracking.small_run import LiveGroup, make_trainer
+from tests.two_ranks import RankError, TwoRanks
+from trainer.checkpoint import AtomicCheckpointIO
+from trainer.data.module import PairData
+from trainer.data.sources import EvalSource, Source
+from trainer.distributed import gather
+from trainer.distributed.exact import check_exact
+from trainer.distributed.strategies import ZeRO, keep_on_first_rank, whole_gradients, whole_weights
+from trainer.encoder.spec import EncoderSpec
+from trainer.evaluation.runner import Evaluation
+from trainer.losses import CosineSimilarity, InfoNCE, Softmax
+from trainer.module import EmbeddingModule
+
+STEPS, BATCH = 20, 7  # 4 rows on one rank, 3 on the other
+CLIP = 0.5
+WHOLE, CHUNKED = 16384, 200
+LOSSES = {"CosineSimilarity": CosineSimilarity, "InfoNCE": InfoNCE, "Softmax": lambda: Softmax(num_labels=3)}
+STAGES = (1, 2, 3)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run; plain values, shipped to both ranks. Stage 0 is DDP, or one process."""
+
+    folder: str
+    stage: int = 0
+    offload: bool = False
+    loss: str = "CosineSimilarity"
+    optimizer: str = "adamw"
+    max_tokens: int = CHUNKED
+    learning_rate: float = 1e-3
+    dropout: float = 0.0
+    precision: str = "32-true"
+    save_at: int = 0
+    save_to: str = ""
+    resume: str = ""
+    kill_at: int = 0
+
+
+@dataclass
+class Result:
+    """What rank 0 saw; gradients of the first step, before clipping."""
+
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    norms: list[float] = field(default_factory=list)
+    rates: list[float] = field(default_factory=list)
+    metrics: list[dict[str, float]] = field(default_factory=list)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    num_forwards: int = 0
+
+
+class Watch(Callback):
+    """Records into a result, saves and kills where the run says so."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.result = run, Result()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self.run.kill_at and trainer.global_step == self.run.kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.result.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        if trainer.global_step == 0:
+            self.result.gradients = keep_on_first_rank(whole_gradients(trainer.strategy))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.result.norms.append(float(pl_module.last_grad_norm))  # type: ignore[arg-type]
+        if trainer.global_step == self.run.save_at:
+            trainer.save_checkpoint(self.run.save_to)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.result.weights = keep_on_first_rank(whole_weights(trainer.strategy))
+        self.result.optimizer = trainer.strategy.optimizer_state(trainer.optimizers[0])
+
+
+class Scores(Evaluation):
+    """Keeps the metrics of every evaluation."""
+
+    def __init__(self, result: Result) -> None:
+        super().__init__()
+        self.result = result
+
+    def _evaluate_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super()._evaluate_step(trainer, pl_module)
+        self.result.metrics.append(self.last_metrics)
+
+
+def build(run: Run, callbacks: list[Callback], **options: Any) -> tuple[EmbeddingModule, PairData, Trainer]:
+    columns = {name: name for name in ("anchor", "positive")}
+    wanted = {"CosineSimilarity": {"score": "score"}, "Softmax": {"label": "label"}, "InfoNCE": {}}[run.loss]
+    spec = EncoderSpec(f"{run.folder}/encoder", dropout=run.dropout)
+    rows = f"{run.folder}/rows.jsonl"
+    data = PairData(
+        [Source(rows, columns | wanted)],
+        spec,
+        validation=[EvalSource(name="dev", path=f"{run.folder}/dev.jsonl", columns=columns | {"score": "score"})],
+        batch_size=BATCH,
+        seed=1,
+    )
+    module = EmbeddingModule(
+        spec,
+        LOSSES[run.loss](),
+        learning_rate=run.learning_rate,
+        weight_decay=0.1,
+        warmup_ratio=0.2,
+        optimizer=run.optimizer,  # type: ignore[arg-type]
+        max_tokens=run.max_tokens,
+    )
+    if run.stage:
+        # So few live parameters that stage 3 parts with even the smallest matrix.
+        options["strategy"] = ZeRO(run.stage, run.offload, live_parameters=3000)  # type: ignore[arg-type]
+    live = [LiveGroup()] if gather.world_size() > 1 else []
+    options |= {"plugins": [AtomicCheckpointIO(), *live], "gradient_clip_val": CLIP, "val_check_interval": 10}
+    trainer = make_trainer(Path(run.folder) / "runs", callbacks, max_epochs=1, precision=run.precision, **options)
+    return module, data, trainer
+
+
+def train(run: Run) -> Result:
+    watch = Watch(run)
+    module, data, trainer = build(run, [watch, Scores(watch.result)])
+    calls: list[None] = []
+    module.on_fit_start = lambda: module.encoder.backbone.register_forward_hook(lambda *_: calls.append(None))  # type: ignore
+    trainer.fit(module, datamodule=data, ckpt_path=run.resume or None)
+    assert F.linear is torch._C._nn.linear, "stage 3 left its own in the process"
+    watch.result.num_forwards = len(calls)
+    return watch.result
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[TwoRanks]:
+    ours = TwoRanks()
+    yield ours
+    ours.stop()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, demo_texts: list[str]) -> Path:
+    from trainer.demo_encoder import write_encoder
+
+    folder = tmp_path_factory.mktemp("zero")
+    write_encoder(folder / "encoder", demo_texts, hidden=32, layers=2, heads=4, vocab=400)
+    for name, num_rows, first in (("rows", STEPS * BATCH, 0), ("dev", 33, 300)):
+        lines = []
+        for i in range(num_rows):
+            anchor, positive = demo_texts[first + 2 * i : first + 2 * i + 2]
+            if i % 3 == 0:
+                anchor = f"{anchor} {positive}"  # so that the ranks differ in tokens, and in chunks
+            lines.append(json.dumps({"anchor": anchor, "positive": positive, "score": i % 8 / 8, "label": i % 3}))
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results_of(ranks: TwoRanks) -> Any:
+    """What both ranks saw of a run; each run happens once."""
+    return cache(lambda run: ranks(train, run))
+
+
+@pytest.fixture(scope="module")
+def result_of(results_of: Any) -> Any:
+    return lambda run: results_of(run)[0]
+
+
+def weight_error(result: Result, expected: Result) -> float:
+    """Of what is trained; not of the ids of rows and the like."""
+    ours, theirs = ({name: one.weights[name] for name in expected.gradients} for one in (result, expected))
+    return relative_error(ours, theirs)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    ("loss", "optimizer", "max_tokens"),
+    [
+        ("CosineSimilarity", "sgd", CHUNKED),
+        ("CosineSimilarity", "adamw", WHOLE),
+        ("InfoNCE", "sgd", WHOLE),
+        ("InfoNCE", "adamw", CHUNKED),
+        ("Softmax", "sgd", CHUNKED),
+        ("Softmax", "adamw", WHOLE),
+    ],
+)
+def test_every_stage_computes_what_ddp_computes(
+    result_of: Any, folder: Path, stage: int, loss: str, optimizer: str, max_tokens: int
+) -> None:
+    """Gradients before clipping, norms, rates, metrics, and weights and moments after 20 steps; the ranks run unequal
+    numbers of chunks, and clipping is at work."""
+    run = Run(str(folder), loss=loss, optimizer=optimizer, max_tokens=max_tokens)
+    run = replace(run, learning_rate=0.03 if optimizer == "sgd" else 1e-3)
+    expected, result = result_of(run), result_of(replace(run, stage=stage))
+    assert norm_of(expected.gradients) > 1e-2
+    assert relative_error(result.gradients, expected.gradients) < 1e-5
+    assert len(expected.norms) == STEPS
+    assert result.norms == pytest.approx(expected.norms, rel=1e-5)
+    assert max(expected.norms) > CLIP
+    assert result.rates == expected.rates
+    assert len(expected.metrics) == 1 + STEPS // 10
+    for ours, theirs in zip(result.metrics, expected.metrics, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-4)
+    assert weight_error(result, expected) < 1e-5
+    assert result.weights.keys() == expected.weights.keys()
+    assert all(torch.equal(result.weights[n], w) for n, w in expected.weights.items() if n not in result.gradients)
+    assert result.optimizer["param_groups"] == expected.optimizer["param_groups"]
+    states, others = result.optimizer["state"], expected.optimizer["state"]
+    assert states.keys() == others.keys()
+    assert len(states) == (len(expected.gradients) if optimizer == "adamw" else 0)
+    for key in others.get(0, {}):
+        ours, theirs = ({str(n): state[key] for n, state in all.items()} for all in (states, others))
+        assert relative_error(ours, theirs) < 1e-4, key
+        assert {n: v.dtype for n, v in ours.items()} == {n: v.dtype for n, v in theirs.items()}
+
+
+def test_ranks_with_few_chunks_wait_for_those_with_more(results_of: Any, folder: Path) -> None:
+    """Under DDP the ranks run as many forwards as they have chunks; under stage 3 a forward is a collective."""
+    run = Run(str(folder), loss="InfoNCE")
+    one, other = results_of(run)
+    assert one.num_forwards != other.num_forwards
+    one, other = results_of(replace(run, stage=3))
+    assert one.num_forwards == other.num_forwards
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_evaluation_in_the_middle_of_training(result_of: Any, folder: Path, stage: int) -> None:
+    """At a rate of 0 the weights stay, so all evaluations of all stages are one."""
+    run = Run(str(folder), learning_rate=0.0)
+    (expected, *others) = result_of(run).metrics
+    assert expected
+    assert all(other == pytest.approx(expected, abs=1e-6) for other in others)
+    for metrics in result_of(replace(run, stage=stage)).metrics:
+        assert metrics == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_bf16(result_of: Any, folder: Path, stage: int) -> None:
+    """Weights stay fp32 and autocast rounds as it does under DDP; a float64 count stays what it is."""
+    run = Run(str(folder), precision="bf16-mixed")
+    expected, result = result_of(run), result_of(replace(run, stage=stage))
+    assert {n: w.dtype for n, w in result.weights.items()} == {n: w.dtype for n, w in expected.weights.items()}
+    assert result.norms[0] != result_of(replace(run, precision="32-true", stage=stage)).norms[0], "no autocast"
+    assert relative_error(result.gradients, expected.gradients) < 1e-2
+    assert weight_error(result, expected) < 1e-2
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_offload(result_of: Any, folder: Path, stage: int) -> None:
+    expected, result = (result_of(Run(str(folder), stage=stage, offload=offload)) for offload in (False, True))
+    assert result.norms == pytest.approx(expected.norms, rel=1e-5)
+    assert weight_error(result, expected) < 1e-5
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_run_ends_bitwise_equal(ranks: TwoRanks, folder: Path, tmp_path: Path, stage: int) -> None:
+    """Saved behind step 8, killed with SIGKILL before step 12, dropout on."""
+    run = Run(str(folder), stage=stage, dropout=0.1)
+    expected, _ = ranks(train, run)
+    path = str(tmp_path / "state.ckpt")
+    with pytest.raises(RankError, match="exit code -9"):
+        ranks(train, replace(run, save_at=8, save_to=path, kill_at=11))
+    result, _ = ranks(train, replace(run, resume=path))
+    assert result.norms == expected.norms[8:]
+    assert result.rates == expected.rates[8:]
+    assert all(torch.equal(result.weights[name], value) for name, value in expected.weights.items())
+    for number, state in expected.optimizer["state"].items():
+        assert all(torch.equal(result.optimizer["state"][number][key], value) for key, value in state.items())
+
+
+def test_a_run_goes_on_under_any_strategy(ranks: TwoRanks, result_of: Any, folder: Path, tmp_path: Path) -> None:
+    """Saved by DDP, one process, or any stage; gone on with by another: as if nothing had changed."""
+    run = Run(str(folder), max_tokens=WHOLE)
+    expected = result_of(run)
+    saved: dict[int | str, str] = {}
+    for stage in (0, 2, 3):
+        saved[stage] = str(tmp_path / f"{stage}.ckpt")
+        ranks(train, replace(run, stage=stage, save_at=8, save_to=saved[stage]))
+    saved["alone"] = str(tmp_path / "alone.ckpt")
+    train(replace(run, save_at=8, save_to=saved["alone"]))
+    moves: list[tuple[int | str, Any]] = [(2, 0), (2, "alone"), (2, 3), (0, 2), ("alone", 3), (3, 2), (3, 1)]
+    for source, target in moves:
+        resumed = replace(run, resume=saved[source], stage=0 if target == "alone" else target)
+        result = train(resumed) if target == "alone" else ranks(train, resumed)[0]
+        assert len(result.norms) == STEPS - 8
+        assert weight_error(result, expected) < 1e-5, (source, target)
+    contents = [torch.load(path, weights_only=True) for path in saved.values()]
+    for content in contents:
+        assert content.keys() == contents[0].keys()
+        assert list(content["state_dict"]) == list(contents[0]["state_dict"])
+        assert content["optimizer_states"][0]["param_groups"] == contents[0]["optimizer_states"][0]["param_groups"]
+
+
+class StopAt(Callback):
+    """Spoils the loss of one step, and raises when the norm is seen, before the optimizer steps."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self.before: dict[str, Tensor] = {}
+        self.after: dict[str, Tensor] = {}
+        self.norms: list[tuple[float, float]] = []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self.step:
+            self.before = keep_on_first_rank(whole_weights(trainer.strategy))
+            pl_module.loss.scale = math.nan  # type: ignore[union-attr]
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        assert isinstance(trainer.strategy, ZeRO)
+        norm = float(trainer.strategy.gradient_norm())
+        self.norms.append((norm, norm_of(dict(whole_gradients(trainer.strategy)))))
+        if not math.isfinite(norm):
+            raise ArithmeticError("stop")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.after = keep_on_first_rank(whole_weights(trainer.strategy))
+
+
+def stop(run: Run) -> tuple[list[tuple[float, float]], dict[str, Tensor], dict[str, Tensor]]:
+    callback = StopAt(3)
+    module, data, trainer = build(run, [callback])
+    with pytest.raises(ArithmeticError, match="stop"):
+        trainer.fit(module, datamodule=data)
+    return callback.norms, callback.before, callback.after
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_norm_is_known_before_the_step(ranks: TwoRanks, folder: Path, stage: int) -> None:
+    """It is that of the gradients, equal on all ranks, not finite if they are not; whoever raises then keeps the
+    weights as they were."""
+    (norms, before, after), (others, *_) = ranks(stop, Run(str(folder), stage=stage, loss="InfoNCE"))
+    assert [norm for norm, _ in norms] == [norm for norm, _ in others]
+    assert len(norms) == 4
+    for norm, expected in norms[:3]:
+        assert norm == pytest.approx(expected, rel=1e-5)
+    assert norms[3][0] == math.inf
+    assert len(before) > 10
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def exact(run: Run) -> int:
+    module, data, trainer = build(run, [])
+    return check_exact(SimpleNamespace(model=module, datamodule=data, trainer=trainer))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_exactness_check(ranks: TwoRanks, folder: Path, stage: int) -> None:
+    """The self-check passes under every stage, with dropout configured and the ranks in unequal chunks."""
+    assert ranks(exact, Run(str(folder), stage=stage, dropout=0.1, loss="Softmax")) == [0, 0]
+
+
+def test_half_precision_without_masters_is_refused(folder: Path) -> None:
+    module, data, trainer = build(Run(str(folder), stage=2, precision="bf16-true"), [])
+    with pytest.raises(ValueError, match=r"trainer\.precision is bf16-true; ZeRO runs in 32-true or bf16-mixed"):
+        trainer.fit(module, datamodule=data)
