@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from tests.batches import norm_of, relative_error
 from tests.tracking.small_run import LiveGroup, make_trainer
 from tests.two_ranks import RankError, TwoRanks
-from trainer.checkpoint import AtomicCheckpointIO
+from trainer.checkpoint import DirectoryCheckpointIO
 from trainer.data.module import PairData
 from trainer.data.sources import EvalSource, Source
 from trainer.distributed import gather
@@ -34,6 +34,7 @@ from trainer.distributed.strategies import ZeRO, keep_on_first_rank, whole_gradi
 from trainer.encoder.spec import EncoderSpec
 from trainer.evaluation.runner import Evaluation
 from trainer.losses import CosineSimilarity, InfoNCE, Softmax
+from trainer.manifest import read_state
 from trainer.module import EmbeddingModule
 
 STEPS, BATCH = 20, 7  # 4 rows on one rank, 3 on the other
@@ -139,7 +140,7 @@ def build(run: Run, callbacks: list[Callback], **options: Any) -> tuple[Embeddin
         # So few live parameters that stage 3 parts with even the smallest matrix.
         options["strategy"] = ZeRO(run.stage, run.offload, live_parameters=3000)  # type: ignore[arg-type]
     live = [LiveGroup()] if gather.world_size() > 1 else []
-    options |= {"plugins": [AtomicCheckpointIO(), *live], "gradient_clip_val": CLIP, "val_check_interval": 10}
+    options |= {"plugins": [DirectoryCheckpointIO(), *live], "gradient_clip_val": CLIP, "val_check_interval": 10}
     trainer = make_trainer(Path(run.folder) / "runs", callbacks, max_epochs=1, precision=run.precision, **options)
     return module, data, trainer
 
@@ -281,7 +282,7 @@ def test_killed_run_ends_bitwise_equal(ranks: TwoRanks, folder: Path, tmp_path: 
     """Saved behind step 8, killed with SIGKILL before step 12, dropout on."""
     run = Run(str(folder), stage=stage, dropout=0.1)
     expected, _ = ranks(train, run)
-    path = str(tmp_path / "state.ckpt")
+    path = str(tmp_path / "step-00000007")
     with pytest.raises(RankError, match="exit code -9"):
         ranks(train, replace(run, save_at=8, save_to=path, kill_at=11))
     result, _ = ranks(train, replace(run, resume=path))
@@ -298,9 +299,9 @@ def test_a_run_goes_on_under_any_strategy(ranks: TwoRanks, result_of: Any, folde
     expected = result_of(run)
     saved: dict[int | str, str] = {}
     for stage in (0, 2, 3):
-        saved[stage] = str(tmp_path / f"{stage}.ckpt")
+        saved[stage] = str(tmp_path / f"stage-{stage}")
         ranks(train, replace(run, stage=stage, save_at=8, save_to=saved[stage]))
-    saved["alone"] = str(tmp_path / "alone.ckpt")
+    saved["alone"] = str(tmp_path / "alone")
     train(replace(run, save_at=8, save_to=saved["alone"]))
     moves: list[tuple[int | str, Any]] = [(2, 0), (2, "alone"), (2, 3), (0, 2), ("alone", 3), (3, 2), (3, 1)]
     for source, target in moves:
@@ -308,7 +309,7 @@ def test_a_run_goes_on_under_any_strategy(ranks: TwoRanks, result_of: Any, folde
         result = train(resumed) if target == "alone" else ranks(train, resumed)[0]
         assert len(result.norms) == STEPS - 8
         assert weight_error(result, expected) < 1e-5, (source, target)
-    contents = [torch.load(path, weights_only=True) for path in saved.values()]
+    contents = [read_state(Path(path)) for path in saved.values()]
     for content in contents:
         assert content.keys() == contents[0].keys()
         assert list(content["state_dict"]) == list(contents[0]["state_dict"])
