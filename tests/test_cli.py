@@ -511,6 +511,46 @@ def test_requeued_job_goes_on(
     assert logged_steps(Path("job")) == [1, 2]
 
 
+def test_damaged_checkpoints_are_named_and_the_previous_one_is_taken(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And where none is left, the run does not start anew in silence."""
+    args = ["fit", "--config", str(recipe), "--trainer.default_root_dir", "d", "--checkpoint.save_every_steps", "1"]
+    assert main([*args, "--trainer.max_steps", "2", "--checkpoint.keep", "-1"]) == 0
+    first, second = (Path(f"d/checkpoints/step-0000000{n}") for n in (1, 2))
+    os.truncate(second / "state.ckpt", 100)
+    capsys.readouterr()
+    longer = [*args, "--resume.allow", "max_steps", "--ckpt_path"]
+    assert "state.ckpt has 100 bytes" in refused(capsys, [*longer, str(second)])
+    assert main([*longer, "auto", "--trainer.max_steps", "3", "--checkpoint.keep", "-1"]) == 0
+    out = capsys.readouterr().out
+    assert f"checkpoint {second} is left out: state.ckpt has 100 bytes" in out
+    assert f"checkpoint: {first}" in out
+    assert logged_steps(Path("d")) == [1, 2, 3]
+    for path in Path("d/checkpoints").glob("step-*/state.ckpt"):
+        path.unlink()
+    said = refused(capsys, [*longer, "auto"])
+    assert said.startswith("no checkpoint of d can be trusted: step-00000003: state.ckpt is missing; step-00000002:")
+    assert "start anew: --trainer.default_root_dir d-2" in said
+
+
+def test_other_settings_are_refused_and_count_where_they_are_allowed(
+    recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An allowed learning rate takes the place of the one in the checkpoint, in the schedule as well."""
+    args = ["fit", "--config", str(recipe), "--trainer.default_root_dir", "o", "--trainer.max_epochs", "2"]
+    assert main([*args, "--trainer.max_steps", "3", "--model.learning_rate", "1e-3"]) == 0
+    changed = [*args, "--ckpt_path", "auto", "--trainer.max_steps", "6", "--model.learning_rate", "4e-3"]
+    said = refused(capsys, changed)
+    assert "model.learning_rate was 0.001, now 0.004; trainer.max_steps was 3, now 6" in said
+    assert "--resume.allow learning_rate,max_steps ·" in said
+    assert main([*changed, "--resume.allow", "learning_rate,max_steps"]) == 0
+    rows = [json.loads(line) for line in Path("o/metrics.jsonl").read_text().splitlines()]
+    rates = {row["step"]: row["train/lr"] for row in rows if "train/lr" in row}
+    assert rates[3] == pytest.approx(1e-3 / 3)
+    assert [rates[4], rates[6]] == pytest.approx([4e-3 * 3 / 6, 4e-3 / 6])  # linear to 0 over 6 steps
+
+
 def test_later_list_replaces_the_earlier_and_says_so(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lists = "trainer:\n  callbacks: [LearningRateMonitor]\n"
     Path("a.yaml").write_text(lists)
