@@ -2,12 +2,13 @@
 
     python benchmarks/reliability.py kill --count 50 --json benchmarks/results/kill.json
     python benchmarks/reliability.py preempt --count 20 --json benchmarks/results/preempt.json      (needs Slurm)
+    python benchmarks/reliability.py preempt-steps --count 12 --json benchmarks/results/preempt-steps.json   (the same)
     python benchmarks/reliability.py ranks --count 6 --json benchmarks/results/ranks.json            (needs Slurm)
     python benchmarks/reliability.py report benchmarks/results/*.json     puts the tables into docs/reliability.md
 
 `kill`: SIGKILL to all processes of a run, several times before it may end; TMPDIR lies on another file system.
 `preempt`: USR1 to a job on a two-node Slurm (slurm/local-cluster.sh), as at the end of a time limit; the job script
-requeues it. Both compare the final weights with those of a run that was never disturbed, bit for bit.
+requeues it; `preempt-steps` does so while it trains. All compare the final weights with those of a run that was never disturbed, bit for bit.
 `ranks`: one rank of two is killed or stopped (SIGSTOP) while it trains; the job must end, with a status that is not 0,
 and name the rank.
 """
@@ -25,7 +26,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,7 +43,6 @@ ROOT = Path(__file__).parents[1]
 HERE = str(Path(__file__).parent)
 DOCUMENT = ROOT / "docs" / "reliability.md"
 MARKS = ("<!-- tables: written by benchmarks/reliability.py report -->", "<!-- end of tables -->")
-PHASES = ("import", "loading", "backward", "validation", "saving")
 INTERVAL = 5  # steps between checkpoints
 ROWS, BATCH, EPOCHS = 480, 16, 2
 LAST = EPOCHS * ROWS // BATCH
@@ -230,26 +229,35 @@ ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEM
 
 
 def preempt_loop(folder: Path, count: int, draw: random.Random) -> Iterator[dict[str, Any]]:
-    """Uniform moments over the life of a job until there are `count`, then more until each part was met three times
-    (not with fewer than 20: a short look)."""
+    """Moments drawn uniformly over the life of a job."""
+    yield from _preemptions(folder, count, draw, whole_life=True)
+
+
+def preempt_steps_loop(folder: Path, count: int, draw: random.Random) -> Iterator[dict[str, Any]]:
+    """Moments between the first step and the last, for imports and loading take most of so short a life."""
+    yield from _preemptions(folder, count, draw, whole_life=False)
+
+
+def _preemptions(folder: Path, count: int, draw: random.Random, whole_life: bool) -> Iterator[dict[str, Any]]:
     recipe = write_recipe(folder)
     with cluster(folder / "slurm") as environ:
         reference = folder / "undisturbed"
         job = submit(recipe, reference, environ)
         wait_for(job, environ, {"RUNNING"})
         begun = time.monotonic()
-        while LAST not in logged_steps(reference):
+        first = 0.0
+        while LAST not in (logged := logged_steps(reference)):
+            first = first if logged else time.monotonic() - begun
             assert time.monotonic() - begun < 200, (folder / "undisturbed.out").read_text()
             time.sleep(0.1)
         lasts = time.monotonic() - begun
         assert wait_for(job, environ, ENDED)["JobState"] == "COMPLETED", (folder / "undisturbed.out").read_text()
-        met: Counter[str] = Counter()
         done = number = 0
-        while done < count or (count >= 20 and done < 3 * count and any(met[phase] < 3 for phase in PHASES)):
+        while done < count:
             number += 1
-            outcome = _preempt(recipe, folder / f"run-{number}", reference, environ, draw.uniform(0.0, lasts))
+            offset = draw.uniform(0.0 if whole_life else first, lasts)
+            outcome = _preempt(recipe, folder / f"run-{number}", reference, environ, offset)
             if outcome is not None:  # else the job had ended, or had not come to Python
-                met[outcome["phase"]] += 1
                 done += 1
                 yield outcome
 
@@ -381,7 +389,7 @@ def tables(paths: list[Path]) -> str:
         parts.append(f"### {name}: {good} of {len(outcomes)}\n")
         machine = f"{result['cores']} cores, {result['device']}"
         parts.append(f"Commit {result['commit'][:12]}, seed {result['seed']}, {machine}.\n")
-        columns = COLUMNS[name]
+        columns = COLUMNS[name.partition("-")[0]]
         parts.append("| # | " + " | ".join(column.replace("_", " ") for column in columns) + " |")
         parts.append("|---" * (len(columns) + 1) + "|")
         for number, outcome in enumerate(outcomes, 1):
@@ -398,9 +406,12 @@ def _cell(value: Any) -> str:
     return ", ".join(map(str, value)) or "-" if isinstance(value, list) else str(value)
 
 
+LOOPS = {"kill": kill_loop, "preempt": preempt_loop, "preempt-steps": preempt_steps_loop, "ranks": ranks_loop}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("loop", choices=("kill", "preempt", "ranks", "report"))
+    parser.add_argument("loop", choices=(*LOOPS, "report"))
     parser.add_argument("results", nargs="*", type=Path, help="of report: JSON files")
     parser.add_argument("--count", type=int, default=20)
     parser.add_argument("--seed", type=int, default=1)
@@ -410,7 +421,7 @@ def main() -> int:
     if args.loop == "report":
         args.into.write_text(with_tables(args.into.read_text(encoding="utf-8"), args.results), encoding="utf-8")
         return 0
-    loop = {"kill": kill_loop, "preempt": preempt_loop, "ranks": ranks_loop}[args.loop]
+    loop = LOOPS[args.loop]
     outcomes: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="trainer-reliability-", ignore_cleanup_errors=True) as folder:
         for outcome in loop(Path(folder), args.count, random.Random(args.seed)):

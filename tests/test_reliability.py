@@ -36,7 +36,7 @@ def test_five_kills(tmp_path: Path) -> None:
 @pytest.mark.skipif(shutil.which("sbatch") is None, reason="Slurm is not installed")
 @pytest.mark.timeout(600)
 def test_three_preemptions(tmp_path: Path) -> None:
-    outcomes = run(tmp_path, "preempt", 3)
+    outcomes = run(tmp_path, "preempt-steps", 3)
     assert all(outcome["restarts"] == 1 and outcome["exit_codes"] == ["85", "0"] for outcome in outcomes)
 
 
@@ -48,6 +48,6 @@ def test_the_document_shows_what_was_measured() -> None:
     finally:
         sys.path.remove(str(LOOPS.parent))
     results = sorted((LOOPS.parent / "results").glob("*.json"))
-    assert [path.stem for path in results] == ["kill", "preempt", "ranks"]
+    assert [path.stem for path in results] == ["kill", "preempt", "preempt-steps", "ranks"]
     document = reliability.DOCUMENT.read_text(encoding="utf-8")
     assert reliability.with_tables(document, results) == document
