@@ -1,12 +1,14 @@
 """Runs are killed and preempted at random moments, and must end as if nothing had happened.
 
     python benchmarks/reliability.py kill --count 50 --json benchmarks/results/kill.json
+    python benchmarks/reliability.py kill-saving --count 10 --json benchmarks/results/kill-saving.json
     python benchmarks/reliability.py preempt --count 20 --json benchmarks/results/preempt.json      (needs Slurm)
     python benchmarks/reliability.py preempt-steps --count 12 --json benchmarks/results/preempt-steps.json   (the same)
     python benchmarks/reliability.py ranks --count 6 --json benchmarks/results/ranks.json            (needs Slurm)
     python benchmarks/reliability.py report benchmarks/results/*.json     puts the tables into docs/reliability.md
 
 `kill`: SIGKILL to all processes of a run, several times before it may end; TMPDIR lies on another file system.
+`kill-saving` waits for a checkpoint to be under way.
 `preempt`: USR1 to a job on a two-node Slurm (slurm/local-cluster.sh), as at the end of a time limit; the job script
 requeues it; `preempt-steps` does so while it trains. All compare the final weights with those of a run that was never
 disturbed, bit for bit.
@@ -124,6 +126,16 @@ def fit(recipe: Path, run_dir: Path, ranks: int, *flags: str, **more: str) -> su
 
 
 def kill_loop(folder: Path, count: int, draw: random.Random) -> Iterator[dict[str, Any]]:
+    """Moments drawn uniformly over the life of a process."""
+    yield from _kills(folder, count, draw, in_saves=False)
+
+
+def kill_saving_loop(folder: Path, count: int, draw: random.Random) -> Iterator[dict[str, Any]]:
+    """Within 30 ms after a save has begun: saves take a small part of a life."""
+    yield from _kills(folder, count, draw, in_saves=True)
+
+
+def _kills(folder: Path, count: int, draw: random.Random, in_saves: bool) -> Iterator[dict[str, Any]]:
     """Chains of up to five kills, on one and on two ranks in turn; every chain runs to its end."""
     recipe = write_recipe(folder)
     tmp = tempfile.mkdtemp(dir="/dev/shm") if Path("/dev/shm").is_dir() else str(folder)
@@ -140,10 +152,11 @@ def kill_loop(folder: Path, count: int, draw: random.Random) -> Iterator[dict[st
         while len(kills) < min(5, count - done):
             begun = time.monotonic()
             process = fit(recipe, run_dir, ranks, *again, TMPDIR=tmp)
-            offset = draw.uniform(0.3, lasted[ranks])
-            try:
-                process.wait(offset)
-            except subprocess.TimeoutExpired:
+            if in_saves:
+                _await_save(process, run_dir, draw)
+            else:
+                _await(process, draw.uniform(0.3, lasted[ranks]))
+            if process.poll() is None:
                 kills.append(_kill(process, run_dir, ranks, time.monotonic() - begun))
                 again = ("--ckpt_path", "auto")
             else:
@@ -158,6 +171,24 @@ def kill_loop(folder: Path, count: int, draw: random.Random) -> Iterator[dict[st
         done, chain = done + len(kills), chain + 1
         shutil.rmtree(run_dir)
     shutil.rmtree(tmp, ignore_errors=True)
+
+
+def _await(process: subprocess.Popen[bytes], seconds: float) -> None:
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        pass
+
+
+def _await_save(process: subprocess.Popen[bytes], run_dir: Path, draw: random.Random) -> None:
+    """Until the second save from now, or a later one, is under way for up to 30 ms."""
+    saves, before = draw.randint(2, 4), False
+    while saves and process.poll() is None:
+        under_way = any((run_dir / "checkpoints").glob(".step-*.partial"))
+        saves -= under_way and not before
+        before = under_way
+        time.sleep(0.001)
+    _await(process, draw.uniform(0.0, 0.03))
 
 
 def _kill(process: subprocess.Popen[bytes], run_dir: Path, ranks: int, offset: float) -> dict[str, Any]:
@@ -407,7 +438,13 @@ def _cell(value: Any) -> str:
     return ", ".join(map(str, value)) or "-" if isinstance(value, list) else str(value)
 
 
-LOOPS = {"kill": kill_loop, "preempt": preempt_loop, "preempt-steps": preempt_steps_loop, "ranks": ranks_loop}
+LOOPS = {
+    "kill": kill_loop,
+    "kill-saving": kill_saving_loop,
+    "preempt": preempt_loop,
+    "preempt-steps": preempt_steps_loop,
+    "ranks": ranks_loop,
+}
 
 
 def main() -> int:

@@ -28,7 +28,7 @@ def run(tmp_path: Path, loop: str, count: int) -> list[dict]:
 
 @pytest.mark.timeout(600)
 def test_five_kills(tmp_path: Path) -> None:
-    outcomes = run(tmp_path, "kill", 5)
+    outcomes = run(tmp_path, "kill-saving", 5)
     assert all(outcome["bitwise_equal"] and outcome["steps_lost"] <= 5 for outcome in outcomes)
 
 
@@ -48,6 +48,6 @@ def test_the_document_shows_what_was_measured() -> None:
     finally:
         sys.path.remove(str(LOOPS.parent))
     results = sorted((LOOPS.parent / "results").glob("*.json"))
-    assert [path.stem for path in results] == ["kill", "preempt", "preempt-steps", "ranks"]
+    assert [path.stem for path in results] == ["kill", "kill-saving", "preempt", "preempt-steps", "ranks"]
     document = reliability.DOCUMENT.read_text(encoding="utf-8")
     assert reliability.with_tables(document, results) == document
