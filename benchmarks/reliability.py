@@ -3,14 +3,14 @@
     python benchmarks/reliability.py kill --count 50 --json benchmarks/results/kill.json
     python benchmarks/reliability.py kill-saving --count 10 --json benchmarks/results/kill-saving.json
     python benchmarks/reliability.py preempt --count 20 --json benchmarks/results/preempt.json      (needs Slurm)
-    python benchmarks/reliability.py preempt-steps --count 12 --json benchmarks/results/preempt-steps.json   (the same)
+    python benchmarks/reliability.py preempt-steps --count 16 --json benchmarks/results/preempt-steps.json   (the same)
     python benchmarks/reliability.py ranks --count 6 --json benchmarks/results/ranks.json            (needs Slurm)
     python benchmarks/reliability.py report benchmarks/results/*.json     puts the tables into docs/reliability.md
 
 `kill`: SIGKILL to all processes of a run, several times before it may end; TMPDIR lies on another file system.
 `kill-saving` waits for a checkpoint to be under way.
 `preempt`: USR1 to a job on a two-node Slurm (slurm/local-cluster.sh), as at the end of a time limit; the job script
-requeues it; `preempt-steps` does so while it trains. All compare the final weights with those of a run that was never
+requeues it; `preempt-steps` does so behind the imports. All compare the final weights with those of a run that was never
 disturbed, bit for bit.
 `ranks`: one rank of two is killed or stopped (SIGSTOP) while it trains; the job must end, with a status that is not 0,
 and name the rank.
@@ -267,7 +267,7 @@ def preempt_loop(folder: Path, count: int, draw: random.Random) -> Iterator[dict
 
 
 def preempt_steps_loop(folder: Path, count: int, draw: random.Random) -> Iterator[dict[str, Any]]:
-    """Moments between the first step and the last, for imports and loading take most of so short a life."""
+    """Moments from the end of the imports to the last step, for imports take most of so short a life."""
     yield from _preemptions(folder, count, draw, whole_life=False)
 
 
@@ -279,8 +279,8 @@ def _preemptions(folder: Path, count: int, draw: random.Random, whole_life: bool
         wait_for(job, environ, {"RUNNING"})
         begun = time.monotonic()
         first = 0.0
-        while LAST not in (logged := logged_steps(reference)):
-            first = first if logged else time.monotonic() - begun
+        while LAST not in logged_steps(reference):
+            first = first if (reference / "timeline-0").exists() else time.monotonic() - begun
             assert time.monotonic() - begun < 200, (folder / "undisturbed.out").read_text()
             time.sleep(0.1)
         lasts = time.monotonic() - begun
