@@ -10,8 +10,8 @@
 `kill`: SIGKILL to all processes of a run, several times before it may end; TMPDIR lies on another file system.
 `kill-saving` waits for a checkpoint to be under way.
 `preempt`: USR1 to a job on a two-node Slurm (slurm/local-cluster.sh), as at the end of a time limit; the job script
-requeues it; `preempt-steps` does so behind the imports. All compare the final weights with those of a run that was never
-disturbed, bit for bit.
+requeues it; `preempt-steps` does so behind the imports. All compare the final weights with those of a run that was
+never disturbed, bit for bit.
 `ranks`: one rank of two is killed or stopped (SIGSTOP) while it trains; the job must end, with a status that is not 0,
 and name the rank.
 """
