@@ -288,18 +288,20 @@ def _preemptions(folder: Path, count: int, draw: random.Random, whole_life: bool
         done = number = 0
         while done < count:
             number += 1
-            offset = draw.uniform(0.0 if whole_life else first, lasts)
-            outcome = _preempt(recipe, folder / f"run-{number}", reference, environ, offset)
+            offset = draw.uniform(0.0, lasts if whole_life else lasts - first)
+            outcome = _preempt(recipe, folder / f"run-{number}", reference, environ, offset, whole_life)
             if outcome is not None:  # else the job had ended, or had not come to Python
                 done += 1
                 yield outcome
 
 
 def _preempt(
-    recipe: Path, run_dir: Path, reference: Path, environ: dict[str, str], offset: float
+    recipe: Path, run_dir: Path, reference: Path, environ: dict[str, str], offset: float, whole_life: bool
 ) -> dict[str, Any] | None:
     job = submit(recipe, run_dir, environ)
     wait_for(job, environ, {"RUNNING"})
+    while not whole_life and not (run_dir / "timeline-0").exists():
+        time.sleep(0.02)
     time.sleep(offset)
     subprocess.run(["scancel", "--signal=USR1", job], env=environ, check=False, timeout=30, capture_output=True)
     shown = wait_for(job, environ, ENDED)
