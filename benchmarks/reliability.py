@@ -4,14 +4,15 @@
     python benchmarks/reliability.py kill-saving --count 10 --json benchmarks/results/kill-saving.json
     python benchmarks/reliability.py preempt --count 20 --json benchmarks/results/preempt.json      (needs Slurm)
     python benchmarks/reliability.py preempt-steps --count 16 --json benchmarks/results/preempt-steps.json   (the same)
+    python benchmarks/reliability.py preempt-saving --count 4 --json benchmarks/results/preempt-saving.json   (the same)
     python benchmarks/reliability.py ranks --count 6 --json benchmarks/results/ranks.json            (needs Slurm)
     python benchmarks/reliability.py report benchmarks/results/*.json     puts the tables into docs/reliability.md
 
 `kill`: SIGKILL to all processes of a run, several times before it may end; TMPDIR lies on another file system.
 `kill-saving` waits for a checkpoint to be under way.
 `preempt`: USR1 to a job on a two-node Slurm (slurm/local-cluster.sh), as at the end of a time limit; the job script
-requeues it; `preempt-steps` does so behind the imports. All compare the final weights with those of a run that was
-never disturbed, bit for bit.
+requeues it; `preempt-steps` does so behind the imports, `preempt-saving` while a checkpoint is written. All
+compare the final weights with those of a run that was never disturbed, bit for bit.
 `ranks`: one rank of two is killed or stopped (SIGSTOP) while it trains; the job must end, with a status that is not 0,
 and name the rank.
 """
@@ -263,15 +264,20 @@ ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEM
 
 def preempt_loop(folder: Path, count: int, draw: random.Random) -> Iterator[dict[str, Any]]:
     """Moments drawn uniformly over the life of a job."""
-    yield from _preemptions(folder, count, draw, whole_life=True)
+    yield from _preemptions(folder, count, draw, "life")
 
 
 def preempt_steps_loop(folder: Path, count: int, draw: random.Random) -> Iterator[dict[str, Any]]:
     """Moments from the end of the imports to the last step, for imports take most of so short a life."""
-    yield from _preemptions(folder, count, draw, whole_life=False)
+    yield from _preemptions(folder, count, draw, "steps")
 
 
-def _preemptions(folder: Path, count: int, draw: random.Random, whole_life: bool) -> Iterator[dict[str, Any]]:
+def preempt_saving_loop(folder: Path, count: int, draw: random.Random) -> Iterator[dict[str, Any]]:
+    """Within 10 ms after a save has begun; straight to both ranks, for scancel takes longer than such a save."""
+    yield from _preemptions(folder, count, draw, "saving")
+
+
+def _preemptions(folder: Path, count: int, draw: random.Random, part: str) -> Iterator[dict[str, Any]]:
     recipe = write_recipe(folder)
     with cluster(folder / "slurm") as environ:
         reference = folder / "undisturbed"
@@ -288,22 +294,30 @@ def _preemptions(folder: Path, count: int, draw: random.Random, whole_life: bool
         done = number = 0
         while done < count:
             number += 1
-            offset = draw.uniform(0.0, lasts if whole_life else lasts - first)
-            outcome = _preempt(recipe, folder / f"run-{number}", reference, environ, offset, whole_life)
+            offset = draw.uniform(0.0, {"life": lasts, "steps": lasts - first, "saving": 0.01}[part])
+            outcome = _preempt(recipe, folder / f"run-{number}", reference, environ, offset, part)
             if outcome is not None:  # else the job had ended, or had not come to Python
                 done += 1
                 yield outcome
 
 
 def _preempt(
-    recipe: Path, run_dir: Path, reference: Path, environ: dict[str, str], offset: float, whole_life: bool
+    recipe: Path, run_dir: Path, reference: Path, environ: dict[str, str], offset: float, part: str
 ) -> dict[str, Any] | None:
     job = submit(recipe, run_dir, environ)
     wait_for(job, environ, {"RUNNING"})
-    while not whole_life and not (run_dir / "timeline-0").exists():
+    while part != "life" and not (run_dir / "timeline-0").exists():
         time.sleep(0.02)
-    time.sleep(offset)
-    subprocess.run(["scancel", "--signal=USR1", job], env=environ, check=False, timeout=30, capture_output=True)
+    if part == "saving":
+        pids = [_rank_process(str(run_dir), rank) for rank in (0, 1)]
+        while not any((run_dir / "checkpoints").glob(".step-*.partial")):
+            time.sleep(0.0005)
+        time.sleep(offset)
+        for pid in pids:
+            os.kill(pid, signal.SIGUSR1)
+    else:
+        time.sleep(offset)
+        subprocess.run(["scancel", "--signal=USR1", job], env=environ, check=False, timeout=30, capture_output=True)
     shown = wait_for(job, environ, ENDED)
     output = (run_dir.parent / f"{run_dir.name}.out").read_text(errors="replace")
     restarts = int(shown.get("Restarts", 0))
@@ -445,6 +459,7 @@ LOOPS = {
     "kill-saving": kill_saving_loop,
     "preempt": preempt_loop,
     "preempt-steps": preempt_steps_loop,
+    "preempt-saving": preempt_saving_loop,
     "ranks": ranks_loop,
 }
 

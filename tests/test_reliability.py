@@ -48,6 +48,13 @@ def test_the_document_shows_what_was_measured() -> None:
     finally:
         sys.path.remove(str(LOOPS.parent))
     results = sorted((LOOPS.parent / "results").glob("*.json"))
-    assert {path.stem for path in results} == {"kill", "kill-saving", "preempt", "preempt-steps", "ranks"}
+    assert {path.stem for path in results} == {
+        "kill",
+        "kill-saving",
+        "preempt",
+        "preempt-steps",
+        "preempt-saving",
+        "ranks",
+    }
     document = reliability.DOCUMENT.read_text(encoding="utf-8")
     assert reliability.with_tables(document, results) == document
