@@ -53,7 +53,7 @@ LAST = EPOCHS * ROWS // BATCH
 
 
 def write_recipe(folder: Path) -> Path:
-    """60 steps of 5 to 50 ms with a dropout of 0.1; a checkpoint every 5 of them, an evaluation every 10."""
+    """60 steps with a dropout of 0.1; a checkpoint every 5 of them, an evaluation every 10."""
     train, dev = write_pairs(folder, num_train=ROWS, num_dev=400, seed=1)
     texts = [f"word{n} and word{n + 1}" for n in range(3000)]
     write_encoder(folder / "encoder", texts, hidden=128, layers=2, heads=4, vocab=4000)
