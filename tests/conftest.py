@@ -24,6 +24,16 @@ if str(ROOT) not in sys.path:
 from tests.two_ranks import TwoRanks  # noqa: E402
 
 
+@pytest.fixture(autouse=True)
+def _own_environment() -> Iterator[None]:
+    """Lightning's launcher leaves LOCAL_RANK and WORLD_SIZE behind: a process that a later test starts would then take
+    itself for a rank that somebody else has launched, and wait for the others."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The token cache of this session, in place of the user's."""
