@@ -15,6 +15,7 @@ from threading import Thread
 import pytest
 
 from tests.tracking.small_run import make_parts, make_trainer, read_metrics, write_rows
+from trainer.checkpoint import DirectoryCheckpointIO
 from trainer.evaluation.runner import Evaluation
 from trainer.tracking.metrics import MetricsLog, run_id_in
 from trainer.tracking.wandb import Tracking, choose_mode, keep_id, make_logger
@@ -124,9 +125,9 @@ def test_a_run_stores_the_rows_of_its_metrics_file(
     rows = write_rows(no_wandb_settings, demo_texts)
     module, data = make_parts(tiny_encoder, rows, [rows])
     logger = make_logger(Tracking(), run_dir)
-    trainer = make_trainer(run_dir, [MetricsLog(), Evaluation()], logger=logger)
+    trainer = make_trainer(run_dir, [MetricsLog(), Evaluation()], logger=logger, plugins=[DirectoryCheckpointIO()])
     trainer.fit(module, data)
-    trainer.save_checkpoint(run_dir / "last.ckpt")
+    trainer.save_checkpoint(run_dir / "last")
     import wandb
 
     wandb.finish()
@@ -141,8 +142,7 @@ def test_a_run_stores_the_rows_of_its_metrics_file(
     run = next(record["run"] for record in found if "run" in record)
     assert run["config"]["update"]["model"] == {"learning_rate": 0.01, "hub_token": "[redacted]"}
     assert run["display_name"].endswith("/run")
-    assert run["run_id"] == run_id_in(run_dir / "last.ckpt") == (run_dir / "wandb_id").read_text().strip()
-    assert run_id_in(run_dir / "none.ckpt") is None
+    assert run["run_id"] == run_id_in(run_dir / "last") == (run_dir / "wandb_id").read_text().strip()
 
 
 class Broken(BaseHTTPRequestHandler):
