@@ -48,15 +48,15 @@ HERE = str(Path(__file__).parent)
 DOCUMENT = ROOT / "docs" / "reliability.md"
 MARKS = ("<!-- tables: written by benchmarks/reliability.py report -->", "<!-- end of tables -->")
 INTERVAL = 5  # steps between checkpoints
-ROWS, BATCH, EPOCHS = 480, 16, 2
+ROWS, BATCH, EPOCHS = 240, 4, 2
 LAST = EPOCHS * ROWS // BATCH
 
 
 def write_recipe(folder: Path) -> Path:
-    """60 steps with a dropout of 0.1; a checkpoint every 5 of them, an evaluation every 10."""
+    """120 steps with a dropout of 0.1; a checkpoint every 5 of them, an evaluation every 10."""
     train, dev = write_pairs(folder, num_train=ROWS, num_dev=400, seed=1)
     texts = [f"word{n} and word{n + 1}" for n in range(3000)]
-    write_encoder(folder / "encoder", texts, hidden=128, layers=2, heads=4, vocab=4000)
+    write_encoder(folder / "encoder", texts, hidden=64, layers=2, heads=4, vocab=2000)
     columns = {"anchor": "sentence1", "positive": "sentence2", "score": "score"}
     source = {"path": str(train), "columns": columns, "score_range": [0, 5]}
     content = {

@@ -126,11 +126,13 @@ def test_checkpoint_at_the_end_of_an_epoch(undisturbed: tuple[tuple[str, ...], P
 
 
 @pytest.mark.parametrize("undisturbed", [2], indirect=True)
-def test_zero_3_writes_what_ddp_writes(undisturbed: tuple[tuple[str, ...], Path], config: Path) -> None:
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero_writes_what_ddp_writes(undisturbed: tuple[tuple[str, ...], Path], config: Path, stage: int) -> None:
     """Through the command line, which starts the ranks: the same checkpoint, log and model folder, dropout on."""
     _, reference = undisturbed
-    run_dir = config.parent / "zero3"
-    strategy = json.dumps({"class_path": "ZeRO", "init_args": {"stage": 3, "live_parameters": 3000}})
+    run_dir = config.parent / f"zero{stage}"
+    options = {"stage": stage, **({"live_parameters": 3000} if stage == 3 else {})}
+    strategy = json.dumps({"class_path": "ZeRO", "init_args": options})
     done = fit(config, run_dir, "--trainer.devices", "2", "--trainer.strategy", strategy)
     assert done.returncode == 0, done.stderr
     assert not re.search("deepspeed|real_accelerator|Warning", done.stdout + done.stderr, re.I)
