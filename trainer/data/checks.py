@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from trainer.data.files import did_you_mean
+from trainer.data.columns import Column, find_column
 from trainer.data.rows import Record, Rows
-from trainer.data.values import BadValueError, check_text, is_word, label_check, score_check
+from trainer.data.values import BadValueError, check_text, is_word, label_check, rule, score_check
 
 if TYPE_CHECKING:
     from trainer.data.sources import Source
@@ -24,40 +24,37 @@ _PEEKED = 100  # rows that show whether labels are words
 
 
 def checked_rows(source: Source, rows: Rows, bad: BadRows) -> Iterator[list[Any]]:
-    """Cells of the good rows in canonical order; the others are told to ``bad``."""
-    for canonical, column in source.columns.items():
-        if rows.columns and column not in rows.columns:
-            raise ValueError(
-                f"{rows.name}: no column '{column}' (columns.{canonical}); found: {', '.join(rows.columns)}."
-                f"{did_you_mean(column, rows.columns)}"
-            )
-    records = _refuse_words(source, rows)
-    checks = _checks(source, rows)
+    """Cells of the good rows in canonical order; bad ones are told to ``bad``, what ``where`` drops is neither."""
+    columns = {name: find_column(column, rows, f"columns.{name}") for name, column in source.columns.items()}
+    wanted = [(find_column(column, rows, "where"), rule(values)) for column, values in (source.where or {}).items()]
+    records = _refuse_words(source, rows, columns)
+    checks = _checks(source, rows, columns)
     for number, row in records:
         if isinstance(row, str):
             bad.add(f"{rows.place(number)}: {row}")
             continue
         cells = []
-        for column, check in checks:
-            try:
-                cells.append(check(row[column]))
-            except BadValueError as error:
-                bad.add(f"{rows.place(number)}: column '{column}' {error}")
-                break
-            except KeyError:
-                bad.add(f"{rows.place(number)}: column '{column}' is missing")
-                break
-        else:
-            yield cells
+        try:
+            for column, test in wanted:
+                if not test(column.cell(row), rows.class_names.get(column.name)):
+                    break
+            else:
+                for column, check in checks:
+                    cells.append(check(column.cell(row)))
+                yield cells
+        except BadValueError as error:
+            bad.add(f"{rows.place(number)}: column '{column}' {error}")
+        except LookupError:
+            bad.add(f"{rows.place(number)}: column '{column}' is missing")
 
 
-def _checks(source: Source, rows: Rows) -> list[tuple[str, Callable[[object], Any]]]:
+def _checks(source: Source, rows: Rows, columns: dict[str, Column]) -> list[tuple[Column, Callable[[object], Any]]]:
     fed = "score" if "score" in source.columns else "label"
-    checks: list[tuple[str, Callable[[object], Any]]] = []
+    checks: list[tuple[Column, Callable[[object], Any]]] = []
     for name in source.canonical_columns:
-        column = source.columns[name]
+        column = columns[name]
         label_map = source.label_map if name == fed else None
-        class_names = rows.class_names.get(column)
+        class_names = rows.class_names.get(column.name)
         if name == "score":
             checks.append((column, score_check(source.score_range, label_map, class_names)))
         elif name == "label":
@@ -67,17 +64,17 @@ def _checks(source: Source, rows: Rows) -> list[tuple[str, Callable[[object], An
     return checks
 
 
-def _refuse_words(source: Source, rows: Rows) -> Iterator[Record]:
+def _refuse_words(source: Source, rows: Rows, columns: dict[str, Column]) -> Iterator[Record]:
     """The records of ``rows``; labels that are words without a label_map are one error, not one per row."""
     first = list(islice(rows.records, _PEEKED))
     records = chain(first, rows.records)
     for name in ("score", "label"):
-        column = source.columns.get(name)
+        column = columns.get(name)
         if column is None or (source.label_map is not None and (name == "score" or "score" not in source.columns)):
             continue
-        seen = [row[column] for _, row in first if isinstance(row, dict) and column in row]
+        seen = [cell for _, row in first if (cell := column.cell_or_none(row)) is not None]
         if seen and 2 * sum(map(is_word, seen)) > len(seen):
-            words = {str(row[column]) for _, row in records if isinstance(row, dict) and is_word(row.get(column))}
+            words = {str(cell) for _, row in records if is_word(cell := column.cell_or_none(row))}
             raise ValueError(f"{rows.name}: column '{column}' {_words_remedy(name, sorted(words))}")
     return records
 

@@ -49,12 +49,12 @@ class Rows:
         return f"{self.name}{self.unit}{number}"
 
 
-def read_file(path: Path, wanted: Collection[str]) -> Rows:
+def read_file(path: Path, wanted: Collection[str] | None) -> Rows:
     """Open a data file; its rows are read while the iterator runs.
 
     Args:
         path: of a known format.
-        wanted: columns to read of a table; a text file yields all its columns.
+        wanted: columns to read of a table, None for all; a text file yields all its columns.
 
     Raises:
         ValueError: the file as a whole cannot be read.
@@ -214,14 +214,14 @@ def _with_header(path: Path, records: Iterator[tuple[int, list[str] | str]]) -> 
     return Rows(str(path), ":", header, rows())
 
 
-def _read_parquet(path: Path, wanted: Collection[str]) -> Rows:
+def _read_parquet(path: Path, wanted: Collection[str] | None) -> Rows:
     # Parquet is compressed inside; a gzipped one has to be unpacked whole.
     file = pq.ParquetFile(io.BytesIO(gzip.decompress(path.read_bytes())) if path.suffix == ".gz" else path)
-    columns = [name for name in file.schema_arrow.names if name in wanted]
+    columns = [name for name in file.schema_arrow.names if wanted is None or name in wanted]
     return table_rows(str(path), file.schema_arrow, file.iter_batches(batch_size=1000, columns=columns))
 
 
-def _read_arrow(path: Path, wanted: Collection[str]) -> Rows:
+def _read_arrow(path: Path, wanted: Collection[str] | None) -> Rows:
     data = pa.memory_map(str(path)) if path.suffix != ".gz" else pa.BufferReader(gzip.decompress(path.read_bytes()))
     reader: Any
     try:
@@ -230,7 +230,7 @@ def _read_arrow(path: Path, wanted: Collection[str]) -> Rows:
     except pa.ArrowInvalid:  # datasets writes streams
         data.seek(0)
         reader = batches = pa.ipc.open_stream(data)
-    columns = [name for name in reader.schema.names if name in wanted]
+    columns = [name for name in reader.schema.names if wanted is None or name in wanted]
     return table_rows(str(path), reader.schema, (batch.select(columns) for batch in batches))
 
 

@@ -6,20 +6,23 @@ import math
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cache, partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Literal, Optional
+from typing import Any, ClassVar, Literal, Optional, Union
 
+import numpy as np
 import pyarrow as pa
 from datasets import Dataset, load_dataset
 from jsonargparse import lazy_instance
 
 from trainer.data.cache import build_once
 from trainer.data.checks import BadRows, checked_rows
+from trainer.data.derived import draw, held_out, triplets
 from trainer.data.files import data_files, data_format, did_you_mean, is_hub_id
 from trainer.data.rows import Rows, read_file, table_rows
+from trainer.data.values import rule
 from trainer.evaluation.base import Evaluator
 from trainer.evaluation.sts import STS
 
@@ -35,8 +38,9 @@ class Source:
 
     Attributes:
         path: file, glob or folder of JSON lines, CSV, TSV, Parquet or Arrow (also .gz), or a hub data set id.
-        columns: canonical name -> column in the data. Texts are text, or anchor, positive, negative,
-            negative_1, ...; targets are label (class number) and score.
+        columns: canonical name -> column in the data: its name, its position from 0, or a field inside it
+            (translation.en, negatives.0). Texts are text, or anchor, positive, negative, negative_1, ...; targets
+            are label (class number) and score.
         score_range: lowest and highest score of the data, mapped linearly to 0..1; unset: left as they are.
         label_map: value in the data -> number; feeds score where columns has score, else label.
         split: of a hub data set, a saved DatasetDict, or a folder whose file names say train, dev, test.
@@ -44,10 +48,18 @@ class Source:
         revision: branch, tag or commit of a hub data set.
         on_bad_row: fail names the bad rows and stops, skip leaves them out and counts them.
         max_bad_rows: most rows that skip leaves out.
+        where: column in the data -> the value, the values, or the comparison ('>= 0.7') that a row must meet.
+        triplets: [label of a positive, label of a negative]: the rows of one anchor, e.g. NLI's premise with its
+            hypotheses, become triplets; columns names anchor, positive (both kinds) and label.
+        holdout: share of the rows that a training source leaves out and a validation source of the same path keeps.
+        holdout_by: text column whose hash decides, so that equal texts stay together; unset: the first.
+        max_rows: most rows, drawn evenly over the whole source.
+        prompts: text column -> what is put before its texts, in place of the encoder's prompt.
+        loss: which of model.losses trains on this source; unset: model.loss.
     """
 
     path: str
-    columns: dict[str, str]
+    columns: dict[str, Union[int, str]]
     score_range: Optional[tuple[float, float]] = None
     label_map: Optional[dict[str, float]] = None
     split: str = "train"
@@ -55,6 +67,14 @@ class Source:
     revision: Optional[str] = None
     on_bad_row: Literal["fail", "skip"] = "fail"
     max_bad_rows: int = 100
+    where: Optional[dict[str, Union[list[Union[bool, int, float, str]], bool, int, float, str]]] = None
+    triplets: Optional[tuple[Union[int, str], Union[int, str]]] = None
+    holdout: float = 0.0
+    holdout_by: Optional[str] = None
+    max_rows: Optional[int] = None
+    prompts: Optional[dict[str, str]] = None
+    loss: Optional[str] = None
+    keeps_holdout: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for name in self.columns:
@@ -76,6 +96,33 @@ class Source:
         self._check_label_map()
         if self.max_bad_rows < 0:
             raise ValueError(f"{self.path}: max_bad_rows is {self.max_bad_rows}; it must be 0 or more")
+        if self.max_rows is not None and self.max_rows < 1:
+            raise ValueError(f"{self.path}: max_rows is {self.max_rows}; it must be 1 or more")
+        for values in (self.where or {}).values():
+            rule(values)
+        self._check_derivation()
+
+    def _check_derivation(self) -> None:
+        if self.triplets is not None:
+            if set(self.columns) != {"anchor", "positive", "label"} or self.label_map is not None:
+                raise ValueError(
+                    f"{self.path}: triplets need columns anchor, positive and label, without label_map; "
+                    f"columns has {', '.join(self.columns)}"
+                )
+            if str(self.triplets[0]) == str(self.triplets[1]):
+                raise ValueError(f"{self.path}: triplets names '{self.triplets[0]}' as positive and as negative")
+        if not 0.0 <= self.holdout < 1.0:
+            raise ValueError(f"{self.path}: holdout is {self.holdout:g}; it is a share of the rows, 0 to below 1")
+        for key, names in (
+            ("holdout_by", [self.holdout_by] if self.holdout_by else []),
+            ("prompts", self.prompts or []),
+        ):
+            for name in names:
+                if name not in self.text_columns:
+                    raise ValueError(
+                        f"{self.path}: {key} names '{name}', which is no text column; there are "
+                        f"{', '.join(self.text_columns)}"
+                    )
 
     def _check_label_map(self) -> None:
         if self.label_map is None:
@@ -104,11 +151,21 @@ class Source:
             base, _, number = name.partition("_")
             return ("text", "anchor", "positive", "negative").index(base), int(number or 0)
 
-        return tuple(sorted((name for name in self.columns if _TEXT.fullmatch(name)), key=place))
+        made = ("negative",) if self.triplets else ()
+        return tuple(sorted((*(name for name in self.columns if _TEXT.fullmatch(name)), *made), key=place))
 
     @property
     def canonical_columns(self) -> tuple[str, ...]:
-        return (*self.text_columns, *(name for name in ("score", "label") if name in self.columns))
+        targets = () if self.triplets else ("score", "label")
+        return (*self.text_columns, *(name for name in targets if name in self.columns))
+
+    @property
+    def read_columns(self) -> Optional[set[str]]:
+        """Columns of the data to read, None for all: a position has no name before the file is open."""
+        asked = [*self.columns.values(), *(self.where or {})]
+        if any(isinstance(column, int) for column in asked):
+            return None
+        return {part for column in asked for part in (str(column), str(column).split(".")[0])}
 
 
 @dataclass(kw_only=True)
@@ -123,6 +180,8 @@ class EvalSource(Source):
     name: str
     # Lazy, because jsonargparse can write only such a default into config.yaml.
     evaluator: Evaluator = field(default_factory=lambda: lazy_instance(STS))
+
+    keeps_holdout: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -140,8 +199,61 @@ def load(source: Source, cache_dir: Path) -> Dataset:
         ValueError: missing file, missing column, bad rows (with file and line), no rows.
     """
     folder = _folder(source, cache_dir)
-    build_once(folder, partial(_build, source))
+    base = _base(source)
+    build_once(folder, partial(_build, source) if base is None else partial(_derive, source, base, cache_dir))
     return Dataset.from_file(str(folder / "rows.arrow"))
+
+
+def _base(source: Source) -> Optional[Source]:
+    """The source without what is done to its rows once they are read, or None where nothing is.
+
+    Training and validation sources that share a path, and differ only in that, are read once.
+    """
+    if not (source.triplets or source.holdout or source.max_rows):
+        return None
+    spec: dict[str, Any] = {f.name: getattr(source, f.name) for f in fields(Source)}
+    spec.update(triplets=None, holdout=0.0, holdout_by=None, max_rows=None, prompts=None, loss=None)
+    if source.triplets:
+        positive, negative = map(str, source.triplets)
+        column = str(source.columns["label"])
+        spec.update(label_map={positive: 1, negative: 0}, where={**(source.where or {}), column: [positive, negative]})
+    return Source(**spec)
+
+
+def _derive(source: Source, base: Source, cache_dir: Path, folder: Path) -> None:
+    """Writes the rows of ``source`` out of those of its base."""
+    rows, skipped = load(base, cache_dir), num_skipped(base, cache_dir)
+    table: pa.Table = rows.data.table
+    columns = {name: table[name] for name in table.column_names}
+    picked = {name: np.arange(len(rows)) for name in source.canonical_columns if name in columns}
+    if source.triplets:
+        anchors, negatives = triplets(columns["anchor"], columns["label"].to_numpy())
+        if not len(anchors):
+            raise ValueError(
+                f"{source.path}: no anchor has both a '{source.triplets[0]}' and a '{source.triplets[1]}'; triplets "
+                f"need both. The source has {len(rows):,} rows with one of these labels"
+            )
+        columns["negative"] = columns["positive"]
+        picked = {"anchor": anchors, "positive": anchors, "negative": negatives}
+    if source.holdout:
+        by = source.holdout_by or source.text_columns[0]
+        here = held_out(columns[by], source.holdout)[picked[by]] == source.keeps_holdout
+        if not here.any():
+            raise ValueError(
+                f"{source.path}: a holdout of {source.holdout:g} by '{by}' leaves none of {len(picked[by]):,} rows to "
+                f"{'validate' if source.keeps_holdout else 'train'} on"
+            )
+        picked = {name: numbers[here] for name, numbers in picked.items()}
+    if source.max_rows:
+        drawn = draw(len(next(iter(picked.values()))), source.max_rows)
+        picked = {name: numbers[drawn] for name, numbers in picked.items()}
+    num_rows = len(next(iter(picked.values())))
+    schema = pa.schema([(name, columns[name].type) for name in picked])
+    with pa.OSFile(str(folder / "rows.arrow"), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        for start in range(0, num_rows, _BATCH_ROWS):
+            part = {name: columns[name].take(pa.array(n[start : start + _BATCH_ROWS])) for name, n in picked.items()}
+            writer.write_table(pa.table(part, schema=schema).combine_chunks())
+    (folder / "report.json").write_text(json.dumps({"num_rows": num_rows, "num_skipped": skipped}))
 
 
 def num_skipped(source: Source, cache_dir: Path) -> int:
@@ -152,6 +264,12 @@ def num_skipped(source: Source, cache_dir: Path) -> int:
 
 def fingerprint(source: Source) -> str:
     """Hash of what ``load`` gives: bytes of the files (or the hub's commit) and the spec, not the path."""
+    base = _base(source)
+    if base is not None:
+        by = source.holdout_by or source.text_columns[0]
+        held = [source.holdout, by, source.keeps_holdout] if source.holdout else []
+        spec = json.dumps([_VERSION, fingerprint(base), bool(source.triplets), held, source.max_rows])
+        return hashlib.sha256(spec.encode()).hexdigest()[:24]
     if is_hub_id(source.path):
         contents = [_hub_rows(source.path, source.subset, source.split, source.revision)._fingerprint]
     else:
@@ -160,6 +278,7 @@ def fingerprint(source: Source) -> str:
     maps = [
         source.score_range and list(source.score_range),
         source.label_map and sorted(source.label_map.items()),
+        source.where and sorted(source.where.items()),
     ]
     budget = [source.on_bad_row, source.max_bad_rows]
     spec = json.dumps([_VERSION, contents, columns, maps, budget], ensure_ascii=True)
@@ -222,10 +341,10 @@ def _build(source: Source, folder: Path) -> None:
 
 
 def _open(source: Source) -> Iterator[Rows]:
-    wanted = set(source.columns.values())
+    wanted = source.read_columns
     if is_hub_id(source.path):
         rows = _hub_rows(source.path, source.subset, source.split, source.revision)
-        here = rows.select_columns([c for c in rows.column_names if c in wanted])
+        here = rows.select_columns([c for c in rows.column_names if wanted is None or c in wanted])
         yield table_rows(source.path, rows.features.arrow_schema, here.with_format("arrow").iter(1000))
     else:
         for file in data_files(source.path, source.split):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
@@ -81,6 +82,35 @@ def to_number(value: object) -> float:
     return number
 
 
+_COMPARISONS: dict[str, Callable[[float, float], bool]] = {
+    ">=": operator.ge, "<=": operator.le, "!=": operator.ne, ">": operator.gt, "<": operator.lt,
+}  # fmt: skip
+
+
+def rule(wanted: object) -> Callable[[object, Sequence[str] | None], bool]:
+    """A test of cells: one of some values, or ``'>= 0.7'`` (also ``<= > < !=``).
+
+    The test takes the cell and the class names of its column, if it has some.
+
+    Raises:
+        ValueError: a comparison that compares with nothing.
+    """
+    if isinstance(wanted, str) and (sign := next((s for s in _COMPARISONS if wanted.startswith(s)), None)):
+        operand = wanted[len(sign) :].strip()
+        if not operand:
+            raise ValueError(f"where: '{wanted}' compares with nothing; write e.g. '{sign} 0.5'")
+        try:
+            limit = float(operand)
+        except ValueError:
+            if sign != "!=":
+                raise ValueError(f"where: '{wanted}' compares with '{operand}', which is no number") from None
+            return lambda value, names: operand not in _keys(value, names)
+        compare = _COMPARISONS[sign]
+        return lambda value, names: compare(to_number(value), limit)
+    kept = {_key(value) for value in (wanted if isinstance(wanted, list) else [wanted])}
+    return lambda value, names: not kept.isdisjoint(_keys(value, names))
+
+
 def is_word(value: object) -> bool:
     """Whether a label can only be read through a label_map."""
     if not isinstance(value, str) or not value.strip():
@@ -95,13 +125,18 @@ def is_word(value: object) -> bool:
 def _look_up(value: object, label_map: Mapping[str, float], names: Sequence[str] | None) -> float:
     if value is None:
         raise BadValueError("is null")
-    keys = [_key(value)]
-    if names is not None and isinstance(value, int) and 0 <= value < len(names):
-        keys.insert(0, names[value])
+    keys = _keys(value, names)
     for key in keys:
         if key in label_map:
             return float(label_map[key])
     raise BadValueError(f"is '{keys[0]:.40}', which is not in label_map ({', '.join(label_map)})")
+
+
+def _keys(value: object, names: Sequence[str] | None) -> list[str]:
+    """How a config may write a value: the name of a class before its number."""
+    if names is not None and isinstance(value, int) and 0 <= value < len(names):
+        return [names[value], _key(value)]
+    return [_key(value)]
 
 
 def _key(value: object) -> str:

@@ -1,0 +1,237 @@
+"""What a source makes of the rows it reads: against pandas, and against what the words promise."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+from datasets import ClassLabel, Dataset, Features, Value
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trainer.data.derived import draw, held_out, triplets
+from trainer.data.sources import EvalSource, Source, fingerprint, load
+
+NLI = {"anchor": "premise", "positive": "hypothesis", "label": "label"}
+
+
+def write(path: Path, frame: pd.DataFrame) -> str:
+    frame.to_json(path, orient="records", lines=True)
+    return str(path)
+
+
+def nli(folder: Path) -> str:
+    rows = [
+        ("a man eats", "someone eats", "entailment"),
+        ("a dog runs", "an animal runs", "entailment"),
+        ("a man eats", "nobody eats", "contradiction"),
+        ("a man eats", "he is hungry", "neutral"),
+        ("a man eats", "a person has a meal", "entailment"),
+        ("a dog runs", "the dog sleeps", "contradiction"),
+        ("a dog runs", "the dog lies still", "contradiction"),
+        ("a cat sits", "an animal sits", "entailment"),
+    ]
+    return write(folder / "nli.jsonl", pd.DataFrame(rows, columns=["premise", "hypothesis", "label"]))
+
+
+def test_triplets_of_labelled_pairs(tmp_path: Path) -> None:
+    """Every positive once, with its anchor's negatives in turn; an anchor without a negative is left out."""
+    rows = load(Source(nli(tmp_path), NLI, triplets=("entailment", "contradiction")), tmp_path / "cache")
+    assert rows.column_names == ["anchor", "positive", "negative"]
+    assert [tuple(row.values()) for row in rows] == [
+        ("a man eats", "someone eats", "nobody eats"),
+        ("a dog runs", "an animal runs", "the dog sleeps"),
+        ("a man eats", "a person has a meal", "nobody eats"),
+    ]
+
+
+def test_triplets_of_class_numbers_and_class_names(tmp_path: Path) -> None:
+    frame = pd.read_json(nli(tmp_path), lines=True)
+    names = ["entailment", "neutral", "contradiction"]
+    frame["label"] = frame["label"].map(names.index)
+    numbers = Source(write(tmp_path / "numbers.jsonl", frame), NLI, triplets=(0, 2))
+    features = Features({"premise": Value("string"), "hypothesis": Value("string"), "label": ClassLabel(names=names)})
+    Dataset.from_pandas(frame, features=features).save_to_disk(str(tmp_path / "named"))
+    named = Source(str(tmp_path / "named"), NLI, triplets=("entailment", "contradiction"))
+    words = Source(nli(tmp_path), NLI, triplets=("entailment", "contradiction"))
+    expected = load(words, tmp_path / "cache").to_list()
+    assert load(numbers, tmp_path / "cache").to_list() == load(named, tmp_path / "cache").to_list() == expected
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 4), st.booleans()), max_size=40))
+def test_triplets_against_pandas(rows: list[tuple[int, bool]]) -> None:
+    anchors = pa.chunked_array([[f"premise {number}" for number, _ in rows]], type=pa.large_string())
+    frame = pd.DataFrame({"anchor": [a for a, _ in rows], "positive": [p for _, p in rows]}, dtype=int)
+    positives, negatives = triplets(anchors, frame["positive"].to_numpy())
+    expected = []
+    for _, group in frame.groupby("anchor"):
+        kinds = {kind: list(part.index) for kind, part in group.groupby("positive")}
+        if 0 in kinds:
+            expected += [(p, kinds[0][turn % len(kinds[0])]) for turn, p in enumerate(kinds.get(1, []))]
+    assert list(zip(positives, negatives, strict=True)) == sorted(expected)
+
+
+def test_no_anchor_with_both_labels(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no anchor has both a 'neutral' and a 'contradiction'.*3 rows"):
+        frame = pd.read_json(nli(tmp_path), lines=True)
+        path = write(tmp_path / "few.jsonl", frame[(frame["premise"] != "a man eats") | (frame["label"] == "neutral")])
+        load(Source(path, NLI, triplets=("neutral", "contradiction")), tmp_path / "cache")
+
+
+def test_holdout_keeps_equal_texts_on_one_side(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"q": [f"question {i // 3}" for i in range(3000)], "a": [f"answer {i}" for i in range(3000)]})
+    spec = {"path": write(tmp_path / "qa.jsonl", frame), "columns": {"anchor": "q", "positive": "a"}, "holdout": 0.2}
+    train, held = (
+        load(kind, tmp_path / "cache").to_pandas() for kind in (Source(**spec), EvalSource(name="d", **spec))
+    )
+    assert not set(train["anchor"]) & set(held["anchor"])
+    assert sorted([*train["positive"], *held["positive"]]) == sorted(frame["a"])
+    assert 150 < held["anchor"].nunique() < 250, "a share of 0.2 of 1,000 questions"
+    by_answer = Source(**spec, holdout_by="positive")
+    assert 400 < 3000 - len(load(by_answer, tmp_path / "cache")) < 800
+    assert len({fingerprint(s) for s in (Source(**spec), EvalSource(name="d", **spec), by_answer)}) == 3
+
+
+def test_the_file_of_a_holdout_is_read_once(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"q": [f"question {i}" for i in range(100)], "a": ["same"] * 100})
+    spec = {"path": write(tmp_path / "qa.jsonl", frame), "columns": {"anchor": "q", "positive": "a"}, "holdout": 0.5}
+    load(Source(**spec), tmp_path / "cache")
+    before = set((tmp_path / "cache" / "rows").iterdir())
+    load(EvalSource(name="dev", **spec), tmp_path / "cache")
+    assert len({p for p in (tmp_path / "cache" / "rows").iterdir() if p.is_dir()} - before) == 1
+
+
+@given(st.floats(0.01, 0.99))
+@settings(max_examples=20, deadline=None)
+def test_a_larger_holdout_holds_the_smaller_one(share: float) -> None:
+    texts = pa.chunked_array([[f"text {i}" for i in range(500)], [f"text {i}" for i in range(500, 1000)]])
+    small, large = held_out(texts, share / 2), held_out(texts, share)
+    assert not (small & ~large).any()
+    assert abs(large.mean() - share) < 0.08  # 5 standard deviations of 1,000 draws
+
+
+def test_holdout_that_leaves_nothing(tmp_path: Path) -> None:
+    path = write(tmp_path / "one.jsonl", pd.DataFrame({"q": ["one"], "a": ["two"]}))
+    spec = {"path": path, "columns": {"anchor": "q", "positive": "a"}}
+    kept = bool(held_out(pa.chunked_array([["one"]]), 0.5)[0])
+    source = Source(**spec, holdout=0.5) if kept else EvalSource(name="dev", **spec, holdout=0.5)
+    with pytest.raises(ValueError, match=r"a holdout of 0.5 by 'anchor' leaves none of 1 rows to (train|validate) on"):
+        load(source, tmp_path / "cache")
+
+
+def test_cap_draws_evenly(tmp_path: Path) -> None:
+    drawn = draw(10_000, 1_000)
+    assert len(np.unique(drawn)) == 1_000
+    assert (np.diff(drawn) > 0).all()
+    counts = np.histogram(drawn, bins=10, range=(0, 10_000))[0]
+    assert counts.min() > 60, "as many from every tenth, give or take 4 standard deviations"
+    assert counts.max() < 140
+    frame = pd.DataFrame({"q": [str(i) for i in range(50)], "a": [str(i) for i in range(50)]})
+    source = Source(write(tmp_path / "r.jsonl", frame), {"anchor": "q", "positive": "a"}, max_rows=7)
+    assert [int(row["anchor"]) for row in load(source, tmp_path / "cache")] == draw(50, 7).tolist()
+    assert draw(5, 9).tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("where", "kept"),
+    [
+        ({"lang": "en"}, [0, 2]),
+        ({"lang": ["en", "he"]}, [0, 1, 2]),
+        ({"lang": "!= en"}, [1, 3]),
+        ({"n": ">= 2"}, [2, 3]),
+        ({"n": "<2"}, [0, 1]),
+        ({"n": 3}, [3]),
+        ({"n": "!= 3"}, [0, 1, 2]),
+        ({"good": True}, [0, 3]),
+        ({"meta.kind": "x", "n": "> 0"}, [2]),
+    ],
+)
+def test_where(tmp_path: Path, where: dict[str, object], kept: list[int]) -> None:
+    rows = [
+        {"a": "r0", "b": "s", "lang": "en", "n": 0, "good": True, "meta": {"kind": "x"}},
+        {"a": "r1", "b": "s", "lang": "he", "n": 1, "good": False, "meta": {"kind": "y"}},
+        {"a": "r2", "b": "s", "lang": "en", "n": 2, "good": False, "meta": {"kind": "x"}},
+        {"a": "r3", "b": "s", "lang": "ja", "n": 3, "good": True, "meta": {"kind": "y"}},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    for name in (str(path), _as_parquet(rows, tmp_path)):
+        source = Source(name, {"anchor": "a", "positive": "b"}, where=where)  # type: ignore[arg-type]
+        assert [int(row["anchor"][1:]) for row in load(source, tmp_path / "cache")] == kept
+
+
+def _as_parquet(rows: list[dict[str, object]], folder: Path) -> str:
+    Dataset.from_list(rows).to_parquet(folder / "rows.parquet")
+    return str(folder / "rows.parquet")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_fields_inside_columns(tmp_path: Path, kind: str) -> None:
+    """A column whose own name has a dot wins over a field."""
+    rows = [
+        {"translation": {"en": f"word {i}", "ja": f"語 {i}"}, "neg": [f"no {i}", f"never {i}"], "dot.ted": f"dot {i}"}
+        for i in range(3)
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    columns = {"anchor": "translation.en", "positive": "translation.ja", "negative": "neg.1", "negative_1": "dot.ted"}
+    name = str(path) if kind == "jsonl" else _as_parquet(rows, tmp_path)  # type: ignore[arg-type]
+    assert load(Source(name, columns), tmp_path / "cache")[2] == {
+        "anchor": "word 2", "positive": "語 2", "negative": "never 2", "negative_1": "dot 2"
+    }  # fmt: skip
+
+
+def test_columns_by_position(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"id": [7, 8], "left": ["a", "b"], "right": ["c", "d"]})
+    frame.to_csv(tmp_path / "rows.csv", index=False)
+    frame.to_parquet(tmp_path / "rows.parquet")
+    for file in ("rows.csv", "rows.parquet"):
+        source = Source(str(tmp_path / file), {"anchor": 1, "positive": 2})
+        assert load(source, tmp_path / "cache").to_list() == [
+            {"anchor": "a", "positive": "c"},
+            {"anchor": "b", "positive": "d"},
+        ]
+    frame.rename(columns={"left": "2"}).to_csv(tmp_path / "named.csv", index=False)
+    named = Source(str(tmp_path / "named.csv"), {"anchor": 2, "positive": "right"})
+    assert load(named, tmp_path / "cache")[0] == {"anchor": "a", "positive": "c"}, "a name goes before a position"
+    with pytest.raises(ValueError, match=r"no column 5 \(columns.positive\); there are 3, 0 to 2: id, left, right"):
+        load(Source(str(tmp_path / "rows.csv"), {"anchor": 1, "positive": 5}), tmp_path / "cache")
+
+
+def test_a_field_that_some_rows_lack_is_a_bad_row(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"t": {"en": "a", "ja": "b"}}\n{"t": {"en": "a"}}\n{"t": null}\n')
+    source = Source(str(path), {"anchor": "t.en", "positive": "t.ja"})
+    with pytest.raises(ValueError, match=r"(?s)rows.jsonl:2: column 't.ja' is missing.*rows.jsonl:3: column 't.en' is"):
+        load(source, tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"triplets": ("a", "b")}, "triplets need columns anchor, positive and label, without label_map"),
+        ({"holdout": 1.5}, "holdout is 1.5; it is a share of the rows, 0 to below 1"),
+        ({"holdout_by": "text"}, "holdout_by names 'text', which is no text column; there are anchor, positive"),
+        ({"prompts": {"query": "q: "}}, "prompts names 'query', which is no text column"),
+        ({"max_rows": 0}, "max_rows is 0; it must be 1 or more"),
+        ({"where": {"score": ">= high"}}, "compares with 'high', which is no number"),
+        ({"where": {"score": ">="}}, "compares with nothing"),
+    ],
+)
+def test_refusals(options: dict[str, object], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        Source("rows.jsonl", {"anchor": "a", "positive": "b"}, **options)  # type: ignore[arg-type]
+
+
+def test_triplets_of_one_label_twice_are_refused() -> None:
+    with pytest.raises(ValueError, match="names 'x' as positive and as negative"):
+        Source("rows.jsonl", NLI, triplets=("x", "x"))
+
+
+def test_column_of_where_that_is_not_there(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.jsonl", pd.DataFrame({"a": ["x"], "b": ["y"], "lang": ["en"]}))
+    with pytest.raises(ValueError, match=r"no column 'language' \(where\); found: a, b, lang. Did you mean 'lang'"):
+        load(Source(path, {"anchor": "a", "positive": "b"}, where={"language": "en"}), tmp_path / "cache")

@@ -1,0 +1,78 @@
+"""Where a cell lies in a row: a column by name or position, or a field inside one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from trainer.data.files import did_you_mean
+from trainer.data.rows import Rows
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the data.
+
+    Attributes:
+        name: of the column itself.
+        fields: the way from its cell to the wanted value: keys of objects, places in lists.
+    """
+
+    name: str
+    fields: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return ".".join((self.name, *self.fields))
+
+    def cell(self, row: dict[str, Any]) -> Any:
+        """The value in ``row``.
+
+        Raises:
+            LookupError: the row has no such column or field.
+        """
+        value = row[self.name]
+        for field in self.fields:
+            if isinstance(value, list) and field.isdecimal():
+                value = value[int(field)]
+            elif isinstance(value, dict):
+                value = value[field]
+            else:
+                raise LookupError(field)
+        return value
+
+    def cell_or_none(self, row: object) -> Any:
+        try:
+            return self.cell(row) if isinstance(row, dict) else None
+        except LookupError:
+            return None
+
+
+def find_column(wanted: str | int, rows: Rows, asked_by: str) -> Column:
+    """The column that a config means by ``wanted``: a name, a position from 0, or ``name.field``.
+
+    Args:
+        wanted: as in the config.
+        rows: of the file; where it has no row it has no columns either, and any name is taken.
+        asked_by: the key of the config, for the error.
+
+    Raises:
+        ValueError: the file has no such column.
+    """
+    found = rows.columns
+    if isinstance(wanted, int):
+        if not found or str(wanted) in found:
+            return Column(str(wanted))
+        if 0 <= wanted < len(found):
+            return Column(found[wanted])
+        raise ValueError(
+            f"{rows.name}: no column {wanted} ({asked_by}); there are {len(found)}, 0 to {len(found) - 1}: "
+            f"{', '.join(found)}"
+        )
+    name, *fields = wanted.split(".")
+    if wanted in found or not found or not fields:
+        name, fields = wanted, []
+    if found and name not in found:
+        raise ValueError(
+            f"{rows.name}: no column '{wanted}' ({asked_by}); found: {', '.join(found)}.{did_you_mean(wanted, found)}"
+        )
+    return Column(name, tuple(fields))
