@@ -1,7 +1,7 @@
 """The LightningModule: an encoder, a loss and an optimizer, nothing else."""
 
 import math
-from typing import Any, Literal, Optional
+from typing import Any, Literal, Optional, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 
 from trainer.batch import PackedBatch
+from trainer.data.files import did_you_mean
 from trainer.data.module import PairData
 from trainer.data.order import mix
+from trainer.data.sources import Source
 from trainer.distributed import gather
 from trainer.distributed.strategies import ZeRO
 from trainer.encoder import Encoder, EncoderSpec
@@ -25,6 +27,7 @@ class EmbeddingModule(LightningModule):
     Args:
         encoder: the encoder to fine-tune.
         loss: function of the embeddings, by class name.
+        losses: others by a name of yours, for the training sources whose loss is that name.
         learning_rate: peak of the schedule.
         weight_decay: of AdamW; never on biases and norms unless decay_all.
         warmup_ratio: share of the steps in which the learning rate rises from 0.
@@ -39,6 +42,7 @@ class EmbeddingModule(LightningModule):
         self,
         encoder: EncoderSpec,
         loss: Loss,
+        losses: Optional[dict[str, Loss]] = None,
         learning_rate: float = 5.0e-5,
         weight_decay: float = 0.0,
         warmup_ratio: float = 0.0,
@@ -55,6 +59,9 @@ class EmbeddingModule(LightningModule):
             raise ValueError(f"model.max_tokens is {max_tokens}; it must be 1 or more")
         self.encoder_spec = encoder
         self.loss = loss
+        if wrong := [name for name in losses or {} if not name.isidentifier() or hasattr(nn.ModuleDict, name)]:
+            raise ValueError(f"model.losses can't have the name '{wrong[0]}'; take another, of letters, digits and '_'")
+        self.losses = nn.ModuleDict(losses or {})
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.warmup_ratio = warmup_ratio
@@ -70,6 +77,26 @@ class EmbeddingModule(LightningModule):
     # -- building -----------------------------------------------------------------------------------------
 
     @property
+    def all_losses(self) -> list[Loss]:
+        return [self.loss, *(cast(Loss, loss) for loss in self.losses.values())]
+
+    def loss_of(self, source: Source) -> Loss:
+        """The loss that trains on ``source``.
+
+        Raises:
+            ValueError: the source names one that model.losses does not have.
+        """
+        if source.loss is None:
+            return self.loss
+        if source.loss not in self.losses:
+            known = ", ".join(self.losses) or "nothing"
+            raise ValueError(
+                f"{source.path}: loss is '{source.loss}', but model.losses has {known}."
+                f"{did_you_mean(source.loss, list(self.losses))}"
+            )
+        return cast(Loss, self.losses[source.loss])
+
+    @property
     def data(self) -> PairData:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, PairData)
@@ -80,7 +107,8 @@ class EmbeddingModule(LightningModule):
         if hasattr(self, "encoder"):
             return
         self.encoder = Encoder(self.encoder_spec, self.max_tokens)
-        self.loss.build(self.encoder.embedding_dimension)
+        for loss in self.all_losses:
+            loss.build(self.encoder.embedding_dimension)
         strategy = self.trainer.strategy
         self.encoder.lockstep = isinstance(strategy, ZeRO) and strategy.stage == 3
         self.train()  # transformers loads in evaluation mode, in which dropout is off
@@ -97,17 +125,18 @@ class EmbeddingModule(LightningModule):
         )
 
     def _check_columns(self) -> None:
-        """The columns of every source against what the loss takes."""
-        name = type(self.loss).__name__
-        low, high = self.loss.min_columns, self.loss.max_columns
-        num_labels = getattr(self.loss, "num_labels", None)
+        """The columns of every source against what its loss takes."""
         for source, table in zip(self.data.train_sources, self.data.tables, strict=True):
+            loss = self.loss_of(source)
+            name = type(loss).__name__
+            low, high = loss.min_columns, loss.max_columns
+            num_labels = getattr(loss, "num_labels", None)
             found = f"{source.path} has {', '.join(sorted(source.columns))}"
             if len(table.columns) < low or (high is not None and len(table.columns) > high):
                 wanted = f"{low}" if high == low else f"{low} or more" if high is None else f"{low} to {high}"
                 columns = "text column" if wanted == "1" else "text columns"
                 raise ValueError(f"{name} takes {wanted} {columns}, {found}; change data.train columns")
-            for need in sorted(self.loss.needs):
+            for need in sorted(loss.needs):
                 if getattr(table, need) is None:
                     raise ValueError(f"{name} needs a column '{need[:-1]}', {found}; map it in data.train columns")
             if num_labels is not None and table.labels is not None:
@@ -180,7 +209,12 @@ class EmbeddingModule(LightningModule):
             self._print(batch)
 
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
-        loss = self.loss(self.encoder(batch), batch.targets)
+        used = self.loss_of(self.data.train_sources[batch.source])
+        loss = used(self.encoder(batch), batch.targets)
+        # The gradient of this step's loss with respect to the heads of the others: strategies wait for all of them.
+        idle = [p.sum() for other in self.all_losses if other is not used for p in other.parameters()]
+        if idle:
+            loss = loss + 0.0 * torch.stack(idle).sum()
         return self.finite_steps.watch_loss(loss, self.trainer.global_step)
 
     def configure_gradient_clipping(

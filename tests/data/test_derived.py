@@ -75,24 +75,24 @@ def test_triplets_against_pandas(rows: list[tuple[int, bool]]) -> None:
 
 
 def test_no_anchor_with_both_labels(tmp_path: Path) -> None:
+    frame = pd.read_json(nli(tmp_path), lines=True)
+    path = write(tmp_path / "few.jsonl", frame[(frame["premise"] != "a man eats") | (frame["label"] == "neutral")])
+    source = Source(path, NLI, triplets=("neutral", "contradiction"))
     with pytest.raises(ValueError, match=r"no anchor has both a 'neutral' and a 'contradiction'.*3 rows"):
-        frame = pd.read_json(nli(tmp_path), lines=True)
-        path = write(tmp_path / "few.jsonl", frame[(frame["premise"] != "a man eats") | (frame["label"] == "neutral")])
-        load(Source(path, NLI, triplets=("neutral", "contradiction")), tmp_path / "cache")
+        load(source, tmp_path / "cache")
 
 
 def test_holdout_keeps_equal_texts_on_one_side(tmp_path: Path) -> None:
     frame = pd.DataFrame({"q": [f"question {i // 3}" for i in range(3000)], "a": [f"answer {i}" for i in range(3000)]})
     spec = {"path": write(tmp_path / "qa.jsonl", frame), "columns": {"anchor": "q", "positive": "a"}, "holdout": 0.2}
-    train, held = (
-        load(kind, tmp_path / "cache").to_pandas() for kind in (Source(**spec), EvalSource(name="d", **spec))
-    )
+    kinds = (Source(**spec), EvalSource(name="dev", **spec))
+    train, held = (load(kind, tmp_path / "cache").to_pandas() for kind in kinds)
     assert not set(train["anchor"]) & set(held["anchor"])
     assert sorted([*train["positive"], *held["positive"]]) == sorted(frame["a"])
     assert 150 < held["anchor"].nunique() < 250, "a share of 0.2 of 1,000 questions"
     by_answer = Source(**spec, holdout_by="positive")
     assert 400 < 3000 - len(load(by_answer, tmp_path / "cache")) < 800
-    assert len({fingerprint(s) for s in (Source(**spec), EvalSource(name="d", **spec), by_answer)}) == 3
+    assert len({fingerprint(s) for s in (*kinds, by_answer)}) == 3
 
 
 def test_the_file_of_a_holdout_is_read_once(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """The self-check: two steps of a run on its ranks, and the same two steps in one process, side by side.
 
+With several sources, the first step of each of them is compared too.
+
 Rows, loss, parameter gradients before clipping and one metric are compared with dropout off. Each step of the one
 process starts from the weights the ranks had, so that a difference is named where it arises and is neither hidden
 nor blown up by the optimizer. The one process has a module of its own, for that of the ranks may be in pieces.
@@ -22,6 +24,7 @@ from trainer.evaluation.sharded import evaluate
 from trainer.module import EmbeddingModule
 
 NUM_STEPS = 2
+MOST_STEPS = 50  # that the ranks take to meet every source
 # Largest difference relative to the whole vector; half precision rounds each product.
 TOLERANCES = {"32-true": 1e-5, "64-true": 1e-9}
 HALF_TOLERANCE = 5e-2
@@ -50,6 +53,7 @@ class Joint:
 class StepRecord:
     """What the ranks did in one step, as rank 0 saw it."""
 
+    number: int
     rows: list[int]
     weights: dict[str, Tensor] = field(default_factory=dict)
     gradients: dict[str, Tensor] = field(default_factory=dict)
@@ -62,6 +66,7 @@ class ExactnessCheck(Callback):
     def __init__(self) -> None:
         self.records: list[StepRecord] = []
         self.joints: list[Joint] = []
+        self.compared: set[int] = set()
         self.alone: EmbeddingModule
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -71,24 +76,32 @@ class ExactnessCheck(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, EmbeddingModule)
         pl_module.encoder.set_dropout(0.0)
+        data = pl_module.data
+        sources = [data.order.step(0, step).source for step in range(min(MOST_STEPS, data.steps_per_epoch))]
+        self.compared = {*range(NUM_STEPS), *(sources.index(source) for source in set(sources))}
+        trainer.fit_loop.epoch_loop.max_steps = max(self.compared) + 1
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: PackedBatch, batch_idx: int
     ) -> None:
+        if trainer.global_step not in self.compared:
+            return
         rows = [row for part in gather.gather_objects(batch.targets.row_ids_B.tolist()) for row in part]
-        self.records.append(StepRecord(rows))
+        self.records.append(StepRecord(trainer.global_step, rows))
         self.records[-1].weights = keep_on_first_rank(whole_weights(trainer.strategy))
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        self.records[-1].gradients = keep_on_first_rank(whole_gradients(trainer.strategy))
+        if trainer.global_step in self.compared:
+            self.records[-1].gradients = keep_on_first_rank(whole_gradients(trainer.strategy))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PackedBatch, batch_idx: int
     ) -> None:
-        total = gather.reduce_sum(outputs["loss"].detach().float())
-        self.records[-1].loss = float(total) / gather.world_size()
+        if trainer.global_step - 1 in self.compared:
+            total = gather.reduce_sum(outputs["loss"].detach().float())
+            self.records[-1].loss = float(total) / gather.world_size()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, EmbeddingModule)
@@ -103,8 +116,8 @@ class ExactnessCheck(Callback):
             self._build_alone(trainer, pl_module)
             self.alone.load_state_dict(weights)
             alone = _evaluate(trainer, self.alone, 0, 1)
-            for number, record in enumerate(self.records):
-                self.joints += self._replay(trainer, self.alone, number, record, tolerance)
+            for record in self.records:
+                self.joints += self._replay(trainer, self.alone, record, tolerance)
             for name in list(alone)[:1]:
                 self.joints.append(Joint(f"metric {name}", abs(sharded[name] - alone[name]), 1e-6))
         gather.barrier()
@@ -121,17 +134,16 @@ class ExactnessCheck(Callback):
         self,
         trainer: Trainer,
         module: EmbeddingModule,
-        number: int,
         record: StepRecord,
         tolerance: float,
     ) -> list[Joint]:
         module.load_state_dict(record.weights)
         module.zero_grad()
         data = module.data
-        batch = StepBatches(data.tables, data.order, data.steps_per_epoch, rank=0, world_size=1)[number]
+        batch = StepBatches(data.tables, data.order, data.steps_per_epoch, rank=0, world_size=1)[record.number]
         rows = batch.targets.row_ids_B.tolist()
         with trainer.precision_plugin.train_step_context():
-            loss = module.training_step(batch.to(module.device), number)
+            loss = module.training_step(batch.to(module.device), record.number)
         loss.backward()
         ours = {k: p.grad.cpu() for k, p in module.named_parameters() if p.grad is not None}
         theirs = record.gradients
@@ -140,8 +152,9 @@ class ExactnessCheck(Callback):
         difference = torch.cat([(theirs[k] - ours[k]).flatten() for k in ours]).norm() / norm
         ratio = torch.cat([g.flatten() for g in theirs.values()]).norm() / norm
         worst = max(ours, key=lambda k: float((theirs[k] - ours[k]).abs().max()))
-        step = f"step {number + 1}"
-        size = f"{len(rows)} rows"
+        step = f"step {record.number + 1}"
+        several = len(data.train_sources) > 1
+        size = f"{len(rows)} rows{f' of {data.train_sources[batch.source].path}' if several else ''}"
         value = float(loss.detach())
         relative_loss = abs(record.loss - value) / max(abs(value), 1e-8)
         return [
@@ -169,15 +182,15 @@ def check_exact(cli: Any) -> int:
         )
     trainer.callbacks = [check]
     trainer.loggers = []
-    trainer.fit_loop.epoch_loop.max_steps = NUM_STEPS
     trainer.fit_loop.max_epochs = NUM_STEPS
     trainer.limit_val_batches = 0
     trainer.fit(cli.model, datamodule=cli.datamodule)
     passed = all(joint.passed for joint in check.joints)
     if trainer.is_global_zero:
         rows = len(check.records[0].rows)
+        losses = {type(cli.model.loss_of(source)).__name__ for source in cli.datamodule.train_sources}
         print(
-            f"{trainer.world_size} ranks against 1 process: {type(cli.model.loss).__name__}, {rows} rows a step, "
+            f"{trainer.world_size} ranks against 1 process: {', '.join(sorted(losses))}, {rows} rows a step, "
             f"{trainer.precision}, dropout off"
         )
         for joint in check.joints:

@@ -49,7 +49,7 @@ def fill_card(model: SentenceTransformer, run: Run) -> None:
     if run.data.max_rows:
         train = [rows and rows.select(range(min(len(rows), run.data.max_rows))) for rows in train]
     card.train_datasets = [
-        _dataset_entry(card, source, rows, run.module.loss, run.module.loss.describe())
+        _dataset_entry(card, source, rows, run.module.loss_of(source), run.module.loss_of(source).describe())
         for source, rows in zip(run.data.train_sources, train, strict=True)
     ]
     card.eval_datasets = [
@@ -60,7 +60,7 @@ def fill_card(model: SentenceTransformer, run: Run) -> None:
     sizes = tuple(len(rows) for rows in train if rows)
     if sizes:
         card.add_tags(f"dataset_size:{sum(sizes)}")
-    _set_citations(card, run.module.loss)
+    _set_citations(card, list(dict.fromkeys(run.module.loss_of(source) for source in run.data.train_sources)))
     card.all_hyperparameters = hyperparameters(run)
     card.non_default_hyperparameters = non_default(card.all_hyperparameters)
     all_known = len(sizes) == len(train)
@@ -144,13 +144,13 @@ def _dataset_entry(
     return entry
 
 
-def _set_citations(card: SentenceTransformerModelCardData, loss: Any) -> None:
+def _set_citations(card: SentenceTransformerModelCardData, losses: Sequence[Any]) -> None:
     """Sentence-BERT and the papers of the losses, each once."""
     card.set_losses([])
     (sbert,) = card.citations.values()
     key = sbert.split("{", 1)[1].split(",", 1)[0]
     names, others = ["Sentence Transformers"], {}
-    for part in get_losses(loss):
+    for part in (part for loss in losses for part in get_losses(loss)):
         name = type(part).__name__
         card.add_tags(f"loss:{name}")
         citation = getattr(part, "citation", "")
