@@ -11,7 +11,7 @@ demo: $(INSTALLED)    ## generate data and an encoder, train, evaluate, export, 
 	$(VENV)/bin/trainer demo
 
 test: $(INSTALLED)    ## everything but the loops of tests/slow
-	$(VENV)/bin/python -m pytest tests --ignore=tests/slow --durations=10
+	$(VENV)/bin/python -m pytest tests --ignore=tests/slow --durations=10 -n 2 --dist loadgroup
 
 slow: $(INSTALLED)    ## parity with sentence-transformers' own trainer, kill-and-resume loops
 	$(VENV)/bin/python -m pytest tests/slow --durations=10

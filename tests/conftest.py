@@ -24,6 +24,14 @@ if str(ROOT) not in sys.path:
 from tests.two_ranks import TwoRanks  # noqa: E402
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Under ``-n``: the tests of a file share what the file has set up; those that start a cluster go one by one."""
+    for item in items:
+        file = item.path.relative_to(ROOT).as_posix()
+        clusters = file.startswith("tests/slurm/") or file in ("tests/test_readme.py", "tests/test_reliability.py")
+        item.add_marker(pytest.mark.xdist_group("clusters" if clusters else file))
+
+
 @pytest.fixture(autouse=True)
 def _own_environment() -> Iterator[None]:
     """Lightning's launcher leaves LOCAL_RANK and WORLD_SIZE behind: a process that a later test starts would then take
