@@ -16,7 +16,7 @@ import pyarrow as pa
 from datasets import Dataset, load_dataset
 from jsonargparse import lazy_instance
 
-from trainer.data.cache import build_once
+from trainer.data.cache import use
 from trainer.data.checks import BadRows, checked_rows
 from trainer.data.files import data_files, data_format, did_you_mean, is_hub_id
 from trainer.data.rows import Rows, read_file, table_rows
@@ -130,8 +130,13 @@ class EvalSource(Source):
             raise ValueError(f"validation set name '{self.name}': letters, digits, '.', '_' and '-' are allowed")
 
 
-def load(source: Source, cache_dir: Path) -> Dataset:
+def load(source: Source, cache_dir: Path, verify: bool = False) -> Dataset:
     """Rows of ``source`` with canonical columns only, memory-mapped; the first call builds ``cache_dir``.
+
+    Args:
+        source: what to read.
+        cache_dir: where rows lie.
+        verify: read rows that are there, and build them again where a file is damaged.
 
     Returns:
         N rows: texts (str, none empty), then score (float32) and label (int64, from 0) if there are any.
@@ -140,7 +145,7 @@ def load(source: Source, cache_dir: Path) -> Dataset:
         ValueError: missing file, missing column, bad rows (with file and line), no rows.
     """
     folder = _folder(source, cache_dir)
-    build_once(folder, partial(_build, source))
+    use(folder, partial(_build, source), verify)
     return Dataset.from_file(str(folder / "rows.arrow"))
 
 
@@ -218,7 +223,9 @@ def _build(source: Source, folder: Path) -> None:
     if num_rows == 0:
         skipped = f" left after {bad.count} bad ones were skipped; the first: {bad.first[0]}" if bad.count else ""
         raise ValueError(f"{source.path}: there is no row{skipped}")
-    (folder / "report.json").write_text(json.dumps({"num_rows": num_rows, "num_skipped": bad.count}))
+    (folder / "report.json").write_text(
+        json.dumps({"source": source.path, "num_rows": num_rows, "num_skipped": bad.count})
+    )
 
 
 def _open(source: Source) -> Iterator[Rows]:
