@@ -20,7 +20,7 @@ MODULES = {
 FLOORS = {
     4: """trainer.__main__ trainer.cli trainer.lightning_cli trainer.help_text trainer.run_dir trainer.run_lock
           trainer.preflight trainer.prepare trainer.config_errors trainer.config_files trainer.config_values
-          trainer.demo trainer.demo_data trainer.demo_encoder
+          trainer.cache_command trainer.demo trainer.demo_data trainer.demo_encoder
           trainer.export trainer.export.*""",
     3: """trainer.module trainer.checkpoint trainer.data.module trainer.evaluation.runner trainer.evaluation.sharded
           trainer.distributed.exact trainer.distributed.heartbeat trainer.distributed.preemption
