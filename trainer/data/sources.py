@@ -5,12 +5,11 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache, partial
-from itertools import chain, islice
 from pathlib import Path
-from typing import Literal, Optional
+from typing import Any, Literal, Optional
 
 import pyarrow as pa
 from datasets import Dataset, load_dataset
@@ -18,7 +17,8 @@ from jsonargparse import lazy_instance
 
 from trainer.data.cache import use
 from trainer.data.checks import BadRows, checked_rows
-from trainer.data.files import data_files, data_format, did_you_mean, is_hub_id
+from trainer.data.files import JSON_LINES, data_files, data_format, did_you_mean, is_hub_id
+from trainer.data.json_lines import read_json_lines
 from trainer.data.rows import Rows, read_file, table_rows
 from trainer.evaluation.base import Evaluator
 from trainer.evaluation.sts import STS
@@ -206,29 +206,60 @@ def _hub_rows(path: str, subset: Optional[str], split: str, revision: Optional[s
 
 
 def _build(source: Source, folder: Path) -> None:
-    names = source.canonical_columns
-    types = {"score": pa.float32(), "label": pa.int64()}
-    schema = pa.schema([(name, types.get(name, pa.large_string())) for name in names])
     bad = BadRows(source)
-    cells = chain.from_iterable(checked_rows(source, rows, bad) for rows in _open(source))
-    num_rows = 0
-    with pa.OSFile(str(folder / "rows.arrow"), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-        while batch := list(islice(cells, _BATCH_ROWS)):
-            columns = zip(*batch, strict=True)
-            writer.write_batch(
-                pa.record_batch([pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)], schema=schema)
-            )
-            num_rows += len(batch)
+    with _RowsFile(source, folder / "rows.arrow") as file:
+        for rows in _open(source, file.add_batch):
+            for cells in checked_rows(source, rows, bad):
+                file.add_row(cells)
     bad.close()
-    if num_rows == 0:
+    if file.num_rows == 0:
         skipped = f" left after {bad.count} bad ones were skipped; the first: {bad.first[0]}" if bad.count else ""
         raise ValueError(f"{source.path}: there is no row{skipped}")
-    (folder / "report.json").write_text(
-        json.dumps({"source": source.path, "num_rows": num_rows, "num_skipped": bad.count})
-    )
+    report = {"source": source.path, "num_rows": file.num_rows, "num_skipped": bad.count}
+    (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
 
 
-def _open(source: Source) -> Iterator[Rows]:
+class _RowsFile:
+    """Checked rows on their way into an Arrow file, single ones and whole batches, in the order they come."""
+
+    def __init__(self, source: Source, path: Path) -> None:
+        types = {"score": pa.float32(), "label": pa.int64()}
+        self.schema = pa.schema([(name, types.get(name, pa.large_string())) for name in source.canonical_columns])
+        self.path = path
+        self.num_rows = 0
+        self._waiting: list[list[Any]] = []
+
+    def __enter__(self) -> "_RowsFile":
+        self._file = pa.OSFile(str(self.path), "wb")
+        self._writer = pa.ipc.new_stream(self._file, self.schema)
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if kind is None:
+            self._flush()
+        self._writer.close()
+        self._file.close()
+
+    def add_row(self, cells: list[Any]) -> None:
+        self._waiting.append(cells)
+        if len(self._waiting) == _BATCH_ROWS:
+            self._flush()
+
+    def add_batch(self, batch: pa.RecordBatch) -> None:
+        self._flush()
+        self._writer.write_batch(batch)
+        self.num_rows += len(batch)
+
+    def _flush(self) -> None:
+        if self._waiting:
+            columns = zip(*self._waiting, strict=True)
+            arrays = [pa.array(cells, f.type) for cells, f in zip(columns, self.schema, strict=True)]
+            self._waiting = []
+            self.add_batch(pa.record_batch(arrays, schema=self.schema))
+
+
+def _open(source: Source, accept: Callable[[pa.RecordBatch], None]) -> Iterator[Rows]:
+    """The rows to check, file by file; ``accept`` gets those of JSON lines that Arrow has read and found good."""
     wanted = set(source.columns.values())
     if is_hub_id(source.path):
         rows = _hub_rows(source.path, source.subset, source.split, source.revision)
@@ -236,4 +267,7 @@ def _open(source: Source) -> Iterator[Rows]:
         yield table_rows(source.path, rows.features.arrow_schema, here.with_format("arrow").iter(1000))
     else:
         for file in data_files(source.path, source.split):
-            yield read_file(file, wanted)
+            if data_format(file) in JSON_LINES:
+                yield read_json_lines(file, source, accept)
+            else:
+                yield read_file(file, wanted)
