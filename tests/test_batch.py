@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import pickle
 from dataclasses import fields
+from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import pytest
@@ -40,6 +42,21 @@ def test_to_moves_every_tensor() -> None:
         assert {name for name, value in tensors.items() if value.device.type != "meta"} == set()
     assert moved.lengths == _batch().lengths
     assert moved.targets.rank == 1
+
+
+def test_a_batch_travels_to_another_process_as_it_is() -> None:
+    """As bytes: no shared memory, which a process could still hold or have lost."""
+    batch = _batch()
+    again = pickle.loads(ForkingPickler.dumps(batch))
+    for ours, theirs in ((batch, again), (batch.targets, again.targets)):
+        for f in fields(ours):
+            sent, found = getattr(ours, f.name), getattr(theirs, f.name)
+            if isinstance(sent, Tensor):
+                assert sent.dtype == found.dtype
+                assert torch.equal(sent, found)
+                assert not found.is_shared()
+            elif f.name != "targets":
+                assert sent == found
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="pinned memory needs a GPU")

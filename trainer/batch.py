@@ -5,14 +5,29 @@ Shape suffixes: b rows of the global batch, B rows of this rank, S segments (tex
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 
+def _restored(of: type[Any], *values: Any) -> Any:
+    return of(*(torch.from_numpy(v) if isinstance(v, np.ndarray) else v for v in values))
+
+
+class _Sent:
+    """Goes to another process as bytes. Torch would open a shared file per tensor, which takes longer than a batch."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        values = (getattr(self, f.name) for f in fields(self))  # type: ignore[arg-type]
+        on_host = (v.numpy() if isinstance(v, Tensor) and v.device.type == "cpu" else v for v in values)
+        return _restored, (type(self), *on_host)
+
+
 @dataclass(frozen=True)
-class Targets:
+class Targets(_Sent):
     """What a loss may ask for about this rank's rows.
 
     Attributes:
@@ -53,7 +68,7 @@ class Targets:
 
 
 @dataclass(frozen=True)
-class PackedBatch:
+class PackedBatch(_Sent):
     """The texts of all columns of this rank's rows in one stream of tokens without padding.
 
     Segments are sorted by length, so that texts of equal length lie side by side: attention then works on

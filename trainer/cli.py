@@ -13,7 +13,7 @@ from trainer import interruption
 from trainer.config_files import ConfigError, read_command
 from trainer.run_dir import is_first_rank, rank_name
 
-COMMANDS = ("fit", "validate", "test", "export", "check", "prepare", "preflight", "demo")
+COMMANDS = ("fit", "validate", "test", "export", "check", "prepare", "preflight", "cache", "demo")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -83,6 +83,10 @@ def _dispatch(args: list[str]) -> int:
         from trainer.preflight import preflight
 
         return preflight(rest)
+    if command == "cache":
+        from trainer.cache_command import cache
+
+        return cache(rest)
     return _run_lightning(command, rest)
 
 

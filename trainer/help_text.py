@@ -59,6 +59,7 @@ commands:
   check      --exact: compare your ranks with a single process, step by step
   prepare    download and tokenise, so that compute nodes need no network
   preflight  check this node for a run: imports, devices, disk, data
+  cache      list or empty the cache of rows and tokens
   demo       generate data and an encoder, train, export and try it; no network
 
 three ways to run:
@@ -106,6 +107,20 @@ export, backbone and data. A line per check; exit code 2 where one failed.
 slurm/train.sh runs it on every node. Takes every key of trainer fit.
 
   trainer preflight --config configs/stsb.yaml
+"""
+CACHE = """\
+usage: trainer cache ls|clean [--older-than DAYS | --all] [--data.cache_dir DIR]
+
+Rows and tokens of data sets are kept, so that each is read and tokenised once:
+in data.cache_dir; unset: $TRAINER_CACHE or ~/.cache/siamese-trainer.
+
+  trainer cache ls                      kind, source, rows, size, last use
+  trainer cache clean                   what killed builds have left
+  trainer cache clean --older-than 30   also what was not used for 30 days
+  trainer cache clean --all             everything
+
+What a running process on this machine builds or uses is left. Everything is
+made again when it is needed.
 """
 HEADS = {
     "fit": """\
@@ -175,7 +190,14 @@ def screens() -> dict[str, str]:
     """File stem -> text of every screen."""
     parsers = live_parsers()
     rendered = {command: render(command, parsers[command]) for command in KEYS}
-    texts = {"trainer": MAIN, "export": EXPORT, "check": CHECK, "prepare": PREPARE, "preflight": PREFLIGHT}
+    texts = {
+        "trainer": MAIN,
+        "export": EXPORT,
+        "check": CHECK,
+        "prepare": PREPARE,
+        "preflight": PREFLIGHT,
+        "cache": CACHE,
+    }
     return {**texts, **rendered}
 
 

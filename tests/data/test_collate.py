@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.batch import Targets
-from trainer.data.collate import pack, pack_texts
+from trainer.data.collate import TokenSpans, pack, pack_texts
 
 
 @st.composite
@@ -40,6 +42,35 @@ def test_each_text_is_found_again(columns: list[list[list[int]]]) -> None:
     assert (batch.num_columns, batch.num_rows, batch.source) == (len(columns), num_rows, 3)
     assert batch.num_tokens == sum(batch.lengths)
     assert batch.padded_tokens == sum(num_rows * max(len(ids) for ids in column) for column in columns)
+
+
+def _pack_as_it_was(columns: list[list[np.ndarray]]) -> tuple[torch.Tensor, ...]:
+    """The stream made by laying view beside view: what `pack` gathers at once."""
+    segments = [ids for column in columns for ids in column]
+    lengths = np.array([len(ids) for ids in segments], dtype=np.int64)
+    by_length = np.argsort(lengths, kind="stable")
+    order = np.empty_like(by_length)
+    order[by_length] = np.arange(len(segments))
+    ids = np.concatenate([segments[i] for i in by_length]).astype(np.int64)
+    positions = np.concatenate([np.arange(length) for length in lengths[by_length]])
+    return tuple(torch.from_numpy(array) for array in (ids, positions, order, lengths[by_length]))
+
+
+@pytest.mark.parametrize("num_rows", [1, 16, 1024])
+def test_spans_of_one_array_give_the_same_batch_as_views(num_rows: int) -> None:
+    rng = np.random.default_rng(num_rows)
+    values = rng.integers(0, 120_000, 50_000, dtype=np.int32)
+    starts, lengths = rng.integers(0, 49_000, (3, num_rows)), rng.integers(1, 200, (3, num_rows))
+    spans = [TokenSpans(values, s, n) for s, n in zip(starts, lengths, strict=True)]
+    views = [list(column) for column in spans]
+    expected = _pack_as_it_was(views)
+    for columns in (spans, views, pickle.loads(pickle.dumps(spans))):
+        batch = pack(columns, _targets(num_rows), num_rows=num_rows)
+        found = (batch.input_ids_T, batch.positions_T, batch.order_S, torch.tensor(batch.lengths))
+        for f, e in zip(found, expected, strict=True):
+            assert f.dtype == e.dtype
+            assert torch.equal(f, e)
+    assert len(pickle.dumps(TokenSpans(values, starts[0][:2], lengths[0][:2]))) < 4000, "the whole array was sent"
 
 
 def test_a_placeholder_row_counts_for_nothing() -> None:

@@ -3,13 +3,17 @@
 import gzip
 import json
 import logging
+from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
+from trainer.data import order
 from trainer.data.batches import StepBatches
-from trainer.data.module import PairData
+from trainer.data.module import PairData, step_groups
 from trainer.data.sources import Source
 from trainer.encoder import EncoderSpec
 
@@ -57,6 +61,34 @@ def test_a_rank_without_rows_embeds_a_placeholder_that_does_not_count(tmp_path: 
     assert last.num_rows == 0
     assert last.num_tokens == 0
     assert len(last.lengths) == 2  # one row of two texts keeps the graph the same on every rank
+
+
+@pytest.mark.parametrize(("num_workers", "batch_size"), [(0, 3), (2, 3)])
+def test_the_loader_gives_every_step_from_where_the_run_stands(
+    num_workers: int, batch_size: int, tmp_path: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several steps travel in one message; what comes out are single batches, the same as without a loader."""
+    monkeypatch.setattr(order, "_WINDOW", 12)
+    data = make_data(tmp_path, tiny_encoder, num_rows=50, batch_size=batch_size)
+    data.setup("fit")
+    data.num_workers = num_workers
+    data.trainer = SimpleNamespace(global_step=17 + 3, limit_train_batches=1.0)  # three steps into the second epoch
+    loader = data.train_dataloader()
+    assert len(loader) == data.steps_per_epoch == 17
+    alone = StepBatches(data.tables, data.order, 17, rank=0, world_size=1)
+    found = list(loader)
+    assert len(found) == 14
+    for batch, step in zip(found, range(20, 34), strict=True):
+        assert torch.equal(batch.targets.row_ids_B, alone[step].targets.row_ids_B)
+        assert torch.equal(batch.input_ids_T, alone[step].input_ids_T)
+
+
+@pytest.mark.parametrize(("step", "stop", "size"), [(0, 10, 4), (3, 10, 4), (4, 4, 3), (7, 9, 1)])
+def test_groups_of_steps_hold_each_step_once_and_end_at_multiples(step: int, stop: int, size: int) -> None:
+    groups = list(step_groups(step, stop, size))
+    assert list(chain.from_iterable(groups)) == list(range(step, stop))
+    assert all((group[-1] + 1) % size == 0 for group in groups[:-1])
+    assert all(0 < len(group) <= size for group in groups)
 
 
 def test_fewer_rows_than_a_batch_is_said_with_the_numbers(

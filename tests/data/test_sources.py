@@ -5,13 +5,16 @@ import json
 import multiprocessing
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
-from trainer.data import sources
+from trainer.data import json_lines, rows, sources
 from trainer.data.sources import EvalSource, Source, fingerprint, load, num_skipped
 from trainer.evaluation import STS, Triplet
 
@@ -449,3 +452,79 @@ def test_real_data_has_the_rows_pandas_reads(data_dir: Path, tmp_path: Path) -> 
     assert rows["anchor"][:] == frame.sentence1.tolist()
     assert rows["positive"][:] == frame.sentence2.tolist()
     np.testing.assert_allclose(rows["score"][:], frame.score / 5, rtol=1e-6)
+
+
+ODD_LINES = [
+    *(line for line, _ in BAD_LINES.values()),
+    b"\n",
+    b'{"a": "two", "b": "in", "score": 1} {"a": "a", "b": "line", "score": 2}\n',
+    b'{"a": "over",\n"b": "two lines", "score": 1}\n',
+    b'{"a": "x", "a": "twice", "b": "y", "score": 1}\n',
+    b'{"a": "cr", "b": "lf", "score": 1}\r\n',
+    b'{"a": "2024-05-01 10:00:00", "b": "nul \\u0000 \\ud83d\\ude00 \\/", "score": 1e-3, "z": {"deep": [1, {}]}}\n',
+    b'{"a": "x", "b": "y", "score": true}\n',
+    b'{"a": "x", "b": "y", "score": "1.5"}\n',
+    b'{"a": "x", "b": "y", "score": 1e999}\n',
+    b'{"a": "x", "b": "y", "score": 00}\n',
+    *(json.dumps({"a": chr(c), "b": "a space of its kind", "score": 1}).encode() + b"\n" for c in [0x1C, 0x85, 0x2003]),
+    json.dumps({"a": "\u200b", "b": "no space", "score": 1}).encode() + b"\n",
+]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+def test_blocks_give_the_rows_and_the_places_that_lines_give(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Good blocks, blocks with a bad row and blank lines take turns; line by line reading is the outside truth."""
+    lines = [json.dumps(good(n)).encode() + b"\n" for n in range(3000)]
+    for i, odd in enumerate(ODD_LINES):
+        lines.insert(150 + 97 * i, odd)
+    path = write_lines(tmp_path / f"x{suffix}", *lines[:-1], lines[-1].rstrip())
+    source = Source(path, SCORED, score_range=(0, 5), on_bad_row="skip")
+    monkeypatch.setattr(rows, "_BLOCK_BYTES", 2000)
+    accepted: list[int] = []
+    parse = json_lines._parse
+
+    def counted(*args: Any) -> Any:
+        batch = parse(*args)
+        accepted.append(0 if batch is None else len(batch))
+        return batch
+
+    monkeypatch.setattr(json_lines, "_parse", counted)
+    by_blocks = load(source, tmp_path / "blocks")
+    assert sum(accepted) > 1500, "Arrow read next to nothing"
+    assert accepted.count(0) > 10, "no block was left to the general way"
+    monkeypatch.setattr(json_lines, "_types", lambda source, head: None)
+    by_lines = load(source, tmp_path / "lines")
+    assert by_blocks[:] == by_lines[:]
+    assert num_skipped(source, tmp_path / "blocks") == num_skipped(source, tmp_path / "lines") > 15
+    strict = Source(path, SCORED, score_range=(0, 5))
+    messages = [failure(strict, tmp_path / "strict lines")]
+    monkeypatch.undo()
+    monkeypatch.setattr(rows, "_BLOCK_BYTES", 2000)
+    messages.append(failure(strict, tmp_path / "strict blocks"))
+    assert messages[0] == messages[1]
+    assert messages[0].startswith(f"{path}:151: ")
+
+
+def test_label_maps_and_class_numbers_are_read_in_blocks_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "_BLOCK_BYTES", 2000)
+    data = [{"t": f"text {n}", "word": "ab"[n % 2], "number": n % 7, "half": n / 2} for n in range(900)]
+    path = write_lines(tmp_path / "x.jsonl", *data)
+    mapped = load(Source(path, {"text": "t", "score": "word"}, label_map={"a": 0.25, "b": 1}), tmp_path / "c")
+    assert mapped["score"][:] == [0.25, 1.0] * 450
+    assert load(Source(path, {"text": "t", "label": "number"}), tmp_path / "c")["label"][:] == [
+        n % 7 for n in range(900)
+    ]
+    message = failure(Source(path, {"text": "t", "score": "word"}, label_map={"a": 1, "c": 2}), tmp_path / "d")
+    assert message.startswith(f"{path}:2: column 'word' is 'b', which is not in label_map (a, c)")
+    message = failure(Source(path, {"text": "t", "label": "half"}), tmp_path / "d")
+    assert message.startswith(f"{path}:2: column 'half' is 0.5, not a whole class number")
+    message = failure(Source(path, {"text": "t", "score": "half"}, score_range=(0, 400)), tmp_path / "d")
+    assert message.startswith(f"{path}:802: column 'half' is 400.5, outside score_range 0..400")
+
+
+def test_arrow_calls_blank_what_python_calls_blank() -> None:
+    texts = [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000]
+    found = pc.utf8_is_space(pa.array(texts)).to_pylist()
+    assert [t for t, space in zip(texts, found, strict=True) if space] == [t for t in texts if t.isspace()]

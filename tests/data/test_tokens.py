@@ -2,6 +2,8 @@
 
 import multiprocessing
 import pickle
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -12,11 +14,13 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from trainer.data import tokens
+from trainer.data import sources, tokens
+from trainer.data.cache import entries
 from trainer.data.sources import Source
 from trainer.data.tokens import TokenTable, tokenize
 from trainer.encoder.text import TextPreparation
 
+ROOT = Path(__file__).parents[2]
 WORDS = [f"word{n}" for n in range(300)]
 COLUMNS = {"anchor": "a", "positive": "b", "score": "s", "label": "y"}
 NUM_ROWS = 5000
@@ -99,11 +103,12 @@ def test_processes_build_the_same_table_as_one(
 ) -> None:
     monkeypatch.setattr(tokens, "_TEXTS_PER_PROCESS", 100)
     monkeypatch.setattr(tokens, "_SPAN", 300)
-    monkeypatch.setattr(tokens, "_num_cores", lambda: 2)
+    monkeypatch.setattr(tokens, "num_cores", lambda: 2)
     other = tokenize(source, make_text(), tmp_path)
     assert other.folder.parent != table.folder.parent
     files = {path.name for path in table.folder.iterdir()}
-    assert files == {"tokens.arrow", "used_ids.npy", "report.json"}
+    arrays = {"ids.int32", "offsets.int64", "anchor.int64", "positive.int64", "label.int64", "score.float32"}
+    assert files == arrays | {"used_ids.npy", "report.json"}
     for name in files:
         assert (other.folder / name).read_bytes() == (table.folder / name).read_bytes()
 
@@ -114,7 +119,7 @@ def test_a_table_is_read_in_place(table: TokenTable) -> None:
     ids = again.ids("anchor", np.arange(NUM_ROWS))
     assert pa.total_allocated_bytes() == before, "the ids were copied"
     assert all(not i.flags.owndata and not i.flags.writeable for i in ids)
-    assert all(np.shares_memory(i, again._values["anchor"]) for i in ids[:10])
+    assert all(np.shares_memory(i, again._values) for i in ids)
 
 
 def test_sixteen_rows_take_less_than_a_tenth_of_a_millisecond(table: TokenTable) -> None:
@@ -128,9 +133,95 @@ def test_sixteen_rows_take_less_than_a_tenth_of_a_millisecond(table: TokenTable)
 
 
 def test_the_second_call_only_opens(source: Source, table: TokenTable, cache_dir: Path) -> None:
-    stamp = (table.folder / "tokens.arrow").stat().st_mtime_ns
+    stamp = (table.folder / "ids.int32").stat().st_mtime_ns
     assert tokenize(source, make_text(), cache_dir).folder == table.folder
-    assert (table.folder / "tokens.arrow").stat().st_mtime_ns == stamp
+    assert (table.folder / "ids.int32").stat().st_mtime_ns == stamp
+
+
+def test_a_text_that_repeats_is_stored_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In any column, inside a segment of rows; the rows read the same as ever."""
+    anchors = [f"word{n // 3}" for n in range(60)]
+    positives = [f"word{n % 7} word1" for n in range(59)] + ["word0"]  # the last one is an anchor of the first row
+    pd.DataFrame({"a": anchors, "b": positives}).to_csv(tmp_path / "x.csv", index=False)
+    source, text = Source(str(tmp_path / "x.csv"), {"anchor": "a", "positive": "b"}), make_text()
+    different = {*anchors, *positives}
+    monkeypatch.setattr(sources, "_BATCH_ROWS", 10)
+    for segment_rows in (1 << 20, 20):
+        monkeypatch.setattr(tokens, "_SEGMENT_ROWS", segment_rows)
+        table = tokenize(source, text, tmp_path / str(segment_rows))
+        for column, texts in (("anchor", anchors), ("positive", positives)):
+            assert [ids.tolist() for ids in table.ids(column, np.arange(60))] == text(texts)
+            assert table.lengths(column).tolist() == [len(ids) for ids in text(texts)]
+        numbers = [*table.text_ids("anchor").tolist(), *table.text_ids("positive").tolist()]
+        of_number = dict(zip(numbers, anchors + positives, strict=True))
+        assert [of_number[number] for number in numbers] == anchors + positives, "two texts have one number"
+        stored = (table.folder / "ids.int32").stat().st_size
+        if segment_rows > 60:
+            assert len(set(numbers)) == len(different) < len(numbers)
+            assert stored == 4 * sum(map(len, text(sorted(different))))
+        else:
+            assert len(different) < len(set(numbers)) < len(numbers)
+
+
+@pytest.mark.parametrize("fault", ["truncated", "flipped", "missing"])
+@pytest.mark.parametrize("name", ["ids.int32", "report.json"])
+def test_a_damaged_table_is_named_and_made_again(
+    fault: str, name: str, source: Source, table: TokenTable, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tokenize(source, make_text(), tmp_path).folder
+    whole = (folder / name).read_bytes()
+    if fault == "missing":
+        (folder / name).unlink()
+        said = f"{name} is missing"
+    elif fault == "truncated":
+        (folder / name).write_bytes(whole[:-100])
+        said = f"{name} has {len(whole) - 100:,} bytes of {len(whole):,}"
+    else:
+        (folder / name).write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+        said = f"{name} is damaged (its sha256 is another)"
+    again = tokenize(source, make_text(), tmp_path, verify=True)
+    said = "report.json is missing or damaged" if name == "report.json" else said
+    assert [record.getMessage() for record in caplog.records] == [f"{folder}: {said}; it is made again"]
+    assert (folder / name).read_bytes() == whole
+    np.testing.assert_array_equal(again.ids("anchor", np.array([9]))[0], table.ids("anchor", np.array([9]))[0])
+    caplog.clear()
+    tokenize(source, make_text(), tmp_path, verify=True)
+    assert not caplog.records, "a whole table is left alone"
+
+
+BUILD = """
+import sys
+from pathlib import Path
+from tests.data.test_tokens import make_text
+from trainer.data import tokens
+from trainer.data.sources import Source
+tokens._SPAN = 5
+real = tokens._tokenize_span
+def tokenize_span(*args):
+    print("a span", flush=True)
+    sys.stdin.readline()
+    return real(*args)
+tokens._tokenize_span = tokenize_span
+tokens.tokenize(Source(sys.argv[1], {"anchor": "a", "positive": "b"}), make_text(), Path(sys.argv[2]))
+"""
+
+
+def test_a_build_that_is_killed_leaves_nothing_that_passes_for_whole(source: Source, tmp_path: Path) -> None:
+    argv = [sys.executable, "-c", BUILD, source.path, str(tmp_path)]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdin is not None
+        for _ in range(3):  # at the third one, two are done
+            assert process.stdout.readline() == "a span\n"
+            process.stdin.write("go on\n")
+            process.stdin.flush()
+        (unfinished,) = (tmp_path / "tokens").glob("*.unfinished")
+        assert (unfinished / "ids.int32").exists()
+        process.kill()
+    assert {entry.finished for entry in entries(tmp_path) if entry.kind == "tokens"} == {False}
+    table = tokenize(Source(source.path, {"anchor": "a", "positive": "b"}), make_text(), tmp_path)
+    assert table.num_rows == NUM_ROWS
+    assert not unfinished.exists()
 
 
 def test_another_length_prompt_or_spec_is_another_table(source: Source, cache_dir: Path) -> None:

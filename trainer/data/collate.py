@@ -3,12 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, overload
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from trainer.batch import PackedBatch, Targets
+
+
+@dataclass(frozen=True)
+class TokenSpans(Sequence[NDArray[np.int32]]):
+    """Texts that lie in one array of ids: text i is the view ``values[starts_S[i] : starts_S[i] + lengths_S[i]]``.
+
+    Attributes:
+        values: ids of these and of other texts, int32.
+        starts_S: where each text begins, int64.
+        lengths_S: its pieces, int64.
+    """
+
+    values: NDArray[np.int32]
+    starts_S: NDArray[np.int64]
+    lengths_S: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.starts_S)
+
+    @overload
+    def __getitem__(self, i: int) -> NDArray[np.int32]: ...
+    @overload
+    def __getitem__(self, i: slice) -> TokenSpans: ...
+    def __getitem__(self, i: int | slice) -> NDArray[np.int32] | TokenSpans:
+        if isinstance(i, slice):
+            return TokenSpans(self.values, self.starts_S[i], self.lengths_S[i])
+        start = self.starts_S[i]
+        return self.values[start : start + self.lengths_S[i]]
+
+    def __reduce__(self) -> tuple[Any, ...]:  # another process gets these texts, not the file they lie in
+        values = np.concatenate([*self, np.empty(0, np.int32)])
+        return TokenSpans, (values, np.cumsum(self.lengths_S) - self.lengths_S, self.lengths_S)
 
 
 def pack(
@@ -22,18 +56,20 @@ def pack(
         num_rows: rows that count (0 where the only row is a placeholder).
         source: index of the training source.
     """
-    segments = [np.asarray(ids) for column in columns for ids in column]
-    lengths = np.array([len(ids) for ids in segments], dtype=np.int64)
+    spans = _as_spans(columns)
+    lengths = spans.lengths_S
     assert lengths.min() > 0, "a text without a single token"
     by_length = np.argsort(lengths, kind="stable")
     order_S = np.empty_like(by_length)
-    order_S[by_length] = np.arange(len(segments))
+    order_S[by_length] = np.arange(len(spans))
     sorted_lengths = lengths[by_length]
-    starts = np.cumsum(sorted_lengths) - sorted_lengths
-    positions_T = np.arange(int(lengths.sum())) - np.repeat(starts, sorted_lengths)
+    ends = np.cumsum(sorted_lengths)
+    positions_T = np.arange(int(ends[-1])) - np.repeat(ends - sorted_lengths, sorted_lengths)
+    # One gather for the whole stream: a view per text would cost more than its copy.
+    places_T = np.repeat(spans.starts_S[by_length], sorted_lengths) + positions_T
     per_column = lengths.reshape(len(columns), -1)
     return PackedBatch(
-        input_ids_T=torch.from_numpy(np.concatenate([segments[i] for i in by_length]).astype(np.int64)),
+        input_ids_T=torch.from_numpy(spans.values.take(places_T).astype(np.int64, copy=False)),
         positions_T=torch.from_numpy(positions_T),
         lengths=tuple(sorted_lengths.tolist()),
         order_S=torch.from_numpy(order_S),
@@ -43,6 +79,17 @@ def pack(
         source=source,
         padded_tokens=int(per_column.max(axis=1).sum()) * per_column.shape[1] if num_rows else 0,
     )
+
+
+def _as_spans(columns: Sequence[Sequence[NDArray[np.integer]]]) -> TokenSpans:
+    """All texts, column by column, as spans of one array."""
+    spans = [column for column in columns if isinstance(column, TokenSpans)]
+    if len(spans) == len(columns) and all(column.values is spans[0].values for column in spans):
+        starts = np.concatenate([column.starts_S for column in spans])
+        return TokenSpans(spans[0].values, starts, np.concatenate([column.lengths_S for column in spans]))
+    texts = [np.asarray(ids) for column in columns for ids in column]
+    lengths = np.array([len(ids) for ids in texts], dtype=np.int64)
+    return TokenSpans(np.concatenate(texts), np.cumsum(lengths) - lengths, lengths)
 
 
 def pack_texts(ids: Sequence[Sequence[int]]) -> PackedBatch:

@@ -10,7 +10,8 @@ from collections.abc import Collection
 from difflib import get_close_matches
 from pathlib import Path
 
-FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+JSON_LINES = (".jsonl", ".ndjson", ".json")
+FORMATS = (*JSON_LINES, ".csv", ".tsv", ".parquet", ".arrow")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # Words in file names that say which split a file belongs to.
 _SPLIT_WORDS = {

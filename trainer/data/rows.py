@@ -10,7 +10,6 @@ import zlib
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from trainer.data.files import data_format
 
 MAX_TEXT_CHARS = 1_000_000
 _MAX_LINE_BYTES = 1 << 24
-_PEEK = 100  # JSON lines have no header: their first rows say which columns there are
+_BLOCK_BYTES = 1 << 21
 
 # A row, or the reason why there is none; the number counts lines of text files, rows of tables, from 1.
 Record = tuple[int, "dict[str, Any] | str"]
@@ -50,7 +49,7 @@ class Rows:
 
 
 def read_file(path: Path, wanted: Collection[str] | None) -> Rows:
-    """Open a data file; its rows are read while the iterator runs.
+    """Open a data file other than JSON lines; its rows are read while the iterator runs.
 
     Args:
         path: of a known format.
@@ -67,58 +66,79 @@ def read_file(path: Path, wanted: Collection[str] | None) -> Rows:
             return _read_arrow(path, wanted)
         if suffix == ".csv":
             return _read_csv(path)
-        if suffix == ".tsv":
-            return _read_tsv(path)
-        return _read_json_lines(path)
+        assert suffix == ".tsv", suffix
+        return _read_tsv(path)
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path}: cannot be read as {suffix[1:]}: {error}") from error
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines without their end.
+@dataclass(frozen=True)
+class Block:
+    """Some whole lines of a text file.
 
-    Bytes that are not UTF-8 become lone surrogates, which the check of the text refuses: so only the row that
-    holds them is bad.
+    Attributes:
+        first: number of the first line, from 1.
+        lines: with their ends; the last line of the file may have none.
     """
-    number = 0
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            for number, raw in enumerate(_split_lines(file), 1):
-                if number == 1:
-                    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-                        raise ValueError(f"{path}: is UTF-16, not UTF-8; convert it with `iconv -f UTF-16 -t UTF-8`")
-                    raw = raw.removeprefix(b"\xef\xbb\xbf")
-                yield number, raw.decode("utf-8", errors="surrogateescape").rstrip("\r")
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        # Never skipped as one bad row: nobody knows how many rows are behind it.
-        raise ValueError(
-            f"{path}:{number + 1}: gzip data cut short or damaged ({error}); fetch the file again"
-        ) from error
-    except OverflowError:
-        raise ValueError(f"{path}:{number + 1}: a line over {_MAX_LINE_BYTES:,} bytes; is it text?") from None
+
+    first: int
+    lines: bytes
+
+    def numbered(self) -> Iterator[tuple[int, str]]:
+        """Lines without their end.
+
+        Bytes that are not UTF-8 become lone surrogates, which the check of the text refuses: so only the row that
+        holds them is bad.
+        """
+        for number, raw in enumerate(self.lines.removesuffix(b"\n").split(b"\n"), self.first):
+            yield number, raw.decode("utf-8", errors="surrogateescape").rstrip("\r")
 
 
-def _split_lines(file: Any) -> Iterator[bytes]:
-    """Lines of a binary file. A gzip file's own iterator loses those in its buffer where the data break."""
-    rest = b""
-    while chunk := file.read1(1 << 20):
-        *lines, rest = (rest + chunk).split(b"\n")
-        yield from lines
-        if len(rest) > _MAX_LINE_BYTES:
-            raise OverflowError
-    if rest:
-        yield rest
+def text_blocks(path: Path) -> Iterator[Block]:
+    """A text file, also gzipped, in blocks of about 2 MB; the first one is small.
+
+    Raises:
+        ValueError: it is no UTF-8 text, or the gzip data are damaged.
+    """
+    number, held, damage = 1, b"", None
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        while damage is None:
+            parts, missing, ended = [held], _BLOCK_BYTES if number > 1 else _BLOCK_BYTES // 32, False
+            while missing > 0 and not ended and damage is None:
+                try:
+                    chunk = file.read1(min(1 << 20, missing))  # type: ignore[attr-defined]
+                except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                    damage, chunk = error, b""  # the lines before it count
+                else:
+                    ended = not chunk
+                parts.append(chunk)
+                missing -= len(chunk)
+            block = b"".join(parts)
+            if number == 1 and not held:
+                if block.startswith((b"\xff\xfe", b"\xfe\xff")):
+                    raise ValueError(f"{path}: is UTF-16, not UTF-8; convert it with `iconv -f UTF-16 -t UTF-8`")
+                block = block.removeprefix(b"\xef\xbb\xbf")
+            cut = len(block) if ended else block.rfind(b"\n") + 1
+            if cut:
+                yield Block(number, block[:cut])
+                number += block.count(b"\n", 0, cut)
+            if ended:
+                return
+            held = block[cut:]
+            if len(held) > _MAX_LINE_BYTES:
+                raise ValueError(f"{path}:{number}: a line over {_MAX_LINE_BYTES:,} bytes; is it text?")
+    # Never skipped as one bad row: nobody knows how many rows are behind it.
+    raise ValueError(f"{path}:{number}: gzip data cut short or damaged ({damage}); fetch the file again") from damage
 
 
-def _read_json_lines(path: Path) -> Rows:
-    records = _json_records(path)
-    first = list(islice(records, _PEEK))
-    columns = dict.fromkeys(key for _, row in first if isinstance(row, dict) for key in row)
-    return Rows(str(path), ":", list(columns), chain(first, records))
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    for block in text_blocks(path):
+        yield from block.numbered()
 
 
-def _json_records(path: Path) -> Iterator[Record]:
-    for number, line in _lines(path):
+def json_records(path: Path, block: Block) -> Iterator[Record]:
+    """The rows of a block, or why there is none."""
+    for number, line in block.numbered():
         if not line or line.isspace():
             continue
         try:

@@ -5,10 +5,9 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from functools import cache, partial
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Optional, Union
 
@@ -17,10 +16,11 @@ import pyarrow as pa
 from datasets import Dataset, load_dataset
 from jsonargparse import lazy_instance
 
-from trainer.data.cache import build_once
+from trainer.data.cache import use
 from trainer.data.checks import BadRows, checked_rows
 from trainer.data.derived import draw, held_out, triplets
-from trainer.data.files import data_files, data_format, did_you_mean, is_hub_id
+from trainer.data.files import JSON_LINES, data_files, data_format, did_you_mean, is_hub_id
+from trainer.data.json_lines import read_json_lines
 from trainer.data.rows import Rows, read_file, table_rows
 from trainer.data.values import rule
 from trainer.evaluation.base import Evaluator
@@ -189,8 +189,13 @@ class EvalSource(Source):
             raise ValueError(f"validation set name '{self.name}': letters, digits, '.', '_' and '-' are allowed")
 
 
-def load(source: Source, cache_dir: Path) -> Dataset:
+def load(source: Source, cache_dir: Path, verify: bool = False) -> Dataset:
     """Rows of ``source`` with canonical columns only, memory-mapped; the first call builds ``cache_dir``.
+
+    Args:
+        source: what to read.
+        cache_dir: where rows lie.
+        verify: read rows that are there, and build them again where a file is damaged.
 
     Returns:
         N rows: texts (str, none empty), then score (float32) and label (int64, from 0) if there are any.
@@ -200,7 +205,7 @@ def load(source: Source, cache_dir: Path) -> Dataset:
     """
     folder = _folder(source, cache_dir)
     base = _base(source)
-    build_once(folder, partial(_build, source) if base is None else partial(_derive, source, base, cache_dir))
+    use(folder, partial(_build, source) if base is None else partial(_derive, source, base, cache_dir), verify)
     return Dataset.from_file(str(folder / "rows.arrow"))
 
 
@@ -222,7 +227,7 @@ def _base(source: Source) -> Optional[Source]:
 
 def _derive(source: Source, base: Source, cache_dir: Path, folder: Path) -> None:
     """Writes the rows of ``source`` out of those of its base."""
-    rows, skipped = load(base, cache_dir), num_skipped(base, cache_dir)
+    rows, skipped = load(base, cache_dir, verify=True), num_skipped(base, cache_dir)
     table: pa.Table = rows.data.table
     columns = {name: table[name] for name in table.column_names}
     picked = {name: np.arange(len(rows)) for name in source.canonical_columns if name in columns}
@@ -253,7 +258,8 @@ def _derive(source: Source, base: Source, cache_dir: Path, folder: Path) -> None
         for start in range(0, num_rows, _BATCH_ROWS):
             part = {name: columns[name].take(pa.array(n[start : start + _BATCH_ROWS])) for name, n in picked.items()}
             writer.write_table(pa.table(part, schema=schema).combine_chunks())
-    (folder / "report.json").write_text(json.dumps({"num_rows": num_rows, "num_skipped": skipped}))
+    report = {"source": source.path, "num_rows": num_rows, "num_skipped": skipped}
+    (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
 
 
 def num_skipped(source: Source, cache_dir: Path) -> int:
@@ -320,27 +326,60 @@ def _hub_rows(path: str, subset: Optional[str], split: str, revision: Optional[s
 
 
 def _build(source: Source, folder: Path) -> None:
-    names = source.canonical_columns
-    types = {"score": pa.float32(), "label": pa.int64()}
-    schema = pa.schema([(name, types.get(name, pa.large_string())) for name in names])
     bad = BadRows(source)
-    cells = chain.from_iterable(checked_rows(source, rows, bad) for rows in _open(source))
-    num_rows = 0
-    with pa.OSFile(str(folder / "rows.arrow"), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-        while batch := list(islice(cells, _BATCH_ROWS)):
-            columns = zip(*batch, strict=True)
-            writer.write_batch(
-                pa.record_batch([pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)], schema=schema)
-            )
-            num_rows += len(batch)
+    with _RowsFile(source, folder / "rows.arrow") as file:
+        for rows in _open(source, file.add_batch):
+            for cells in checked_rows(source, rows, bad):
+                file.add_row(cells)
     bad.close()
-    if num_rows == 0:
+    if file.num_rows == 0:
         skipped = f" left after {bad.count} bad ones were skipped; the first: {bad.first[0]}" if bad.count else ""
         raise ValueError(f"{source.path}: there is no row{skipped}")
-    (folder / "report.json").write_text(json.dumps({"num_rows": num_rows, "num_skipped": bad.count}))
+    report = {"source": source.path, "num_rows": file.num_rows, "num_skipped": bad.count}
+    (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
 
 
-def _open(source: Source) -> Iterator[Rows]:
+class _RowsFile:
+    """Checked rows on their way into an Arrow file, single ones and whole batches, in the order they come."""
+
+    def __init__(self, source: Source, path: Path) -> None:
+        types = {"score": pa.float32(), "label": pa.int64()}
+        self.schema = pa.schema([(name, types.get(name, pa.large_string())) for name in source.canonical_columns])
+        self.path = path
+        self.num_rows = 0
+        self._waiting: list[list[Any]] = []
+
+    def __enter__(self) -> "_RowsFile":
+        self._file = pa.OSFile(str(self.path), "wb")
+        self._writer = pa.ipc.new_stream(self._file, self.schema)
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if kind is None:
+            self._flush()
+        self._writer.close()
+        self._file.close()
+
+    def add_row(self, cells: list[Any]) -> None:
+        self._waiting.append(cells)
+        if len(self._waiting) == _BATCH_ROWS:
+            self._flush()
+
+    def add_batch(self, batch: pa.RecordBatch) -> None:
+        self._flush()
+        self._writer.write_batch(batch)
+        self.num_rows += len(batch)
+
+    def _flush(self) -> None:
+        if self._waiting:
+            columns = zip(*self._waiting, strict=True)
+            arrays = [pa.array(cells, f.type) for cells, f in zip(columns, self.schema, strict=True)]
+            self._waiting = []
+            self.add_batch(pa.record_batch(arrays, schema=self.schema))
+
+
+def _open(source: Source, accept: Callable[[pa.RecordBatch], None]) -> Iterator[Rows]:
+    """The rows to check, file by file; ``accept`` gets those of JSON lines that Arrow has read and found good."""
     wanted = source.read_columns
     if is_hub_id(source.path):
         rows = _hub_rows(source.path, source.subset, source.split, source.revision)
@@ -348,4 +387,7 @@ def _open(source: Source) -> Iterator[Rows]:
         yield table_rows(source.path, rows.features.arrow_schema, here.with_format("arrow").iter(1000))
     else:
         for file in data_files(source.path, source.split):
-            yield read_file(file, wanted)
+            if data_format(file) in JSON_LINES:
+                yield read_json_lines(file, source, accept)
+            else:
+                yield read_file(file, wanted)

@@ -1,7 +1,9 @@
 """Token ids of a source, made once and memory-mapped: no text is tokenised while a model trains.
 
-A table is a folder: ``tokens.arrow`` (one record batch: a large_list<int32> per text column, score, label),
-``used_ids.npy`` and ``report.json``. Ranks and loader workers map the same file and share its pages.
+A table is a folder of plain arrays whose suffix is their type. ``ids.int32`` holds the pieces of the distinct texts,
+one behind the other, ``offsets.int64`` where each begins, and a file per text column which of them each row has
+(``anchor.int64``): a text that repeats is tokenised and stored once. ``score.float32`` and ``label.int64`` are the
+targets, ``used_ids.npy`` the pieces that occur. Ranks and loader workers map the same files and share their pages.
 """
 
 from __future__ import annotations
@@ -21,34 +23,36 @@ from functools import partial
 from itertools import chain
 from multiprocessing.context import SpawnContext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 from numpy.typing import NDArray
 
-from trainer.data.cache import build_once
+from trainer.data.ahead import map_ahead, num_cores
+from trainer.data.cache import use
+from trainer.data.collate import TokenSpans
+from trainer.data.progress import Advance, shown_progress
 from trainer.data.sources import Source, fingerprint, load, num_skipped
-from trainer.interruption import received, shielded, stop_if_asked
 
 if TYPE_CHECKING:
     from trainer.encoder.text import TextPreparation
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 1  # of the files: raise it when the same source and tokenizer give another folder
+_VERSION = 2  # of the files: raise it when the same source and tokenizer give another folder
 _SPAN = 2000  # texts per task
 _TEXTS_PER_PROCESS = 20_000  # fewer are tokenised before another process has started
+# Rows among which a text that repeats is found; memory is bounded by the bytes of their texts.
+_SEGMENT_ROWS, _SEGMENT_BYTES = 1 << 20, 1 << 27
 
-# Column, first row, first row behind.
-_Span = tuple[str, int, int]
-# Ids of all texts of a span, pieces per text, texts that were cut.
-_Tokens = tuple[NDArray[np.int32], NDArray[np.int32], int]
+# Ids of all texts of a span, pieces per text, whether each was cut.
+_Tokens = tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.bool_]]
 
 
 class TokenTable:
-    """Token ids and targets of N rows, read in place from a memory-mapped file.
+    """Token ids and targets of N rows, read in place from memory-mapped files.
 
     Attributes:
         num_rows: N.
@@ -60,30 +64,39 @@ class TokenTable:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        batch = pa.ipc.open_file(pa.memory_map(str(folder / "tokens.arrow"))).get_batch(0)
-        report = json.loads((folder / "report.json").read_text())
-        self.num_rows: int = batch.num_rows
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        self.num_rows: int = report["num_rows"]
         self.num_skipped: int = report["num_skipped"]
         self._num_truncated: dict[str, int] = report["num_truncated"]
         self.columns = tuple(self._num_truncated)
-        self._values = {c: batch.column(c).values.to_numpy(zero_copy_only=True) for c in self.columns}
-        self._offsets = {c: batch.column(c).offsets.to_numpy(zero_copy_only=True) for c in self.columns}
-        targets = {c: batch.column(c).to_numpy() for c in ("label", "score") if c in batch.schema.names}
+        self._values: NDArray[np.int32] = _map(folder / "ids.int32")
+        self._offsets: NDArray[np.int64] = _map(folder / "offsets.int64")
+        self._text_ids: dict[str, NDArray[np.int64]] = {c: _map(folder / f"{c}.int64") for c in self.columns}
+        targets = {
+            file.stem: _map(file) for file in (folder / "label.int64", folder / "score.float32") if file.exists()
+        }
         self.labels: NDArray[np.int64] | None = targets.get("label")
         self.scores: NDArray[np.float32] | None = targets.get("score")
 
     def __reduce__(self) -> tuple[type[TokenTable], tuple[Path]]:
-        return TokenTable, (self.folder,)  # another process maps the file itself
+        return TokenTable, (self.folder,)  # another process maps the files itself
 
-    def ids(self, column: str, rows: NDArray[np.integer]) -> list[NDArray[np.int32]]:
-        """Token ids of the texts of ``rows``: read-only views into the file, one (length,) array per row."""
-        values, offsets = self._values[column], self._offsets[column]
-        starts, stops = offsets[rows].tolist(), offsets[rows + 1].tolist()
-        return [values[start:stop] for start, stop in zip(starts, stops, strict=True)]
+    def ids(self, column: str, rows: NDArray[np.integer]) -> TokenSpans:
+        """Token ids of the texts of ``rows``: a sequence of read-only views into the file, (length,) int32 per row."""
+        texts = self._text_ids[column][rows]
+        starts = self._offsets[texts]
+        return TokenSpans(self._values, starts, self._offsets[texts + 1] - starts)
 
     def lengths(self, column: str) -> NDArray[np.int32]:
         """Pieces of each text, special tokens included: (N,)."""
-        return np.diff(self._offsets[column]).astype(np.int32)
+        return np.diff(self._offsets).astype(np.int32)[self._text_ids[column]]
+
+    def text_ids(self, column: str) -> NDArray[np.int64]:
+        """Number of each row's text, (N,), over all columns: rows with the same number have the same text.
+
+        The reverse holds among some million neighbouring rows: beyond that a text may get a second number.
+        """
+        return self._text_ids[column]
 
     def num_truncated(self, column: str) -> int:
         """Texts that were longer than the encoder's max_length and lost their end."""
@@ -94,81 +107,130 @@ class TokenTable:
         return np.load(self.folder / "used_ids.npy")
 
 
-def tokenize(source: Source, text: TextPreparation, cache_dir: Path) -> TokenTable:
+def tokenize(source: Source, text: TextPreparation, cache_dir: Path, verify: bool = False) -> TokenTable:
     """The token table of ``source``; the first call builds it in ``cache_dir``, a large one on all cores.
+
+    Args:
+        source: rows of texts.
+        text: the encoder's tokenizer.
+        cache_dir: where tables lie.
+        verify: read a table that is there, and build it again where a file is damaged.
 
     Raises:
         ValueError: as ``load``, or a text without a single token.
     """
     key = hashlib.sha256(f"{_VERSION} {fingerprint(source)} {text.fingerprint}".encode()).hexdigest()[:24]
     folder = Path(cache_dir) / "tokens" / key
-    build_once(folder, partial(_build, source, text, Path(cache_dir)))
+    use(folder, partial(_build, source, text, Path(cache_dir)), verify)
     return TokenTable(folder)
 
 
+def _map(path: Path) -> NDArray[Any]:
+    return np.asarray(np.memmap(path, dtype=path.suffix[1:], mode="r"))
+
+
 def _build(source: Source, text: TextPreparation, cache_dir: Path, folder: Path) -> None:
-    rows = load(source, cache_dir)
-    lengths: dict[str, list[NDArray[np.int32]]] = {c: [] for c in source.text_columns}
-    num_truncated = dict.fromkeys(source.text_columns, 0)
-    spans = [(c, i, min(i + _SPAN, len(rows))) for c in source.text_columns for i in range(0, len(rows), _SPAN)]
-    with ExitStack() as stack:
-        # The ids may be larger than memory: they go to a plain file first, and Arrow maps that.
-        raw = {c: stack.enter_context((folder / f"{c}.raw").open("wb")) for c in source.text_columns}
-        for (column, start, _), (ids, pieces, cut) in zip(spans, _tokenize_spans(rows, text, spans), strict=True):
-            if not pieces.all():
-                row = start + int(np.argmin(pieces))
-                raise ValueError(f"{source.path}: column '{column}', row {row + 1}: the text has no token")
-            raw[column].write(ids.tobytes())
-            lengths[column].append(pieces)
-            num_truncated[column] += cut
-    _write(rows, {c: np.concatenate(parts) for c, parts in lengths.items()}, folder)
-    report = {"num_truncated": num_truncated, "num_skipped": num_skipped(source, cache_dir)}
-    (folder / "report.json").write_text(json.dumps(report))
-
-
-def _write(rows: Dataset, lengths: dict[str, NDArray[np.int32]], folder: Path) -> None:
-    arrays: dict[str, pa.Array] = {}
+    rows = load(source, cache_dir, verify=True)
+    num_skipped_rows = num_skipped(source, cache_dir)
     used = np.zeros(1, dtype=bool)
-    for column, pieces in lengths.items():
-        offsets = np.concatenate([[0], np.cumsum(pieces, dtype=np.int64)])
-        values = np.memmap(folder / f"{column}.raw", dtype=np.int32, mode="r")
-        assert len(values) == offsets[-1], (column, len(values), offsets[-1])
-        used = np.pad(used, (0, max(0, int(values.max()) + 1 - len(used))))
-        used[values] = True
-        flat = pa.Array.from_buffers(pa.int32(), len(values), [None, pa.py_buffer(values)])
-        arrays[column] = pa.LargeListArray.from_arrays(pa.array(offsets), flat)
-    for target in ("score", "label"):
-        if target in rows.column_names:
-            arrays[target] = rows.with_format("arrow")[target].combine_chunks()
-    batch = pa.record_batch(list(arrays.values()), names=list(arrays))
-    with pa.OSFile(str(folder / "tokens.arrow"), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
-        writer.write_batch(batch)
+    with ExitStack() as stack:
+
+        def array(name: str) -> Any:
+            return stack.enter_context((folder / name).open("wb"))
+
+        numbers = {c: array(f"{c}.int64") for c in source.text_columns}
+        values, offsets, truncated = array("ids.int32"), array("offsets.int64"), array("truncated.bool")
+        offsets.write(np.zeros(1, np.int64).tobytes())
+        num_texts = num_ids = 0
+        what = f"{source.path}: tokenising {len(rows):,} rows"
+        advance = stack.enter_context(shown_progress(what, len(rows), "rows", len(rows) >= _TEXTS_PER_PROCESS))
+        spans = _spans(rows, source.text_columns, numbers, advance)
+        for ids, pieces, cut in _tokenize_spans(spans, text, len(rows) * len(source.text_columns)):
+            if not pieces.all():
+                for file in numbers.values():
+                    file.flush()
+                _refuse_empty(source, num_texts + int(np.argmin(pieces)), folder)
+            values.write(ids.tobytes())
+            ends = num_ids + np.cumsum(pieces, dtype=np.int64)
+            offsets.write(ends.tobytes())
+            truncated.write(cut.tobytes())
+            num_ids, num_texts = int(ends[-1]), num_texts + len(pieces)
+            used = np.pad(used, (0, max(0, int(ids.max()) + 1 - len(used))))
+            used[ids] = True
     np.save(folder / "used_ids.npy", np.flatnonzero(used))
-    for column in lengths:
-        (folder / f"{column}.raw").unlink()
+    _write_targets(rows, folder)
+    report = {
+        "source": source.path,
+        "num_rows": len(rows),
+        "num_skipped": num_skipped_rows,
+        "num_truncated": {c: _count_truncated(folder, c) for c in source.text_columns},
+    }
+    (folder / "truncated.bool").unlink()
+    (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
 
 
-def _tokenize_spans(rows: Dataset, text: TextPreparation, spans: list[_Span]) -> Iterator[_Tokens]:
+def _spans(rows: Dataset, columns: tuple[str, ...], numbers: dict[str, Any], advance: Advance) -> Iterator[list[str]]:
+    """Distinct texts, some at a time; ``numbers`` are the files that get each row's number of its text."""
+    num_texts = 0
+    for batches in _segments(rows, columns):
+        texts = pa.concat_arrays([batch.column(c) for c in columns for batch in batches]).dictionary_encode()
+        texts_of_column = num_texts + texts.indices.to_numpy().astype(np.int64).reshape(len(columns), -1)
+        for column, texts_of_rows in zip(columns, texts_of_column, strict=True):
+            numbers[column].write(texts_of_rows.tobytes())
+        num_distinct, num_rows = len(texts.dictionary), texts_of_column.shape[1]
+        num_texts += num_distinct
+        for start in range(0, num_distinct, _SPAN):
+            yield texts.dictionary[start : start + _SPAN].to_pylist()
+            advance(num_rows * min(_SPAN, num_distinct - start) / num_distinct)
+
+
+def _segments(rows: Dataset, columns: tuple[str, ...]) -> Iterator[list[pa.RecordBatch]]:
+    """The batches of a data set, some at a time."""
+    taken: list[pa.RecordBatch] = []
+    num_rows = num_bytes = 0
+    for batch in rows.data.table.select(list(columns)).to_batches():
+        if taken and (num_rows + len(batch) > _SEGMENT_ROWS or num_bytes + batch.nbytes > _SEGMENT_BYTES):
+            yield taken
+            taken, num_rows, num_bytes = [], 0, 0
+        taken.append(batch)
+        num_rows, num_bytes = num_rows + len(batch), num_bytes + batch.nbytes
+    yield taken
+
+
+def _write_targets(rows: Dataset, folder: Path) -> None:
+    for target, suffix in (("score", "float32"), ("label", "int64")):
+        if target in rows.column_names:
+            with (folder / f"{target}.{suffix}").open("wb") as file:
+                for batch in rows.data.table.select([target]).to_batches():
+                    file.write(batch.column(0).to_numpy().astype(suffix, copy=False).tobytes())
+
+
+def _count_truncated(folder: Path, column: str) -> int:
+    truncated, texts = _map(folder / "truncated.bool"), _map(folder / f"{column}.int64")
+    return sum(int(truncated[texts[i : i + _SEGMENT_ROWS]].sum()) for i in range(0, len(texts), _SEGMENT_ROWS))
+
+
+def _refuse_empty(source: Source, text: int, folder: Path) -> None:
+    for column in source.text_columns:
+        rows = np.flatnonzero(_map(folder / f"{column}.int64") == text)
+        if len(rows):
+            raise ValueError(f"{source.path}: column '{column}', row {rows[0] + 1}: the text has no token")
+    raise AssertionError(text)
+
+
+def _tokenize_spans(spans: Iterator[list[str]], text: TextPreparation, num_texts: int) -> Iterator[_Tokens]:
     """Tokens of the spans, in their order.
 
     Processes instead of the tokenizer's own threads: with those, turning the result into Python lists stays
     on one core and takes longer than the threads save.
     """
-    num_texts = sum(stop - start for _, start, stop in spans)
-    num_processes = min(_num_cores(), num_texts // _TEXTS_PER_PROCESS)
+    num_processes = min(num_cores(), num_texts // _TEXTS_PER_PROCESS)
     if num_processes < 2:
         for span in spans:
-            yield _tokenize_span(rows, text, span)
+            yield _tokenize_span(text, span)
         return
-    logger.info("Tokenising %d texts with %d processes", num_texts, num_processes)
-    with ProcessPoolExecutor(num_processes, worker_context(), _start_worker, (rows, text)) as pool:
-        with shielded():
-            results = pool.map(_work, spans)
-        for result in results:
-            if received():
-                pool.shutdown(cancel_futures=True)
-                stop_if_asked()
-            yield result
+    with ProcessPoolExecutor(num_processes, worker_context(), _start_worker, (text,)) as pool:
+        yield from map_ahead(pool, _work, spans, ahead=4 * num_processes)
 
 
 def worker_context() -> SpawnContext:
@@ -181,33 +243,28 @@ def worker_context() -> SpawnContext:
     return multiprocessing.get_context("spawn")
 
 
-def _num_cores() -> int:
-    """Cores that this process may use: Slurm often gives fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _tokenize_span(rows: Dataset, text: TextPreparation, span: _Span) -> _Tokens:
-    column, start, stop = span
-    texts: list[str] = rows.with_format("arrow")[start:stop][column].to_pylist()
+def _tokenize_span(text: TextPreparation, texts: list[str]) -> _Tokens:
     ids = text(texts)
     pieces = np.fromiter(map(len, ids), np.int32, len(ids))
     flat = np.fromiter(chain.from_iterable(ids), np.int32, int(pieces.sum()))
     # Only a text that fills max_length may have been cut: ask whether one more place would be filled too.
-    full = [texts[i] for i in np.flatnonzero(pieces >= text.max_length)]
-    longer = replace(text, max_length=text.max_length + 1)
-    cut = sum(len(t) > text.max_length for t in longer(full)) if full else 0
+    full = np.flatnonzero(pieces >= text.max_length)
+    cut = np.zeros(len(ids), dtype=bool)
+    if len(full):
+        longer = replace(text, max_length=text.max_length + 1)([texts[i] for i in full])
+        cut[full] = [len(t) > text.max_length for t in longer]
     return flat, pieces, cut
 
 
 # Of a worker process: what all its spans share.
-_shared: tuple[Dataset, TextPreparation] | None = None
+_shared: TextPreparation | None = None
 
 
-def _start_worker(rows: Dataset, text: TextPreparation) -> None:
+def _start_worker(text: TextPreparation) -> None:
     global _shared
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are taken
-    _shared = rows, text
+    _shared = text
 
 
 def _end_with(parent: int) -> None:
@@ -217,6 +274,6 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def _work(span: _Span) -> _Tokens:
+def _work(texts: list[str]) -> _Tokens:
     assert _shared is not None
-    return _tokenize_span(*_shared, span)
+    return _tokenize_span(_shared, texts)

@@ -12,6 +12,7 @@ from typing import Any
 from sentence_transformers.util import load_file_path
 from tokenizers import normalizers
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import PaddingStrategy, TruncationStrategy
 
 from trainer.encoder.spec import EncoderSpec
 
@@ -38,15 +39,17 @@ class TextPreparation:
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
         if self.prompt:
             texts = [self.prompt + text for text in texts]
-        encoded = self.tokenizer(
-            list(texts),
-            truncation=True,
+        # What calling the tokenizer does, without the objects it makes per text, which cost a third of the time.
+        self.tokenizer.set_truncation_and_padding(  # type: ignore[attr-defined]
+            padding_strategy=PaddingStrategy.DO_NOT_PAD,
+            truncation_strategy=TruncationStrategy.LONGEST_FIRST,
             max_length=self.max_length,
-            padding=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
+            stride=0,
+            pad_to_multiple_of=None,
+            padding_side=None,
         )
-        return encoded["input_ids"]
+        encoded = self.tokenizer.backend_tokenizer.encode_batch_fast(list(texts))  # type: ignore[attr-defined]
+        return [text.ids for text in encoded]
 
     @cached_property
     def prompt_length(self) -> int:

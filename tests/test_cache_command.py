@@ -1,0 +1,115 @@
+"""`trainer cache`: what it shows, what it removes, and what it leaves because somebody needs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from trainer.cli import main
+from trainer.data.cache import build_once, clean, entries, use
+
+ROOT = Path(__file__).parents[1]
+HOLD = """
+import sys
+from pathlib import Path
+from trainer.data.cache import use
+use(Path(sys.argv[1]), None)
+print("in use", flush=True)
+sys.stdin.read()
+"""
+
+
+def _build(folder: Path) -> None:
+    (folder / "data.bin").write_bytes(bytes(1000))
+    (folder / "report.json").write_text(json.dumps({"source": "pairs.jsonl", "num_rows": 12_345}))
+
+
+def _make(cache: Path, name: str, days_old: float = 0.0) -> Path:
+    folder = cache / "tokens" / name
+    build_once(folder, _build)
+    then = time.time() - days_old * 86_400
+    os.utime(folder / "report.json", (then, then))
+    return folder
+
+
+def test_ls_shows_kind_source_rows_size_and_last_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _make(tmp_path, "a")
+    (tmp_path / "rows" / "b.unfinished").mkdir(parents=True)
+    (tmp_path / "rows" / "b.unfinished" / "half").write_bytes(bytes(500))
+    assert main(["cache", "ls", "--data.cache_dir", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    day = time.strftime("%Y-%m-%d")
+    cells = [line.split() for line in out.splitlines()]
+    num_bytes = sum(file.stat().st_size for file in (tmp_path / "tokens" / "a").iterdir())
+    assert ["tokens", "pairs.jsonl", "12,345", "1.1", "kB", day] in [line[:6] for line in cells]
+    assert 1050 < num_bytes < 1150
+    assert ["rows", "(unfinished)", "500", "bytes", day] in [line[:5] for line in cells]
+    assert f"(2 folders) in {tmp_path}" in out
+
+
+def test_clean_takes_leftovers_then_what_is_old_then_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old, new = _make(tmp_path, "old", days_old=31), _make(tmp_path, "new", days_old=29)
+    leftover = tmp_path / "tokens" / "killed.unfinished"
+    leftover.mkdir()
+    arguments = ["cache", "clean", "--data.cache_dir", str(tmp_path)]
+    assert main(arguments) == 0
+    assert (leftover.exists(), old.exists(), new.exists()) == (False, True, True)
+    assert capsys.readouterr().out == f"freed 0 bytes (1 folder) in {tmp_path}\n"
+    assert main([*arguments, "--older-than", "30"]) == 0
+    assert (old.exists(), new.exists()) == (False, True)
+    assert capsys.readouterr().out == f"freed 1.1 kB (1 folder) in {tmp_path}\n"
+    assert main([*arguments, "--all"]) == 0
+    assert entries(tmp_path) == []
+
+
+def test_a_use_makes_a_folder_young_again(tmp_path: Path) -> None:
+    folder = _make(tmp_path, "a", days_old=400)
+    build_once(folder, _build)
+    assert entries(tmp_path)[0].last_used < time.time() - 399 * 86_400, "to build is not to use"
+    use(folder, _build)
+    assert entries(tmp_path)[0].last_used > time.time() - 60
+
+
+def test_what_a_living_process_builds_or_uses_is_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = _make(tmp_path, "used")
+    building = tmp_path / "tokens" / "new.unfinished"
+    building.mkdir()
+    argv = [sys.executable, "-c", HOLD, str(folder)]
+    with (
+        FileLock(tmp_path / "tokens" / "new.lock"),
+        subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, text=True) as process,
+    ):
+        assert process.stdout is not None
+        assert process.stdout.readline() == "in use\n"
+        assert main(["cache", "clean", "--all", "--data.cache_dir", str(tmp_path)]) == 0
+        assert folder.exists()
+        assert building.exists()
+        out = capsys.readouterr().out
+        assert out.startswith("freed 0 bytes (0 folders)")
+        assert out.endswith("left 1.1 kB (2 folders) that a running process builds or uses\n")
+        process.kill()
+        process.wait()
+        removed, left = clean(tmp_path, older_than_s=0.0)  # a dead process uses nothing
+        assert [entry.folder for entry in removed] == [folder]
+        assert [entry.folder for entry in left] == [building]
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ([], "say what to do: trainer cache ls, or trainer cache clean --older-than DAYS"),
+        (["ls", "--all"], "'--all' is not understood here; see trainer cache --help"),
+        (["clean", "--older-than", "soon"], "--older-than is 'soon'; it must be a number of days, 0 or more"),
+        (["clean", "--older-than", "nan"], "--older-than is 'nan'; it must be a number of days, 0 or more"),
+    ],
+)
+def test_other_arguments_are_refused(args: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["cache", *args]) == 2
+    assert capsys.readouterr().err.strip() == said

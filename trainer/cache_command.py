@@ -1,0 +1,83 @@
+"""``trainer cache``: what lies in the cache, and how it gets smaller."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+
+from trainer.config_files import ConfigError
+from trainer.data.cache import Entry, clean, default_cache_dir, entries
+
+_DAY_S = 86_400
+
+
+def cache(args: Sequence[str]) -> int:
+    """Runs ``trainer cache ls`` or ``trainer cache clean``; the exit status is 0.
+
+    Raises:
+        ConfigError: the arguments are none of theirs.
+    """
+    action, rest = (args[0], list(args[1:])) if args else ("", [])
+    folder, older_than_s = default_cache_dir(), None
+    while rest:
+        flag = rest.pop(0)
+        if flag == "--data.cache_dir" and rest:
+            folder = Path(rest.pop(0))
+        elif flag == "--all" and action == "clean":
+            older_than_s = 0.0
+        elif flag == "--older-than" and action == "clean" and rest:
+            older_than_s = _seconds(rest.pop(0))
+        else:
+            raise ConfigError(f"'{flag}' is not understood here; see trainer cache --help")
+    if action == "ls":
+        _list(folder)
+    elif action == "clean":
+        _clean(folder, older_than_s)
+    else:
+        raise ConfigError("say what to do: trainer cache ls, or trainer cache clean --older-than DAYS")
+    return 0
+
+
+def _seconds(days: str) -> float:
+    try:
+        seconds = float(days) * _DAY_S
+    except ValueError:
+        seconds = -1.0
+    if not seconds >= 0:
+        raise ConfigError(f"--older-than is '{days}'; it must be a number of days, 0 or more")
+    return seconds
+
+
+def _list(folder: Path) -> None:
+    found = entries(folder)
+    table = Table("kind", "source", "rows", "size", "last used", box=None, pad_edge=False)
+    for column in table.columns[2:]:
+        column.justify, column.no_wrap = "right", True
+    table.columns[1].overflow = "fold"
+    for entry in found:
+        rows = "" if entry.num_rows is None else f"{entry.num_rows:,}"
+        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.last_used))
+        source = entry.source or entry.folder.name
+        table.add_row(entry.kind, source if entry.finished else "(unfinished)", rows, decimal(entry.num_bytes), used)
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:  # a pipe or a log has no width to fit
+        console.width = 200
+    if found:
+        console.print(table)
+    console.print(f"{_summary(found)} in {folder}", soft_wrap=True)
+
+
+def _clean(folder: Path, older_than_s: float | None) -> None:
+    removed, used = clean(folder, older_than_s)
+    print(f"freed {_summary(removed)} in {folder}")
+    if used:
+        print(f"left {_summary(used)} that a running process builds or uses")
+
+
+def _summary(found: Sequence[Entry]) -> str:
+    return f"{decimal(sum(entry.num_bytes for entry in found))} ({len(found)} folder{'s' * (len(found) != 1)})"
