@@ -1,12 +1,13 @@
 """The data module: sources, token tables, order and loaders of a run."""
 
 import logging
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Literal, Optional
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from trainer.batch import PackedBatch
 from trainer.data.batches import StepBatches
-from trainer.data.order import Order
+from trainer.data.order import Order, Permutation
 from trainer.data.sources import EvalSource, Source, load
 from trainer.data.tokens import TokenTable, tokenize, worker_context
 from trainer.distributed import gather
@@ -75,6 +76,8 @@ class PairData(LightningDataModule):
         train: training sources; a step takes rows of one of them.
         validation: sets to evaluate on.
         batch_size: rows per optimizer step over all ranks.
+        mixing: of several sources, one per step: proportional to their rows, round_robin until the smallest is used up,
+            or weighted by their weight.
         num_workers: loader processes per rank.
         max_rows: use only the first rows of each training source (debugging).
         cache_dir: of tokenised data; unset: $TRAINER_CACHE or ~/.cache/siamese-trainer.
@@ -88,6 +91,7 @@ class PairData(LightningDataModule):
         encoder: EncoderSpec,
         validation: Optional[list[EvalSource]] = None,
         batch_size: int = 16,
+        mixing: Literal["proportional", "round_robin", "weighted"] = "proportional",
         num_workers: int = 0,
         max_rows: Optional[int] = None,
         cache_dir: Optional[str] = None,
@@ -99,7 +103,11 @@ class PairData(LightningDataModule):
         self.train_sources = train
         self.validation_sources = validation or []
         self.encoder_spec = encoder
+        for source in train:
+            if not (math.isfinite(source.weight) and source.weight > 0):
+                raise ValueError(f"{source.path}: weight is {source.weight:g}; it must be above 0")
         self.batch_size = batch_size
+        self.mixing = mixing
         self.num_workers = num_workers
         self.max_rows = max_rows
         default_cache = os.environ.get("TRAINER_CACHE") or Path.home() / ".cache" / "siamese-trainer"
@@ -149,6 +157,12 @@ class PairData(LightningDataModule):
                     f"{source.path}: {rows} rows are fewer than data.batch_size {self.batch_size}: "
                     f"each epoch takes one short step of {rows} rows",
                 )
+        if left_out := self.order.rows_left_out:
+            gather.warn(
+                logger,
+                f"data.mixing round_robin: {left_out:,} of {sum(self.sizes):,} rows are left out of an epoch, "
+                "others in each: the source with the fewest steps ends it",
+            )
 
     def _say_what_is_lost(self, max_length: int) -> None:
         for source, table in zip(self.train_sources, self.tables, strict=True):
@@ -169,7 +183,9 @@ class PairData(LightningDataModule):
 
     @property
     def order(self) -> Order:
-        return Order(tuple(self.sizes), self.batch_size, self.seed)
+        parts = [Permutation(size) for size in self.sizes]
+        weights = tuple(source.weight for source in self.train_sources)
+        return Order(parts, self.batch_size, self.seed, self.mixing, weights)
 
     @property
     def steps_per_epoch(self) -> int:

@@ -44,6 +44,7 @@ class Source:
         revision: branch, tag or commit of a hub data set.
         on_bad_row: fail names the bad rows and stops, skip leaves them out and counts them.
         max_bad_rows: most rows that skip leaves out.
+        weight: share of the steps under data.mixing weighted.
     """
 
     path: str
@@ -55,6 +56,7 @@ class Source:
     revision: Optional[str] = None
     on_bad_row: Literal["fail", "skip"] = "fail"
     max_bad_rows: int = 100
+    weight: float = 1.0
 
     def __post_init__(self) -> None:
         for name in self.columns:
