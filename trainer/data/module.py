@@ -17,8 +17,9 @@ from torch.utils.data import DataLoader, Sampler
 
 from trainer.batch import PackedBatch
 from trainer.data.batches import StepBatches
-from trainer.data.order import Order, Permutation
+from trainer.data.order import Order
 from trainer.data.sources import EvalSource, Source, load
+from trainer.data.streaming import GIB, StreamedTable
 from trainer.data.tokens import TokenTable, tokenize, worker_context
 from trainer.distributed import gather
 from trainer.encoder.spec import EncoderSpec
@@ -81,6 +82,7 @@ class PairData(LightningDataModule):
         num_workers: loader processes per rank.
         max_rows: use only the first rows of each training source (debugging).
         cache_dir: of tokenised data; unset: $TRAINER_CACHE or ~/.cache/siamese-trainer.
+        stream_cache_gib: most disk space for the tokens of each source with streaming.
         encoder: linked from model.encoder.
         seed: of the order, linked from seed_everything.
     """
@@ -95,6 +97,7 @@ class PairData(LightningDataModule):
         num_workers: int = 0,
         max_rows: Optional[int] = None,
         cache_dir: Optional[str] = None,
+        stream_cache_gib: float = 20.0,
         seed: int = 42,
     ) -> None:
         super().__init__()
@@ -104,16 +107,27 @@ class PairData(LightningDataModule):
         self.validation_sources = validation or []
         self.encoder_spec = encoder
         for source in train:
+            if source.streaming and source.on_bad_row == "skip":
+                raise ValueError(
+                    f"{source.path}: on_bad_row: skip does not go with streaming: true, for rows are numbered before "
+                    "they are read; set on_bad_row: fail, or streaming: false"
+                )
             if not (math.isfinite(source.weight) and source.weight > 0):
                 raise ValueError(f"{source.path}: weight is {source.weight:g}; it must be above 0")
+        for held_out in validation or []:
+            if held_out.streaming:
+                raise ValueError(
+                    f"{held_out.path}: streaming: true is for data.train; an evaluation takes all rows: set it to false"
+                )
         self.batch_size = batch_size
         self.mixing = mixing
         self.num_workers = num_workers
         self.max_rows = max_rows
         default_cache = os.environ.get("TRAINER_CACHE") or Path.home() / ".cache" / "siamese-trainer"
         self.cache_dir = Path(cache_dir or default_cache)
+        self.stream_cache_gib = stream_cache_gib
         self.seed = seed
-        self.tables: list[TokenTable] = []
+        self.tables: list[TokenTable | StreamedTable] = []
         self.validation_sets: list[ValidationSet] = []
         self.allow_zero_length_dataloader_with_multiple_devices = True
 
@@ -125,17 +139,22 @@ class PairData(LightningDataModule):
     def prepare_data(self) -> None:
         """Build the caches, once per node; the other ranks wait and open them."""
         for source in self.train_sources:
-            tokenize(source, self.text, self.cache_dir)
+            self._open(source)
             stop_if_asked()
         for source in self.validation_sources:
             load(source, self.cache_dir)
             stop_if_asked()
 
+    def _open(self, source: Source) -> TokenTable | StreamedTable:
+        if source.streaming:
+            return StreamedTable(source, self.text, self.cache_dir, int(self.stream_cache_gib * GIB))
+        return tokenize(source, self.text, self.cache_dir)
+
     def setup(self, stage: Optional[str] = None) -> None:
         if self.validation_sets or self.tables:
             return
         if stage in (None, "fit"):
-            self.tables = [tokenize(source, self.text, self.cache_dir) for source in self.train_sources]
+            self.tables = [self._open(source) for source in self.train_sources]
             self._check_sizes()
             self._say_what_is_lost(self.text.max_length)
         self.validation_sets = [
@@ -166,6 +185,8 @@ class PairData(LightningDataModule):
 
     def _say_what_is_lost(self, max_length: int) -> None:
         for source, table in zip(self.train_sources, self.tables, strict=True):
+            if isinstance(table, StreamedTable):
+                continue  # nobody has read it yet
             if table.num_skipped:
                 gather.warn(logger, f"{source.path}: {table.num_skipped} bad rows are left out (on_bad_row: skip)")
             for column in table.columns:
@@ -179,11 +200,11 @@ class PairData(LightningDataModule):
     @property
     def sizes(self) -> list[int]:
         """Rows of each training source."""
-        return [min(table.num_rows, self.max_rows or table.num_rows) for table in self.tables]
+        return [table.shuffle(self.max_rows).size for table in self.tables]
 
     @property
     def order(self) -> Order:
-        parts = [Permutation(size) for size in self.sizes]
+        parts = [table.shuffle(self.max_rows) for table in self.tables]
         weights = tuple(source.weight for source in self.train_sources)
         return Order(parts, self.batch_size, self.seed, self.mixing, weights)
 
@@ -194,9 +215,13 @@ class PairData(LightningDataModule):
         limit = self.trainer.limit_train_batches if self.trainer is not None else 1.0
         return min(full, limit) if isinstance(limit, int) else max(1, int(full * limit))
 
-    def used_ids(self) -> torch.Tensor:
-        """Pieces that any training text uses, ascending, int64."""
-        return torch.from_numpy(np.unique(np.concatenate([table.used_ids() for table in self.tables])))
+    def used_ids(self) -> Optional[torch.Tensor]:
+        """Pieces that any training text uses, ascending, int64; None with streaming: nobody knows before the end."""
+        known = [table.used_ids() for table in self.tables if isinstance(table, TokenTable)]
+        if len(known) < len(self.tables):
+            gather.warn(logger, "streaming: the pieces to come are not known, so the whole vocabulary is trained")
+            return None
+        return torch.from_numpy(np.unique(np.concatenate(known)))
 
     def train_dataloader(self) -> StepLoader:
         batches = StepBatches(self.tables, self.order, self.steps_per_epoch, gather.rank(), gather.world_size())

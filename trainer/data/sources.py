@@ -45,6 +45,8 @@ class Source:
         on_bad_row: fail names the bad rows and stops, skip leaves them out and counts them.
         max_bad_rows: most rows that skip leaves out.
         weight: share of the steps under data.mixing weighted.
+        streaming: read while training instead of first. Parquet and Arrow files, here, on the hub or at an address of
+            fsspec (s3://...), keep an order that resumes anywhere; other files are read from front to back.
     """
 
     path: str
@@ -57,6 +59,7 @@ class Source:
     on_bad_row: Literal["fail", "skip"] = "fail"
     max_bad_rows: int = 100
     weight: float = 1.0
+    streaming: bool = False
 
     def __post_init__(self) -> None:
         for name in self.columns:
@@ -154,6 +157,10 @@ def num_skipped(source: Source, cache_dir: Path) -> int:
 
 def fingerprint(source: Source) -> str:
     """Hash of what ``load`` gives: bytes of the files (or the hub's commit) and the spec, not the path."""
+    if source.streaming:
+        from trainer.data.streaming import fingerprint as streamed  # it imports the checks of a source
+
+        return streamed(source)
     if is_hub_id(source.path):
         contents = [_hub_rows(source.path, source.subset, source.split, source.revision)._fingerprint]
     else:

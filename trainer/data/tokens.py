@@ -29,6 +29,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 
 from trainer.data.cache import build_once
+from trainer.data.order import Permutation
 from trainer.data.sources import Source, fingerprint, load, num_skipped
 from trainer.interruption import received, shielded, stop_if_asked
 
@@ -80,6 +81,15 @@ class TokenTable:
         values, offsets = self._values[column], self._offsets[column]
         starts, stops = offsets[rows].tolist(), offsets[rows + 1].tolist()
         return [values[start:stop] for start, stop in zip(starts, stops, strict=True)]
+
+    def targets(self, rows: NDArray[np.integer]) -> dict[str, NDArray[np.generic]]:
+        """What the rows have of label (int64) and score (float32): name -> one value per row."""
+        targets = {"label": self.labels, "score": self.scores}
+        return {name: values[rows] for name, values in targets.items() if values is not None}
+
+    def shuffle(self, max_rows: int | None) -> Permutation:
+        """The order of its rows, or of the first ``max_rows`` of them."""
+        return Permutation(min(self.num_rows, max_rows or self.num_rows))
 
     def lengths(self, column: str) -> NDArray[np.int32]:
         """Pieces of each text, special tokens included: (N,)."""

@@ -111,6 +111,8 @@ def _set_base(card: SentenceTransformerModelCardData, spec: EncoderSpec) -> None
 
 
 def _read(source: Source, cache_dir: Path) -> Dataset | None:
+    if source.streaming:  # reading all of it for a few samples is no bargain
+        return None
     try:
         return load(source, cache_dir)
     except Exception as error:
