@@ -6,6 +6,7 @@ Shape suffixes: b rows of the global batch, B rows of this rank, S segments (tex
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,6 +71,7 @@ class PackedBatch:
             every rank runs the same graph, and num_rows 0.
         source: index of the training source all rows come from.
         padded_tokens: pieces that a padded forward of each column would hold.
+        position: of a stream without an index behind this batch, for the checkpoint: loader worker and its reader's.
     """
 
     input_ids_T: Tensor
@@ -81,6 +83,7 @@ class PackedBatch:
     targets: Targets
     source: int = 0
     padded_tokens: int = 0
+    position: tuple[int, dict[str, Any]] | None = None
 
     @property
     def num_tokens(self) -> int:

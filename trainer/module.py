@@ -103,7 +103,7 @@ class EmbeddingModule(LightningModule):
         name = type(self.loss).__name__
         low, high = self.loss.min_columns, self.loss.max_columns
         num_labels = getattr(self.loss, "num_labels", None)
-        for source, table in zip(self.data.train_sources, self.data.tables, strict=True):
+        for source, table in zip(self.data.train_sources, self.data.inputs, strict=True):
             found = f"{source.path} has {', '.join(sorted(source.columns))}"
             if len(table.columns) < low or (high is not None and len(table.columns) > high):
                 wanted = f"{low}" if high == low else f"{low} or more" if high is None else f"{low} to {high}"

@@ -150,7 +150,7 @@ def test_a_bad_row_is_named_with_its_file_and_number(
     assert table._ahead is not None
     table._ahead.join()  # the thread says nothing: the step that needs the row does
     what = "is null" if column == "a" else "is nan, not a finite number|is null"
-    expected = f"one.parquet: row 5601: column '{column}' ({what})\n.*: 1 bad row in this slice; mend"
+    expected = f"one.parquet: row 5601: column '{column}' ({what})\n.*: 1 bad row among those just read; mend"
     with pytest.raises(ValueError, match=expected):
         table.ids("anchor", np.array([5200]))
 

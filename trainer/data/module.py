@@ -3,7 +3,7 @@
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,9 @@ from torch.utils.data import DataLoader, Sampler
 
 from trainer.batch import PackedBatch
 from trainer.data.batches import StepBatches
+from trainer.data.opaque import OpaqueBatches, OpaqueStream
 from trainer.data.order import Order
+from trainer.data.rowgroups import group_files
 from trainer.data.sources import EvalSource, Source, load
 from trainer.data.streaming import GIB, StreamedTable
 from trainer.data.tokens import TokenTable, tokenize, worker_context
@@ -53,7 +55,7 @@ class StepSampler(Sampler[int]):
         return iter(range(step, step - step % per_epoch + per_epoch))
 
     def __len__(self) -> int:
-        return self.data.order.steps_per_epoch  # Lightning applies limit_train_batches to it
+        return self.data.whole_steps_per_epoch  # Lightning applies limit_train_batches to it
 
 
 class StepLoader(DataLoader[PackedBatch]):
@@ -128,6 +130,8 @@ class PairData(LightningDataModule):
         self.stream_cache_gib = stream_cache_gib
         self.seed = seed
         self.tables: list[TokenTable | StreamedTable] = []
+        self.stream: Optional[OpaqueStream] = None
+        self._positions: dict[int, dict[str, Any]] = {}  # of this rank's readers of the stream
         self.validation_sets: list[ValidationSet] = []
         self.allow_zero_length_dataloader_with_multiple_devices = True
 
@@ -139,22 +143,39 @@ class PairData(LightningDataModule):
     def prepare_data(self) -> None:
         """Build the caches, once per node; the other ranks wait and open them."""
         for source in self.train_sources:
-            self._open(source)
+            if not source.streaming:
+                tokenize(source, self.text, self.cache_dir)
             stop_if_asked()
         for source in self.validation_sources:
             load(source, self.cache_dir)
             stop_if_asked()
 
-    def _open(self, source: Source) -> TokenTable | StreamedTable:
-        if source.streaming:
-            return StreamedTable(source, self.text, self.cache_dir, int(self.stream_cache_gib * GIB))
-        return tokenize(source, self.text, self.cache_dir)
+    def _open_training(self) -> None:
+        opaque = [source for source in self.train_sources if source.streaming and group_files(source) is None]
+        if opaque:
+            self._open_stream(opaque[0])
+            return
+        max_bytes = int(self.stream_cache_gib * GIB)
+        self.tables = [
+            StreamedTable(source, self.text, self.cache_dir, max_bytes)
+            if source.streaming
+            else tokenize(source, self.text, self.cache_dir)
+            for source in self.train_sources
+        ]
+
+    def _open_stream(self, source: Source) -> None:
+        what = f"{source.path}: a stream that is no Parquet or Arrow has no index and no length"
+        if len(self.train_sources) > 1:
+            raise ValueError(f"{what}, so it can't be mixed with other sources; convert it to Parquet")
+        if self.trainer is not None and self.trainer.max_steps < 1:
+            raise ValueError(f"{what}; set trainer.max_steps")
+        self.stream = OpaqueStream(source, self.text, self.seed, self.max_rows)
 
     def setup(self, stage: Optional[str] = None) -> None:
-        if self.validation_sets or self.tables:
+        if self.validation_sets or self.inputs:
             return
         if stage in (None, "fit"):
-            self.tables = [self._open(source) for source in self.train_sources]
+            self._open_training()
             self._check_sizes()
             self._say_what_is_lost(self.text.max_length)
         self.validation_sets = [
@@ -169,6 +190,8 @@ class PairData(LightningDataModule):
                 f"data.batch_size is {self.batch_size} rows over all ranks, but there are {ranks} ranks; "
                 f"raise data.batch_size to {ranks} or more, or use fewer devices"
             )
+        if self.stream is not None:
+            return
         for source, rows in zip(self.train_sources, self.sizes, strict=True):
             if rows < self.batch_size:
                 gather.warn(
@@ -184,8 +207,8 @@ class PairData(LightningDataModule):
             )
 
     def _say_what_is_lost(self, max_length: int) -> None:
-        for source, table in zip(self.train_sources, self.tables, strict=True):
-            if isinstance(table, StreamedTable):
+        for source, table in zip(self.train_sources, self.inputs, strict=True):
+            if not isinstance(table, TokenTable):
                 continue  # nobody has read it yet
             if table.num_skipped:
                 gather.warn(logger, f"{source.path}: {table.num_skipped} bad rows are left out (on_bad_row: skip)")
@@ -198,33 +221,55 @@ class PairData(LightningDataModule):
                     )
 
     @property
+    def inputs(self) -> Sequence[TokenTable | StreamedTable | OpaqueStream]:
+        """What each training source is read from."""
+        return self.tables if self.stream is None else [self.stream]
+
+    @property
     def sizes(self) -> list[int]:
-        """Rows of each training source."""
+        """Rows of each training source; none of a stream."""
         return [table.shuffle(self.max_rows).size for table in self.tables]
 
     @property
     def order(self) -> Order:
+        if self.stream is not None:
+            raise ValueError(f"{self.stream.source.path}: the rows of a stream have no order that can be planned")
         parts = [table.shuffle(self.max_rows) for table in self.tables]
         weights = tuple(source.weight for source in self.train_sources)
         return Order(parts, self.batch_size, self.seed, self.mixing, weights)
 
     @property
+    def whole_steps_per_epoch(self) -> int:
+        """Steps that the rows give; of a stream, which has no end, those of the run."""
+        if self.stream is None:
+            return self.order.steps_per_epoch
+        assert self.trainer is not None
+        return self.trainer.max_steps
+
+    @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps of one epoch, ``trainer.limit_train_batches`` considered."""
-        full = self.order.steps_per_epoch
+        full = self.whole_steps_per_epoch
         limit = self.trainer.limit_train_batches if self.trainer is not None else 1.0
         return min(full, limit) if isinstance(limit, int) else max(1, int(full * limit))
 
     def used_ids(self) -> Optional[torch.Tensor]:
         """Pieces that any training text uses, ascending, int64; None with streaming: nobody knows before the end."""
         known = [table.used_ids() for table in self.tables if isinstance(table, TokenTable)]
-        if len(known) < len(self.tables):
+        if self.stream is not None or len(known) < len(self.tables):
             gather.warn(logger, "streaming: the pieces to come are not known, so the whole vocabulary is trained")
             return None
         return torch.from_numpy(np.unique(np.concatenate(known)))
 
     def train_dataloader(self) -> StepLoader:
-        batches = StepBatches(self.tables, self.order, self.steps_per_epoch, gather.rank(), gather.world_size())
+        rank, world_size = gather.rank(), gather.world_size()
+        batches: StepBatches | OpaqueBatches
+        if self.stream is not None:
+            batches = OpaqueBatches(
+                self.stream, self.batch_size, rank, world_size, self.num_workers, dict(self._positions)
+            )
+        else:
+            batches = StepBatches(self.tables, self.order, self.steps_per_epoch, rank, world_size)
         return StepLoader(
             batches,
             batch_size=None,
@@ -233,6 +278,30 @@ class PairData(LightningDataModule):
             multiprocessing_context=worker_context() if self.num_workers else None,
             pin_memory=torch.cuda.is_available(),
         )
+
+    # -- the place in a stream, which no step number tells ---------------------------------------------------
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Lightning calls it with each batch before its step: not when a worker has it ready."""
+        if isinstance(batch, PackedBatch) and batch.position is not None:
+            worker, position = batch.position
+            self._positions[worker] = position
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.stream is None:
+            return {}  # the step says it all
+        return {"workers": max(1, self.num_workers), "positions": gather.gather_objects(self._positions)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        ranks, workers = len(state["positions"]), state["workers"]
+        if (ranks, workers) != (gather.world_size(), max(1, self.num_workers)):
+            raise ValueError(
+                f"the stream was read by {ranks} ranks with {workers} loader workers each, now there are "
+                f"{gather.world_size()} with {max(1, self.num_workers)}: a stream without an index goes on with the "
+                "same numbers only; convert it to Parquet to change them"
+            )
+        self._positions = dict(state["positions"][gather.rank()])
 
     def val_dataloader(self) -> DataLoader[int]:
         """One item: it makes ``trainer validate`` run once; the evaluation callback does the work."""

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from trainer.data.checks import BadRows, checked_rows
 from trainer.data.order import SLICE_ROWS, BlockShuffle
-from trainer.data.rowgroups import group_files, read_arrow_rows, read_rows, write_group
+from trainer.data.rowgroups import group_files, read_arrow_rows, read_rows, stream_digests, write_group
 from trainer.data.rows import table_rows
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ class StreamedTable:
         before = int(self._first_in_file[group]) + start
         records = table_rows(file.url, rows.schema, rows.to_batches())
         numbered = replace(records, records=((before + row, record) for row, record in records.records))
-        bad = _StreamedBadRows(self.source)
+        bad = StreamedBadRows(self.source)
         cells = list(checked_rows(self.source, numbered, bad))
         bad.close()
         values = dict(zip(self.source.canonical_columns, zip(*cells, strict=True), strict=True))
@@ -274,10 +274,14 @@ class StreamedTable:
                 excess -= size
 
 
-class _StreamedBadRows(BadRows):
+class StreamedBadRows(BadRows):
+    """Refuses bad rows; none can be skipped, for nobody knows the rows behind them."""
+
     def _refuse(self, count: str) -> NoReturn:
         quoted = "\n".join(self.first)
-        raise ValueError(f"{quoted}\n{self.source.path}: {count} in this slice; mend them, or set streaming: false")
+        raise ValueError(
+            f"{quoted}\n{self.source.path}: {count} among those just read; mend them, or set streaming: false"
+        )
 
 
 @contextmanager
@@ -300,10 +304,12 @@ def fingerprint(source: Source) -> str:
     """Hash of what streaming gives: size and footer of each file (not all its bytes, which may be far), and the spec.
 
     A Parquet footer holds the place, size and statistics of every column chunk, so other rows have another one but
-    for rows that were changed by hand without changing a size, the least or the greatest value.
+    for rows that were changed by hand without changing a size, the least or the greatest value. Of files without a
+    footer the first and the last MiB count.
     """
-    files = group_files(source) or []
+    files = group_files(source)
+    digests = [file.digest for file in files] if files is not None else stream_digests(source)
     columns = sorted(source.columns.items())
     maps = [source.score_range and list(source.score_range), source.label_map and sorted(source.label_map.items())]
-    spec = json.dumps([_VERSION, [file.digest for file in files], columns, maps], ensure_ascii=True)
+    spec = json.dumps([_VERSION, digests, columns, maps], ensure_ascii=True)
     return hashlib.sha256(spec.encode()).hexdigest()[:24]
