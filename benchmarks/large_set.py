@@ -198,7 +198,7 @@ def load(data: Path, cache: Path, encoder: Path, steps: int) -> dict[str, Any]:
         "rss_anon_mb_median": round(sorted(seen)[len(seen) // 2], 1),
         "rss_anon_mb_most": round(max(seen), 1),
         "steps": steps,
-        "cpu_s": round(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]), 1),
+        "cpu_s_of_main_process": round(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]), 1),
     }
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import pickle
 import re
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -18,7 +21,9 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 from filelock import FileLock
+from torch._utils import ExceptionWrapper
 
+from tests.stub_hub import stub_hub
 from trainer.data.batches import StepBatches
 from trainer.data.module import PairData, StepLoader, StepSampler
 from trainer.data.order import SLICE_ROWS
@@ -153,6 +158,12 @@ def test_a_bad_row_is_named_with_its_file_and_number(
     expected = f"one.parquet: row 5601: column '{column}' ({what})\n.*: 1 bad row among those just read; mend"
     with pytest.raises(ValueError, match=expected):
         table.ids("anchor", np.array([5200]))
+    try:
+        table.ids("anchor", np.array([5200]))
+    except ValueError:
+        carried = ExceptionWrapper(where="in DataLoader worker process 0")  # as a worker does
+    with pytest.raises(ValueError, match=r"^[^ ]*one.parquet: row 5601: column [^\n]*\n[^\n]*$"):
+        carried.reraise()
 
 
 def test_what_can_not_be_streamed_is_said(parquet: Path, text: TextPreparation, tmp_path: Path) -> None:
@@ -325,3 +336,39 @@ def test_max_rows_takes_the_first_rows_only(parquet: Path, tiny_encoder: Path, t
     data = make_data([Source(str(parquet), COLUMNS, streaming=True)], tiny_encoder, tmp_path, max_rows=3500)
     rows = [row for _, rows, _ in read_steps(data, 0, 4, 0) for row in rows]
     assert sorted(rows) == list(range(3500))
+
+
+HUB = """
+import sys
+import numpy as np
+from trainer.data.sources import Source
+from trainer.data.streaming import StreamedTable
+from trainer.encoder import EncoderSpec
+from trainer.encoder.text import load_text_preparation
+
+text = load_text_preparation(EncoderSpec(sys.argv[1], max_length=32))
+table = StreamedTable(Source("org/rows", {"text": "a", "label": "y"}, streaming=True), text, sys.argv[2])
+rows = np.array([0, 3500, 8100])
+print(table.num_rows, table.targets(rows)["label"].tolist(), [ids.tolist() for ids in table.ids("text", rows)])
+print([file.url for file, _ in table._groups][0])
+"""
+
+
+def test_a_hub_set_of_parquet_is_read_by_row_group(
+    parquet: Path, frame: pd.DataFrame, tiny_encoder: Path, text: TextPreparation, tmp_path: Path
+) -> None:
+    """In a process of its own, for the address of the hub is read at the import; whole files are not fetched."""
+    (tmp_path / "rows").mkdir()
+    for number, name in enumerate(("one", "two")):
+        (tmp_path / "rows" / f"train-{number:05d}-of-00002.parquet").symlink_to(parquet / f"{name}.parquet")
+    with stub_hub({}, {"org/rows": tmp_path / "rows"}) as hub:
+        environment = {**os.environ, "HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf")}
+        command = [sys.executable, "-c", HUB, str(tiny_encoder), str(tmp_path / "cache")]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [0, 3500, 8100]
+    expected = f"{NUM_ROWS} {frame.y.iloc[rows].tolist()} {text(frame['a'].iloc[rows].tolist())}"
+    first, second = done.stdout.splitlines()[-2:]
+    assert first == expected
+    assert second.startswith("hf://datasets/org/rows@")
+    assert not list((tmp_path / "hf").rglob("*.parquet"))

@@ -25,7 +25,7 @@ from trainer.data.checks import checked_rows
 from trainer.data.collate import pack
 from trainer.data.files import data_format, is_hub_id
 from trainer.data.order import mix, permute, split_rows
-from trainer.data.rowgroups import file_urls
+from trainer.data.rowgroups import StreamError, file_urls
 from trainer.data.rows import Rows
 from trainer.data.streaming import StreamedBadRows
 
@@ -170,7 +170,10 @@ class Reader:
             self._pass, self._buffer, self._before = self._pass + 1, 0, 0
             self._open(None)
             return self._fill()
-        self._cells = self._checked(batch)
+        try:
+            self._cells = self._checked(batch)
+        except ValueError as error:
+            raise StreamError(str(error)) from error
         self._size, self._place = len(next(iter(self._cells.values()))), 0
         key = mix(self.stream.seed, self._pass, self.number, self._buffer)
         self._order = permute(np.arange(self._size), self._size, key)

@@ -27,6 +27,16 @@ _READERS = 16  # footers that are read at the same time: far files answer slowly
 _INDEXED = (".parquet", ".arrow")
 
 
+class StreamError(ValueError):
+    """Rows that can't be used, met while training.
+
+    A loader puts the traceback of its worker before the message; what the user can act on is the end.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.rpartition("StreamError: ")[2].rstrip())
+
+
 @dataclass(frozen=True)
 class GroupFile:
     """A file that can be read by group.

@@ -26,7 +26,14 @@ from numpy.typing import NDArray
 
 from trainer.data.checks import BadRows, checked_rows
 from trainer.data.order import SLICE_ROWS, BlockShuffle
-from trainer.data.rowgroups import group_files, read_arrow_rows, read_rows, stream_digests, write_group
+from trainer.data.rowgroups import (
+    StreamError,
+    group_files,
+    read_arrow_rows,
+    read_rows,
+    stream_digests,
+    write_group,
+)
 from trainer.data.rows import table_rows
 
 if TYPE_CHECKING:
@@ -82,8 +89,8 @@ class StreamedTable:
         self._groups = [(file, number) for file in files for number in range(len(file.group_sizes))]
         self._first_in_file = np.concatenate([np.cumsum(file.group_sizes) - file.group_sizes for file in files])
         self.group_sizes = tuple(chain.from_iterable(file.group_sizes for file in files))
-        shuffle = BlockShuffle(self.group_sizes)
-        self._starts, self.num_rows = shuffle.group_starts, shuffle.size
+        self._shuffle = BlockShuffle(self.group_sizes)
+        self._starts, self.num_rows = self._shuffle.group_starts, self._shuffle.size
         slices_of_group = -(-np.array(self.group_sizes) // SLICE_ROWS)
         self._first_slice = np.concatenate([[0], np.cumsum(slices_of_group)])
         key = f"{_VERSION} {fingerprint(source)} {text.fingerprint}"
@@ -99,7 +106,7 @@ class StreamedTable:
     def shuffle(self, max_rows: int | None) -> BlockShuffle:
         """The order of its rows, or of the first ``max_rows`` of them."""
         if max_rows is None or max_rows >= self.num_rows:
-            return BlockShuffle(self.group_sizes)
+            return self._shuffle  # one object, for it remembers the groups of a pass
         cut = np.minimum(self._starts, max_rows)
         return BlockShuffle(tuple(np.diff(cut).tolist()))
 
@@ -191,11 +198,14 @@ class StreamedTable:
                 return False
             if not path.exists():
                 unfinished = path.with_suffix(".unfinished")  # we hold the lock: whoever left one was killed
-                build(unfinished)
+                try:
+                    build(unfinished)
+                except ValueError as error:
+                    raise StreamError(str(error)) from error
                 with unfinished.open("rb") as written:
                     os.fsync(written.fileno())
+                self._unchecked_bytes += unfinished.stat().st_size
                 unfinished.rename(path)
-                self._unchecked_bytes += path.stat().st_size
         if self._unchecked_bytes > self.max_bytes // 100:
             self._unchecked_bytes = 0
             self._drop_oldest()
