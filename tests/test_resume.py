@@ -190,7 +190,7 @@ def test_streamed_on_two_ranks_killed_and_resumed_on_one(config: Path) -> None:
     before = rows_by_step(run_dir)
     assert before == {step: whole[step] for step in before}
     assert len(before) >= 16
-    resumed = fit(parquet, run_dir, *cold, "--ckpt_path", "auto", "--data.num_workers", "1", *note)
+    resumed = fit(parquet, run_dir, *cold, "--ckpt_path", "auto", *note)
     assert resumed.returncode == 0, resumed.stderr
     after = rows_by_step(run_dir)
     assert after == {step: whole[step] for step in range(15, 22)}

@@ -159,6 +159,8 @@ def test_what_a_stream_can_not_do_is_said(text: TextPreparation, tiny_encoder: P
         endless.setup("fit")
     with pytest.raises(ValueError, match="so it can't be mixed with other sources; convert it to Parquet"):
         PairData([source, source], EncoderSpec(str(tiny_encoder)), cache_dir=str(tmp_path)).setup("fit")
+    with pytest.raises(ValueError, match="the rows of a stream have no order that can be planned"):
+        _ = make_data(source, tiny_encoder, 0, tmp_path).order
     saved = {"workers": 2, "positions": [{}, {}, {}]}
     with pytest.raises(
         ValueError, match=r"by 3 ranks with 2 loader workers each, now there are 1 with 1: .* same numbers"

@@ -186,6 +186,18 @@ def test_what_can_not_be_streamed_is_said(parquet: Path, text: TextPreparation, 
         PairData([], EncoderSpec("x"), validation=[EvalSource("x", COLUMNS, streaming=True, name="dev")])
 
 
+def test_a_damaged_group_is_named(frame: pd.DataFrame, text: TextPreparation, tmp_path: Path) -> None:
+    folder = write_parquet(frame, tmp_path / "set")
+    table = StreamedTable(Source(str(folder), COLUMNS, streaming=True), text, tmp_path)
+    file = folder / "two.parquet"
+    data = file.read_bytes()
+    end = len(data) // 5  # inside the first of its groups
+    file.write_bytes(data[:4] + bytes(end) + data[4 + end :])
+    table.ids("anchor", np.array([8099]))
+    with pytest.raises(ValueError, match=r"two.parquet: row group 1 cannot be read: "):
+        table.ids("anchor", np.array([8100]))
+
+
 def test_the_fingerprint_follows_the_files(parquet: Path, frame: pd.DataFrame, tmp_path: Path) -> None:
     source = Source(str(parquet), COLUMNS, streaming=True)
     copy = write_parquet(frame, tmp_path / "copy")
@@ -274,7 +286,8 @@ def read_steps(data: PairData, start: int, stop: int, workers: int, rank: int = 
 
 
 def join(ranks: list[list]) -> list:
-    """Rows of the steps of all ranks."""
+    """Rows of the steps of all ranks, which take the same source."""
+    assert all(len({step[0] for step in one}) == 1 for one in zip(*ranks, strict=True))
     return [(one[0][0], [row for step in one for row in step[1]]) for one in zip(*ranks, strict=True)]
 
 
@@ -308,6 +321,8 @@ def test_workers_that_come_and_go_change_nothing(parquet: Path, tiny_encoder: Pa
     data = make_data([source, small], tiny_encoder, tmp_path / "one")
     whole = read_steps(data, 0, 50, 0)
     assert {step[0] for step in whole} == {0, 1}
+    alone = [(number, rows) for number, rows, _ in whole[:20]]
+    assert join([read_steps(data, 0, 20, 0, rank, 2) for rank in (0, 1)]) == alone
     shared = make_data([source, small], tiny_encoder, tmp_path / "two")
     parts = read_steps(shared, 0, 7, 2), read_steps(shared, 7, 10, 0), read_steps(shared, 10, 50, 0)
     assert [step for part in parts for step in part] == whole
