@@ -1,5 +1,6 @@
-"""Callbacks for tests: one ends the process as SIGKILL does at a chosen step, one waits there for a signal."""
+"""Callbacks for tests: end the process as SIGKILL does at a chosen step, wait there for a signal, note all rows."""
 
+import json
 import os
 import signal
 import time
@@ -32,3 +33,12 @@ class WaitAt(Callback):
             deadline = time.monotonic() + 2.0
             while time.monotonic() < deadline:  # in pieces: a handler runs between two of them
                 time.sleep(0.05)
+
+
+class NoteRows(Callback):
+    """Writes the rows of each step of this rank into the run directory, before it is taken."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        line = json.dumps([trainer.global_step, batch.targets.row_ids_B.tolist()])
+        with Path(trainer.default_root_dir, f"rows-{trainer.global_rank}.jsonl").open("a") as file:
+            file.write(line + "\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -53,7 +54,12 @@ def stub_hub(models: Mapping[str, Path], datasets: Mapping[str, Path]) -> Iterat
             if not path.is_file():
                 return self.send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
             data = path.read_bytes()
-            self.send(200, data, {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": COMMIT})
+            about = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": COMMIT}
+            if wanted := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
+                first, last = int(wanted[1]), min(int(wanted[2]), len(data) - 1)
+                about["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
+                return self.send(206, data[first : last + 1], about)
+            self.send(200, data, about)
 
         def send_json(self, value: object) -> None:
             self.send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -148,3 +149,65 @@ def test_zero_writes_what_ddp_writes(undisturbed: tuple[tuple[str, ...], Path], 
     assert losses(run_dir) == pytest.approx(losses(reference), rel=1e-5)
     names = [{path.relative_to(f / "model") for path in (f / "model").rglob("*")} for f in (run_dir, reference)]
     assert names[0] == names[1]
+
+
+def rows_by_step(run_dir: Path) -> dict[int, list[int]]:
+    """Step -> its rows, rank behind rank, as `kill_at.NoteRows` wrote them."""
+    found: dict[int, list[int]] = {}
+    for path in sorted(run_dir.glob("rows-*.jsonl")):
+        for line in path.read_text().splitlines():
+            step, rows = json.loads(line)
+            found.setdefault(step, []).extend(rows)
+        path.unlink()
+    return found
+
+
+def streamed(config: Path, name: str, path: Path) -> Path:
+    """The run, but it reads ``path`` while it trains."""
+    content = json.loads(config.read_text())
+    content["data"]["train"][0] |= {"path": str(path), "streaming": True}
+    content["data"] |= {"validation": [], "cache_dir": str(config.parent / f"cache-{name}")}
+    written = config.parent / f"{name}.yaml"
+    written.write_text(json.dumps(content))
+    return written
+
+
+def test_streamed_on_two_ranks_killed_and_resumed_on_one(config: Path) -> None:
+    """The rows of every step are those of a run on one rank that was never stopped; slices come from a cold cache."""
+    rows = pd.read_json(config.parent / "train.jsonl.gz", lines=True)
+    rows.to_parquet(config.parent / "train.parquet", row_group_size=7)
+    parquet = streamed(config, "parquet", config.parent / "train.parquet")
+    note = ("--trainer.callbacks+=kill_at.NoteRows",)
+    done = fit(parquet, config.parent / "parquet-whole", *note)
+    assert done.returncode == 0, done.stderr
+    assert "the whole vocabulary is trained" in done.stderr
+    whole = rows_by_step(config.parent / "parquet-whole")
+    for epoch in (0, 1):
+        assert sorted(row for step in range(11) for row in whole[11 * epoch + step]) == list(range(ROWS))
+
+    run_dir, cold = config.parent / "parquet-killed", ("--data.cache_dir", str(config.parent / "cache-cold"))
+    kill = ("--trainer.callbacks+=kill_at.KillAt", "--trainer.callbacks.step=16")
+    killed = fit(parquet, run_dir, *cold, "--trainer.devices", "2", "--trainer.strategy", "ddp", *note, *kill)
+    assert killed.returncode != 0
+    before = rows_by_step(run_dir)
+    assert before == {step: whole[step] for step in before}
+    assert len(before) >= 16
+    resumed = fit(parquet, run_dir, *cold, "--ckpt_path", "auto", *note)
+    assert resumed.returncode == 0, resumed.stderr
+    after = rows_by_step(run_dir)
+    assert after == {step: whole[step] for step in range(15, 22)}
+
+
+def test_a_stream_without_an_index_goes_on_at_its_place(config: Path) -> None:
+    """From the checkpoint of step 6, with the weights, bit for bit, of the run that wrote it."""
+    opaque = streamed(config, "opaque", config.parent / "train.jsonl.gz")
+    steps = ("--trainer.max_epochs", "-1", "--trainer.max_steps", "22", "--trainer.callbacks+=kill_at.NoteRows")
+    whole, resumed = config.parent / "opaque-whole", config.parent / "opaque-resumed"
+    done = fit(opaque, whole, *steps)
+    assert done.returncode == 0, done.stderr
+    rows = rows_by_step(whole)
+    assert sorted(row for step in range(11) for row in rows[step]) == list(range(ROWS))
+    again = fit(opaque, resumed, *steps, "--ckpt_path", str(whole / "checkpoints" / "step-00000006"))
+    assert again.returncode == 0, again.stderr
+    assert rows_by_step(resumed) == {step: rows[step] for step in range(6, 22)}
+    assert_same_end(whole, resumed)

@@ -85,6 +85,7 @@ class PackedBatch(_Sent):
             every rank runs the same graph, and num_rows 0.
         source: index of the training source all rows come from.
         padded_tokens: pieces that a padded forward of each column would hold.
+        position: of a stream without an index behind this batch, for the checkpoint: loader worker and its reader's.
     """
 
     input_ids_T: Tensor
@@ -96,6 +97,7 @@ class PackedBatch(_Sent):
     targets: Targets
     source: int = 0
     padded_tokens: int = 0
+    position: tuple[int, dict[str, Any]] | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -127,6 +127,8 @@ def _reads_late(norm: Tensor, optimizer: torch.optim.Optimizer) -> bool:
 
 def _report(data: PairData, step: int, ranks: list[int]) -> dict[str, Any]:
     """The rows of a step, which are a function of its number alone."""
+    if data.stream is not None:  # its rows have no numbers that say where they are
+        return {"step": step + 1, "source": data.stream.source.path, "ranks_with_bad_loss": ranks, "rows": []}
     plan = data.order.step(*divmod(step, data.steps_per_epoch))
     shares = split_rows(len(plan.rows), gather.world_size())
     starts = [sum(shares[:rank]) for rank in range(len(shares))]

@@ -12,7 +12,7 @@ from typing import Any, Optional, Union
 _PART = re.compile(
     r"seed_everything"
     r"|model\.(?!max_tokens$|print_first_batch$).*"
-    r"|data\.(?!num_workers$|cache_dir$|validation(\.|$)|train\.\d+\.path$).*"
+    r"|data\.(?!num_workers$|cache_dir$|stream_cache_gib$|validation(\.|$)|train\.\d+\.path$).*"
     r"|trainer\.(max_epochs|max_steps|precision|strategy|limit_train_batches|overfit_batches|gradient_clip_\w+)"
 )
 _MAX_SHOWN = 6

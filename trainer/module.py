@@ -117,7 +117,9 @@ class EmbeddingModule(LightningModule):
             # The loss scaler of fp16 leaves out steps, and would not tell us to leave out their decay.
             known_decay = not self.weight_decay or str(self.trainer.precision) != "16-mixed"
             if self.encoder_spec.compact_vocabulary == "auto" and known_decay:
-                self.encoder.compact_vocabulary(self.data.used_ids())
+                used_ids = self.data.used_ids()
+                if used_ids is not None:
+                    self.encoder.compact_vocabulary(used_ids)
         # No buffer of ours changes from batch to batch differently on different ranks. DDP would broadcast all of
         # them before every forward, the frozen embedding matrix (hundreds of MB) included.
         nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
@@ -126,7 +128,7 @@ class EmbeddingModule(LightningModule):
 
     def _check_columns(self) -> None:
         """The columns of every source against what its loss takes."""
-        for source, table in zip(self.data.train_sources, self.data.tables, strict=True):
+        for source, table in zip(self.data.train_sources, self.data.inputs, strict=True):
             loss = self.loss_of(source)
             name = type(loss).__name__
             low, high = loss.min_columns, loss.max_columns
@@ -137,7 +139,7 @@ class EmbeddingModule(LightningModule):
                 columns = "text column" if wanted == "1" else "text columns"
                 raise ValueError(f"{name} takes {wanted} {columns}, {found}; change data.train columns")
             for need in sorted(loss.needs):
-                if getattr(table, need) is None:
+                if need[:-1] not in source.columns:
                     raise ValueError(f"{name} needs a column '{need[:-1]}', {found}; map it in data.train columns")
             if num_labels is not None and table.labels is not None:
                 low_label, high_label = int(table.labels.min()), int(table.labels.max())

@@ -159,7 +159,9 @@ def check_data(parts: Parts) -> str:
 
     num_files, num_bytes, num_hub = 0, 0, 0
     for source in (*parts.datamodule.train_sources, *parts.datamodule.validation_sources):
-        if is_hub_id(source.path):
+        if source.streaming:
+            fingerprint(source)  # reads the footers
+        if "://" in source.path or is_hub_id(source.path):
             num_hub += 1
             if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
                 fingerprint(source)  # only the cache can have it

@@ -27,6 +27,9 @@ def prepare(args: Sequence[str]) -> int:
     assert folder is not None
     _say("backbone", spec.backbone, "", folder)
     for source in data.train_sources:
+        if source.streaming:
+            print(f"train      {source.path}: is read while it trains; nothing to prepare")
+            continue
         table = tokenize(source, data.text, data.cache_dir)
         tokens = sum(int(table.lengths(column).sum()) for column in table.columns)
         _say("train", source.path, f"{table.num_rows:,} rows, {tokens:,} tokens", table.folder)

@@ -132,3 +132,24 @@ def set_up_on_rank(source: Source, spec: EncoderSpec, cache: str) -> str:
 def test_a_batch_without_rows_is_refused(batch_size: int) -> None:
     with pytest.raises(ValueError, match=f"data.batch_size is {batch_size}; it must be 1 or more"):
         PairData([], EncoderSpec("x"), batch_size=batch_size)
+
+
+def test_what_round_robin_leaves_out_is_said(
+    tmp_path: Path, tiny_encoder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, rows in (("long", 23), ("short", 9)):
+        (tmp_path / name).mkdir()
+        make_data(tmp_path / name, tiny_encoder, rows, batch_size=8)
+    sources = [Source(str(tmp_path / name / "train.jsonl.gz"), COLUMNS) for name in ("long", "short")]
+    spec = EncoderSpec(str(tiny_encoder), max_length=32)
+    data = PairData(sources, spec, batch_size=8, mixing="round_robin", cache_dir=str(tmp_path / "cache"))
+    with caplog.at_level(logging.WARNING):
+        data.setup("fit")
+    assert "data.mixing round_robin: 7 of 32 rows are left out of an epoch" in caplog.text
+    assert [data.order.step(0, index).source for index in range(data.steps_per_epoch)] == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("nan")])
+def test_a_weight_that_is_no_share_is_refused(weight: float) -> None:
+    with pytest.raises(ValueError, match=f"x.jsonl: weight is {weight:g}; it must be above 0"):
+        PairData([Source("x.jsonl", COLUMNS, weight=weight)], EncoderSpec("x"))

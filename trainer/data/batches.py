@@ -10,7 +10,8 @@ from torch.utils.data import Dataset
 
 from trainer.batch import PackedBatch, Targets
 from trainer.data.collate import pack
-from trainer.data.order import Order, split_rows
+from trainer.data.order import SLICE_ROWS, WINDOW_SLICES, Order, split_rows
+from trainer.data.streaming import StreamedTable
 from trainer.data.tokens import TokenTable
 
 
@@ -18,13 +19,21 @@ class StepBatches(Dataset[PackedBatch]):
     """Item t is this rank's packed batch of global step t, counted from the start of the run."""
 
     def __init__(
-        self, tables: Sequence[TokenTable], order: Order, steps_per_epoch: int, rank: int, world_size: int
+        self,
+        tables: Sequence[TokenTable | StreamedTable],
+        order: Order,
+        steps_per_epoch: int,
+        rank: int,
+        world_size: int,
     ) -> None:
         self.tables = tables
         self.order = order
         self.steps_per_epoch = steps_per_epoch
         self.rank = rank
         self.world_size = world_size
+        # Steps to the window behind this one: time enough to build it.
+        self.steps_ahead = -(-SLICE_ROWS * WINDOW_SLICES // order.batch_size)
+        self.streamed = any(isinstance(table, StreamedTable) for table in tables)
 
     def __getitem__(self, step: int) -> PackedBatch:
         plan = self.order.step(*divmod(step, self.steps_per_epoch))
@@ -34,12 +43,21 @@ class StepBatches(Dataset[PackedBatch]):
         # A rank without rows embeds one placeholder, so that every rank runs the same graph; it counts for nothing.
         embedded = rows if len(rows) else plan.rows[:1]
         table = self.tables[plan.source]
+        found = table.targets(rows)
         targets = Targets(
             rows_per_rank=rows_per_rank,
             row_ids_B=torch.from_numpy(rows),
-            labels_B=None if table.labels is None else torch.from_numpy(table.labels[rows].astype(np.int64)),
-            scores_B=None if table.scores is None else torch.from_numpy(table.scores[rows].astype(np.float32)),
+            labels_B=torch.from_numpy(found["label"].astype(np.int64)) if "label" in found else None,
+            scores_B=torch.from_numpy(found["score"].astype(np.float32)) if "score" in found else None,
             rank=self.rank,
         )
         columns = [table.ids(column, embedded) for column in table.columns]
+        if self.streamed:
+            self._prefetch(step + self.steps_ahead)
         return pack(columns, targets, num_rows=len(rows), source=plan.source)
+
+    def _prefetch(self, step: int) -> None:
+        plan = self.order.step(*divmod(step, self.steps_per_epoch))
+        table = self.tables[plan.source]
+        if isinstance(table, StreamedTable):
+            table.prefetch(plan.rows)

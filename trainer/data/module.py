@@ -1,12 +1,13 @@
 """The data module: sources, token tables, order and loaders of a run."""
 
 import logging
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Literal, Optional
 
 import numpy as np
 import torch
@@ -17,8 +18,11 @@ from torch.utils.data import DataLoader, Sampler
 from trainer.batch import PackedBatch
 from trainer.data.batches import StepBatches
 from trainer.data.cache import default_cache_dir
+from trainer.data.opaque import OpaqueBatches, OpaqueStream
 from trainer.data.order import Order, steps_per_window
+from trainer.data.rowgroups import group_files
 from trainer.data.sources import EvalSource, Source, load
+from trainer.data.streaming import GIB, StreamedTable
 from trainer.data.tokens import TokenTable, tokenize, worker_context
 from trainer.distributed import gather
 from trainer.encoder.spec import EncoderSpec
@@ -52,7 +56,7 @@ class StepSampler(Sampler[list[int]]):
         return step_groups(step, step - step % per_epoch + per_epoch, self.data.steps_per_message)
 
     def __len__(self) -> int:
-        return self.data.order.steps_per_epoch  # Lightning applies limit_train_batches to it
+        return self.data.whole_steps_per_epoch  # Lightning applies limit_train_batches to it
 
 
 def step_groups(step: int, stop: int, size: int) -> Iterator[list[int]]:
@@ -87,9 +91,12 @@ class PairData(LightningDataModule):
         train: training sources; a step takes rows of one of them.
         validation: sets to evaluate on.
         batch_size: rows per optimizer step over all ranks.
+        mixing: of several sources, one per step: proportional to their rows, round_robin until the smallest is used up,
+            or weighted by their weight.
         num_workers: loader processes per rank.
         max_rows: use only the first rows of each training source (debugging).
         cache_dir: of tokenised data; unset: $TRAINER_CACHE or ~/.cache/siamese-trainer.
+        stream_cache_gib: most disk space for the tokens of each source with streaming.
         encoder: linked from model.encoder.
         seed: of the order, linked from seed_everything.
     """
@@ -100,9 +107,11 @@ class PairData(LightningDataModule):
         encoder: EncoderSpec,
         validation: Optional[list[EvalSource]] = None,
         batch_size: int = 16,
+        mixing: Literal["proportional", "round_robin", "weighted"] = "proportional",
         num_workers: int = 0,
         max_rows: Optional[int] = None,
         cache_dir: Optional[str] = None,
+        stream_cache_gib: float = 20.0,
         seed: int = 42,
     ) -> None:
         super().__init__()
@@ -111,12 +120,29 @@ class PairData(LightningDataModule):
         self.train_sources = train
         self.validation_sources = validation or []
         self.encoder_spec = encoder
+        for source in train:
+            if source.streaming and source.on_bad_row == "skip":
+                raise ValueError(
+                    f"{source.path}: on_bad_row: skip does not go with streaming: true, for rows are numbered before "
+                    "they are read; set on_bad_row: fail, or streaming: false"
+                )
+            if not (math.isfinite(source.weight) and source.weight > 0):
+                raise ValueError(f"{source.path}: weight is {source.weight:g}; it must be above 0")
+        for held_out in validation or []:
+            if held_out.streaming:
+                raise ValueError(
+                    f"{held_out.path}: streaming: true is for data.train; an evaluation takes all rows: set it to false"
+                )
         self.batch_size = batch_size
+        self.mixing = mixing
         self.num_workers = num_workers
         self.max_rows = max_rows
         self.cache_dir = Path(cache_dir or default_cache_dir())
+        self.stream_cache_gib = stream_cache_gib
         self.seed = seed
-        self.tables: list[TokenTable] = []
+        self.tables: list[TokenTable | StreamedTable] = []
+        self.stream: Optional[OpaqueStream] = None
+        self._positions: dict[int, dict[str, Any]] = {}  # of this rank's readers of the stream
         self.validation_sets: list[ValidationSet] = []
         self.allow_zero_length_dataloader_with_multiple_devices = True
 
@@ -128,17 +154,39 @@ class PairData(LightningDataModule):
     def prepare_data(self) -> None:
         """Build the caches, once per node; the other ranks wait and open them."""
         for source in self.train_sources:
-            tokenize(source, self.text, self.cache_dir, verify=True)
+            if not source.streaming:
+                tokenize(source, self.text, self.cache_dir, verify=True)
             stop_if_asked()
         for source in self.validation_sources:
             load(source, self.cache_dir, verify=True)
             stop_if_asked()
 
+    def _open_training(self) -> None:
+        opaque = [source for source in self.train_sources if source.streaming and group_files(source) is None]
+        if opaque:
+            self._open_stream(opaque[0])
+            return
+        max_bytes = int(self.stream_cache_gib * GIB)
+        self.tables = [
+            StreamedTable(source, self.text, self.cache_dir, max_bytes)
+            if source.streaming
+            else tokenize(source, self.text, self.cache_dir)
+            for source in self.train_sources
+        ]
+
+    def _open_stream(self, source: Source) -> None:
+        what = f"{source.path}: a stream that is no Parquet or Arrow has no index and no length"
+        if len(self.train_sources) > 1:
+            raise ValueError(f"{what}, so it can't be mixed with other sources; convert it to Parquet")
+        if self.trainer is not None and self.trainer.max_steps < 1:
+            raise ValueError(f"{what}; set trainer.max_steps")
+        self.stream = OpaqueStream(source, self.text, self.seed, self.max_rows)
+
     def setup(self, stage: Optional[str] = None) -> None:
-        if self.validation_sets or self.tables:
+        if self.validation_sets or self.inputs:
             return
         if stage in (None, "fit"):
-            self.tables = [tokenize(source, self.text, self.cache_dir) for source in self.train_sources]
+            self._open_training()
             self._check_sizes()
             self._say_what_is_lost(self.text.max_length)
         self.validation_sets = [
@@ -153,6 +201,8 @@ class PairData(LightningDataModule):
                 f"data.batch_size is {self.batch_size} rows over all ranks, but there are {ranks} ranks; "
                 f"raise data.batch_size to {ranks} or more, or use fewer devices"
             )
+        if self.stream is not None:
+            return
         for source, rows in zip(self.train_sources, self.sizes, strict=True):
             if rows < self.batch_size:
                 gather.warn(
@@ -160,9 +210,17 @@ class PairData(LightningDataModule):
                     f"{source.path}: {rows} rows are fewer than data.batch_size {self.batch_size}: "
                     f"each epoch takes one short step of {rows} rows",
                 )
+        if left_out := self.order.rows_left_out:
+            gather.warn(
+                logger,
+                f"data.mixing round_robin: {left_out:,} of {sum(self.sizes):,} rows are left out of an epoch, "
+                "others in each: the source with the fewest steps ends it",
+            )
 
     def _say_what_is_lost(self, max_length: int) -> None:
-        for source, table in zip(self.train_sources, self.tables, strict=True):
+        for source, table in zip(self.train_sources, self.inputs, strict=True):
+            if not isinstance(table, TokenTable):
+                continue  # nobody has read it yet
             if table.num_skipped:
                 gather.warn(logger, f"{source.path}: {table.num_skipped} bad rows are left out (on_bad_row: skip)")
             for column in table.columns:
@@ -174,18 +232,35 @@ class PairData(LightningDataModule):
                     )
 
     @property
+    def inputs(self) -> Sequence[TokenTable | StreamedTable | OpaqueStream]:
+        """What each training source is read from."""
+        return self.tables if self.stream is None else [self.stream]
+
+    @property
     def sizes(self) -> list[int]:
-        """Rows of each training source."""
-        return [min(table.num_rows, self.max_rows or table.num_rows) for table in self.tables]
+        """Rows of each training source; none of a stream."""
+        return [table.shuffle(self.max_rows).size for table in self.tables]
 
     @property
     def order(self) -> Order:
-        return Order(tuple(self.sizes), self.batch_size, self.seed)
+        if self.stream is not None:
+            raise ValueError(f"{self.stream.source.path}: the rows of a stream have no order that can be planned")
+        parts = [table.shuffle(self.max_rows) for table in self.tables]
+        weights = tuple(source.weight for source in self.train_sources)
+        return Order(parts, self.batch_size, self.seed, self.mixing, weights)
+
+    @property
+    def whole_steps_per_epoch(self) -> int:
+        """Steps that the rows give; of a stream, which has no end, those of the run."""
+        if self.stream is None:
+            return self.order.steps_per_epoch
+        assert self.trainer is not None
+        return self.trainer.max_steps
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps of one epoch, ``trainer.limit_train_batches`` considered."""
-        full = self.order.steps_per_epoch
+        full = self.whole_steps_per_epoch
         limit = self.trainer.limit_train_batches if self.trainer is not None else 1.0
         return min(full, limit) if isinstance(limit, int) else max(1, int(full * limit))
 
@@ -194,12 +269,29 @@ class PairData(LightningDataModule):
         """Steps that a loader's worker sends at once."""
         return steps_per_window(self.batch_size) if self.num_workers else 1
 
-    def used_ids(self) -> torch.Tensor:
-        """Pieces that any training text uses, ascending, int64."""
-        return torch.from_numpy(np.unique(np.concatenate([table.used_ids() for table in self.tables])))
+    def used_ids(self) -> Optional[torch.Tensor]:
+        """Pieces that any training text uses, ascending, int64; None with streaming: nobody knows before the end."""
+        known = [table.used_ids() for table in self.tables if isinstance(table, TokenTable)]
+        if self.stream is not None or len(known) < len(self.tables):
+            gather.warn(logger, "streaming: the pieces to come are not known, so the whole vocabulary is trained")
+            return None
+        return torch.from_numpy(np.unique(np.concatenate(known)))
 
     def train_dataloader(self) -> StepLoader:
-        batches = StepBatches(self.tables, self.order, self.steps_per_epoch, gather.rank(), gather.world_size())
+        rank, world_size = gather.rank(), gather.world_size()
+        batches: StepBatches | OpaqueBatches
+        if self.stream is not None:
+            batches = OpaqueBatches(
+                self.stream,
+                self.batch_size,
+                rank,
+                world_size,
+                self.num_workers,
+                self.steps_per_message,
+                dict(self._positions),
+            )
+        else:
+            batches = StepBatches(self.tables, self.order, self.steps_per_epoch, rank, world_size)
         return StepLoader(
             batches,
             batch_sampler=StepSampler(self),
@@ -208,6 +300,30 @@ class PairData(LightningDataModule):
             multiprocessing_context=worker_context() if self.num_workers else None,
             pin_memory=torch.cuda.is_available(),
         )
+
+    # -- the place in a stream, which no step number tells ---------------------------------------------------
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Lightning calls it with each batch before its step: not when a worker has it ready."""
+        if isinstance(batch, PackedBatch) and batch.position is not None:
+            worker, position = batch.position
+            self._positions[worker] = position
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.stream is None:
+            return {}  # the step says it all
+        return {"workers": max(1, self.num_workers), "positions": gather.gather_objects(self._positions)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        ranks, workers = len(state["positions"]), state["workers"]
+        if (ranks, workers) != (gather.world_size(), max(1, self.num_workers)):
+            raise ValueError(
+                f"the stream was read by {ranks} ranks with {workers} loader workers each, now there are "
+                f"{gather.world_size()} with {max(1, self.num_workers)}: a stream without an index goes on with the "
+                "same numbers only; convert it to Parquet to change them"
+            )
+        self._positions = dict(state["positions"][gather.rank()])
 
     def val_dataloader(self) -> DataLoader[int]:
         """One item: it makes ``trainer validate`` run once; the evaluation callback does the work."""

@@ -56,6 +56,9 @@ class Source:
         max_rows: most rows, drawn evenly over the whole source.
         prompts: text column -> what is put before its texts, in place of the encoder's prompt.
         loss: which of model.losses trains on this source; unset: model.loss.
+        weight: share of the steps under data.mixing weighted.
+        streaming: read while training instead of first. Parquet and Arrow files, here, on the hub or at an address of
+            fsspec (s3://...), keep an order that resumes anywhere; other files are read from front to back.
     """
 
     path: str
@@ -75,6 +78,8 @@ class Source:
     prompts: Optional[dict[str, str]] = None
     loss: Optional[str] = None
     keeps_holdout: ClassVar[bool] = False
+    weight: float = 1.0
+    streaming: bool = False
 
     def __post_init__(self) -> None:
         for name in self.columns:
@@ -103,6 +108,12 @@ class Source:
         self._check_derivation()
 
     def _check_derivation(self) -> None:
+        planned = {"where": self.where, "triplets": self.triplets, "holdout": self.holdout, "max_rows": self.max_rows}
+        if self.streaming and (asked := [name for name, value in planned.items() if value]):
+            raise ValueError(
+                f"{self.path}: {asked[0]} does not go with streaming: true, for rows are numbered before they are "
+                "read; write a data set with these rows, or set streaming: false"
+            )
         if self.triplets is not None:
             if set(self.columns) != {"anchor", "positive", "label"} or self.label_map is not None:
                 raise ValueError(
@@ -276,6 +287,10 @@ def fingerprint(source: Source) -> str:
         held = [source.holdout, by, source.keeps_holdout] if source.holdout else []
         spec = json.dumps([_VERSION, fingerprint(base), bool(source.triplets), held, source.max_rows])
         return hashlib.sha256(spec.encode()).hexdigest()[:24]
+    if source.streaming:
+        from trainer.data.streaming import fingerprint as streamed  # it imports the checks of a source
+
+        return streamed(source)
     if is_hub_id(source.path):
         contents = [_hub_rows(source.path, source.subset, source.split, source.revision)._fingerprint]
     else:

@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 from trainer.data.ahead import map_ahead, num_cores
 from trainer.data.cache import use
 from trainer.data.collate import TokenSpans
+from trainer.data.order import Permutation
 from trainer.data.progress import Advance, shown_progress
 from trainer.data.sources import Source, fingerprint, load, num_skipped
 
@@ -86,6 +87,15 @@ class TokenTable:
         texts = self._text_ids[column][rows]
         starts = self._offsets[texts]
         return TokenSpans(self._values, starts, self._offsets[texts + 1] - starts)
+
+    def targets(self, rows: NDArray[np.integer]) -> dict[str, NDArray[np.generic]]:
+        """What the rows have of label (int64) and score (float32): name -> one value per row."""
+        targets = {"label": self.labels, "score": self.scores}
+        return {name: values[rows] for name, values in targets.items() if values is not None}
+
+    def shuffle(self, max_rows: int | None) -> Permutation:
+        """The order of its rows, or of the first ``max_rows`` of them."""
+        return Permutation(min(self.num_rows, max_rows or self.num_rows))
 
     def lengths(self, column: str) -> NDArray[np.int32]:
         """Pieces of each text, special tokens included: (N,)."""

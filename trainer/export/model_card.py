@@ -21,7 +21,7 @@ from sentence_transformers.sentence_transformer.model_card import SentenceTransf
 from sentence_transformers.util import fullname
 
 from trainer.data.files import is_hub_id
-from trainer.data.order import Order
+from trainer.data.order import Order, Permutation
 from trainer.data.sources import EvalSource, Source, load
 from trainer.encoder import EncoderSpec
 from trainer.export.record import Run, evaluations, hyperparameters, non_default, training_logs
@@ -64,7 +64,10 @@ def fill_card(model: SentenceTransformer, run: Run) -> None:
     card.all_hyperparameters = hyperparameters(run)
     card.non_default_hyperparameters = non_default(card.all_hyperparameters)
     all_known = len(sizes) == len(train)
-    steps_per_epoch = Order(sizes, run.data.batch_size, run.data.seed).steps_per_epoch if all_known else None
+    parts, mixing = [Permutation(size) for size in sizes], run.data.mixing
+    weights = tuple(source.weight for source in run.data.train_sources)
+    order = Order(parts, run.data.batch_size, run.data.seed, mixing, weights) if all_known else None
+    steps_per_epoch = order.steps_per_epoch if order else None
     card.training_logs = training_logs(run.log, run.data.validation_sources, steps_per_epoch)
     card.set_best_model_step(run.step)
     card.eval_results_dict = evaluations(run)
@@ -108,6 +111,8 @@ def _set_base(card: SentenceTransformerModelCardData, spec: EncoderSpec) -> None
 
 
 def _read(source: Source, cache_dir: Path) -> Dataset | None:
+    if source.streaming:  # reading all of it for a few samples is no bargain
+        return None
     try:
         return load(source, cache_dir)
     except Exception as error:

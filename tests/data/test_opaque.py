@@ -1,0 +1,185 @@
+"""Streams without an index: every reader gets its own rows, and goes on exactly where a checkpoint says."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from trainer.data import opaque
+from trainer.data.module import PairData, StepLoader, StepSampler
+from trainer.data.opaque import OpaqueBatches, OpaqueStream, Reader
+from trainer.data.sources import Source, fingerprint
+from trainer.data.tokens import worker_context
+from trainer.encoder import EncoderSpec
+from trainer.encoder.text import TextPreparation, load_text_preparation
+
+COLUMNS = {"anchor": "a", "positive": "b", "score": "s"}
+NUM_ROWS = 230
+
+
+@pytest.fixture(scope="module")
+def text(tiny_encoder: Path) -> TextPreparation:
+    return load_text_preparation(EncoderSpec(str(tiny_encoder), max_length=32))
+
+
+@pytest.fixture
+def small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opaque, "BUFFER_ROWS", 16)
+
+
+def write(folder: Path, num_files: int = 1, kind: str = "jsonl.gz") -> Source:
+    """The score of a row is its number."""
+    folder.mkdir(exist_ok=True)
+    for number in range(num_files):
+        rows = range(number * NUM_ROWS // num_files, (number + 1) * NUM_ROWS // num_files)
+        path = folder / f"part-{number}.{kind}"
+        if kind == "jsonl.gz":
+            with gzip.open(path, "wt") as file:
+                file.writelines(
+                    json.dumps({"a": f"row {i}", "b": "the cat " * (1 + i % 5), "s": i}) + "\n" for i in rows
+                )
+        else:
+            tab = "\t" if kind == "tsv" else ","
+            lines = [tab.join(("a", "b", "s")), *(tab.join((f"row {i}", "NA", str(i))) for i in rows)]
+            path.write_text("\n".join(lines) + "\n")
+    return Source(str(folder), COLUMNS, streaming=True)
+
+
+@pytest.mark.parametrize(("num_files", "num_readers"), [(1, 1), (1, 3), (4, 2), (4, 3)])
+def test_readers_share_out_the_rows_of_a_pass(
+    num_files: int, num_readers: int, small_buffers: None, text: TextPreparation, tmp_path: Path
+) -> None:
+    """Each row once in a pass, by file where files divide, else by row; then in another order."""
+    stream = OpaqueStream(write(tmp_path / "set", num_files), text, seed=3)
+    passes: list[list[list[float]]] = [[], []]
+    for number in range(num_readers):
+        reader = Reader(stream, number, num_readers)
+        own: list[list[float]] = [[], []]
+        while reader.position["pass"] < 2:
+            columns, targets, _ = reader.take(1)
+            if reader.position["pass"] < 2:
+                own[reader.position["pass"]] += targets["score"].tolist()
+                assert columns[0][0].tolist() == text([f"row {int(targets['score'][0])}"])[0]
+        for seen, rows in zip(passes, own, strict=True):
+            seen.append(rows)
+        assert sorted(own[0]) == sorted(own[1])
+        assert own[0] != own[1] != sorted(own[1]), "each pass has a shuffle of its own"
+    for seen in passes:
+        assert sorted(row for rows in seen for row in rows) == list(range(NUM_ROWS))
+
+
+@pytest.mark.parametrize(("num_files", "num_readers"), [(1, 1), (1, 2), (4, 2), (3, 2)])
+def test_a_position_gives_the_rows_of_a_reader_never_stopped(
+    num_files: int, num_readers: int, small_buffers: None, text: TextPreparation, tmp_path: Path
+) -> None:
+    """From places in the first buffer, at its end, in the last one and in the second pass; positions are plain."""
+    stream = OpaqueStream(write(tmp_path / "set", num_files), text, seed=3)
+    whole = Reader(stream, num_readers - 1, num_readers)
+    positions, rows = [], []
+    for _ in range(60):
+        positions.append(json.loads(json.dumps(whole.position)))
+        rows.append(whole.take(7)[1]["score"].tolist())
+    assert whole.position["pass"] >= 1
+    for step in (0, 1, 2, 3, 13, 16, 17, 32, 33, 50):
+        again = Reader(stream, num_readers - 1, num_readers, positions[step])
+        assert [again.take(7)[1]["score"].tolist() for _ in range(4)] == rows[step : step + 4], step
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv"])
+def test_tables_of_text(kind: str, text: TextPreparation, tmp_path: Path) -> None:
+    """The word NA is a text."""
+    columns, targets, numbers = Reader(OpaqueStream(write(tmp_path / "set", kind=kind), text, 0), 0, 1).take(NUM_ROWS)
+    assert sorted(targets["score"]) == list(range(NUM_ROWS))
+    assert numbers.tolist() == targets["score"].tolist()
+    assert [ids.tolist() for ids in columns[1]] == text(["NA"] * NUM_ROWS)
+
+
+def make_data(source: Source, encoder: Path, workers: int, cache: Path) -> PairData:
+    spec = EncoderSpec(str(encoder), max_length=32)
+    data = PairData([source], spec, batch_size=8, num_workers=workers, cache_dir=str(cache))
+    data.trainer = SimpleNamespace(global_step=0, max_steps=60, limit_train_batches=1.0)  # type: ignore[assignment]
+    data.setup("fit")
+    return data
+
+
+def read_steps(data: PairData, stop: int, rank: int, world_size: int, spawned: int = 0) -> list[list[float]]:
+    assert data.stream is not None
+    batches = OpaqueBatches(data.stream, 8, rank, world_size, data.num_workers, data.steps_per_message, data._positions)
+    context = worker_context() if spawned else None
+    sampler = StepSampler(data)
+    loader = StepLoader(
+        batches, batch_sampler=sampler, collate_fn=list, num_workers=spawned, multiprocessing_context=context
+    )
+    seen = []
+    for batch in loader:
+        data.on_before_batch_transfer(batch, 0)
+        seen.append(batch.targets.scores_B.tolist())
+        data.trainer.global_step += 1  # type: ignore[union-attr]
+        if data.trainer.global_step == stop:  # type: ignore[union-attr]
+            break
+    return seen
+
+
+@pytest.mark.parametrize(("workers", "world_size"), [(0, 1), (0, 2), (2, 1)])
+def test_resume_through_the_loader(
+    workers: int, world_size: int, tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two resumes in a row, inside a message of three steps; what workers have ready does not count.
+
+    The second part of a run with workers reads all shares in this process, for starting two takes seconds.
+    """
+    monkeypatch.setattr("trainer.data.order._WINDOW", 24)
+    source = write(tmp_path / "set", 2)
+    whole_data = make_data(source, tiny_encoder, 0, tmp_path)
+    whole_data.num_workers = workers
+    for rank in range(world_size):
+        if workers:  # one process reads what the workers of the other run read
+            assert whole_data.stream is not None
+            readers = [Reader(whole_data.stream, number, workers) for number in range(workers)]
+            whole = [readers[step // 3 % workers].take(8)[1]["score"].tolist() for step in range(40)]
+        else:
+            whole_data.trainer.global_step, whole_data._positions = 0, {}  # type: ignore[union-attr]
+            whole = read_steps(whole_data, 40, rank, world_size)
+        seen: list[list[float]] = []
+        state = None
+        for stop in (13, 40) if workers else (5, 13, 40):
+            data = make_data(source, tiny_encoder, workers, tmp_path)
+            data.trainer.global_step = len(seen)  # type: ignore[union-attr]
+            if state is not None:
+                data.load_state_dict(state)
+            seen += read_steps(data, stop, rank, world_size, workers if stop == 13 else 0)
+            state = data.state_dict()
+        assert seen == whole
+
+
+def test_what_a_stream_can_not_do_is_said(text: TextPreparation, tiny_encoder: Path, tmp_path: Path) -> None:
+    source = write(tmp_path / "set")
+    endless = PairData([source], EncoderSpec(str(tiny_encoder)), cache_dir=str(tmp_path))
+    endless.trainer = SimpleNamespace(max_steps=-1)  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=r"has no index and no length; set trainer.max_steps"):
+        endless.setup("fit")
+    with pytest.raises(ValueError, match="so it can't be mixed with other sources; convert it to Parquet"):
+        PairData([source, source], EncoderSpec(str(tiny_encoder)), cache_dir=str(tmp_path)).setup("fit")
+    with pytest.raises(ValueError, match="the rows of a stream have no order that can be planned"):
+        _ = make_data(source, tiny_encoder, 0, tmp_path).order
+    saved = {"workers": 2, "positions": [{}, {}, {}]}
+    with pytest.raises(
+        ValueError, match=r"by 3 ranks with 2 loader workers each, now there are 1 with 1: .* same numbers"
+    ):
+        make_data(source, tiny_encoder, 0, tmp_path).load_state_dict(saved)
+    with pytest.raises(ValueError, match="no row for reader 5 of 300"):
+        Reader(OpaqueStream(Source(str(tmp_path / "set"), COLUMNS), text, 0, max_rows=3), 4, 300)
+    (tmp_path / "set" / "more.csv").write_text("a,b,s\nx,y,1\n")
+    with pytest.raises(ValueError, match=r"cannot be streamed: files of the formats .csv, .jsonl; a stream has one of"):
+        Reader(OpaqueStream(source, text, 0), 0, 1)
+    (tmp_path / "bad.jsonl").write_text('{"a": "x", "b": "y", "s": 1}\n{"a": "", "b": "y", "s": 1}\n')
+    bad = Source(str(tmp_path / "bad.jsonl"), COLUMNS, streaming=True)
+    with pytest.raises(ValueError, match=r"bad.jsonl: row 2: column 'a' is empty\n.*1 bad row among those just read"):
+        Reader(OpaqueStream(bad, text, 0), 0, 1)
+    before = fingerprint(bad)
+    (tmp_path / "bad.jsonl").write_text('{"a": "x", "b": "y", "s": 1}\n{"a": "z", "b": "y", "s": 1}\n')
+    assert fingerprint(bad) != before

@@ -1,0 +1,247 @@
+"""Streams without an index (JSON lines, CSV, hub sets of other formats): read from front to back, over and over.
+
+Every loader worker of every rank has a reader with its own share of the stream. What a reader gives next does not
+follow from the step: its position travels with each batch, and a checkpoint holds those of all ranks. So a run goes
+on exactly with the same number of ranks and workers, and is refused with another.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from datasets import ClassLabel, IterableDataset, load_dataset
+from datasets.distributed import split_dataset_by_node
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
+
+from trainer.batch import PackedBatch, Targets
+from trainer.data.checks import checked_rows
+from trainer.data.collate import pack
+from trainer.data.files import data_format, is_hub_id
+from trainer.data.order import mix, permute, split_rows
+from trainer.data.rowgroups import StreamError, file_urls
+from trainer.data.rows import Rows
+from trainer.data.streaming import StreamedBadRows
+
+if TYPE_CHECKING:
+    from trainer.data.sources import Source
+    from trainer.encoder.text import TextPreparation
+
+BUFFER_ROWS = 8192  # read one behind the other, then given in another order
+_READERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv"}
+
+
+class OpaqueStream:
+    """Rows of a source that can only be read from front to back, with `datasets`.
+
+    Args:
+        source: with ``streaming``.
+        text: turns texts into token ids.
+        seed: of the order inside a buffer.
+        max_rows: only the first rows of the stream.
+
+    Attributes:
+        columns: the text columns, in canonical order.
+    """
+
+    labels: None = None  # only of rows that are read
+    scores: None = None
+
+    def __init__(self, source: Source, text: TextPreparation, seed: int, max_rows: int | None = None) -> None:
+        self.source, self.text, self.seed, self.max_rows = source, text, seed, max_rows
+        self.columns = source.text_columns
+
+    def open(self) -> IterableDataset:
+        """The rows from the first one on.
+
+        Raises:
+            ValueError: there is no such file, or no reader for it.
+        """
+        source = self.source
+        try:
+            if is_hub_id(source.path):
+                rows = load_dataset(
+                    source.path, name=source.subset, split=source.split, revision=source.revision, streaming=True
+                )
+            else:
+                urls = file_urls(source) or []
+                suffixes = sorted({data_format(Path(url)) for url in urls})
+                if len(suffixes) > 1 or suffixes[0] not in _READERS:
+                    raise ValueError(f"files of the formats {', '.join(suffixes)}; a stream has one of {_FORMATS}")
+                kind, options = _READERS[suffixes[0]], {}
+                if kind == "csv":  # an empty cell, or the word NA, is text
+                    options = {"keep_default_na": False, **({"sep": "\t"} if suffixes == [".tsv"] else {})}
+                rows = load_dataset(kind, data_files=urls, split="train", streaming=True, **options)
+        except Exception as error:  # the hub, the network, the format: each has its own type
+            raise ValueError(f"{source.path}: cannot be streamed: {str(error) or type(error).__name__}") from error
+        return rows if self.max_rows is None else rows.take(self.max_rows)
+
+
+_FORMATS = ", ".join(dict.fromkeys(_READERS))
+
+
+class Reader:
+    """One share of a stream: buffers of 8,192 rows, each permuted, pass behind pass.
+
+    `datasets` deals out whole files where their number is a multiple of ``num_readers``, else every num_readers-th row.
+
+    Args:
+        stream: what is shared.
+        number: of this share, from 0.
+        num_readers: ranks times loader workers.
+        position: of an earlier reader of this share; None: the start.
+    """
+
+    def __init__(
+        self, stream: OpaqueStream, number: int, num_readers: int, position: Mapping[str, Any] | None = None
+    ) -> None:
+        self.stream, self.number, self.num_readers = stream, number, num_readers
+        rows = stream.open()
+        self._rows = split_dataset_by_node(rows, number, num_readers) if num_readers > 1 else rows
+        position = position or {"pass": 0, "buffer": 0, "before": 0, "place": 0, "start": None}
+        self._pass, self._buffer, self._before = position["pass"], position["buffer"], position["before"]
+        self._open(position["start"])
+        self._fill()
+        self._place: int = position["place"]
+
+    def _open(self, start: dict[str, Any] | None) -> None:
+        # A copy, for a data set that was iterated starts elsewhere.
+        self._reading = copy.deepcopy(self._rows)
+        if start is not None:
+            self._reading.load_state_dict(copy.deepcopy(start))
+        self._start = start
+        # Not by iter(): in a loader's worker that one deals the rows out once more.
+        self._batches: Iterator[dict[str, list[Any]]] = self._reading.iter(BUFFER_ROWS)
+
+    @property
+    def position(self) -> dict[str, Any]:
+        """Plain and small: where the reader stands. ``start`` is `datasets`' own state at the start of the buffer."""
+        return {
+            "pass": self._pass,
+            "buffer": self._buffer,
+            "before": self._before,
+            "place": self._place,
+            "start": copy.deepcopy(self._start),
+        }
+
+    def take(self, num_rows: int) -> tuple[list[list[NDArray[np.int32]]], dict[str, NDArray[Any]], NDArray[np.int64]]:
+        """The next rows.
+
+        Returns:
+            Token ids of each text column; targets by name; numbers of the rows, distinct within a pass.
+
+        Raises:
+            ValueError: a bad row, or a share without any row.
+        """
+        places: list[tuple[dict[str, Any], int, int]] = []
+        while len(places) < num_rows:
+            if self._place == self._size:
+                self._next_buffer()
+            slot = int(self._order[self._place])
+            places.append((self._cells, slot, self.number + self.num_readers * (self._before + slot)))
+            self._place += 1
+        columns = [[cells[name][slot] for cells, slot, _ in places] for name in self.stream.columns]
+        targets = {
+            name: np.array([cells[name][slot] for cells, slot, _ in places], kind)
+            for name, kind in (("label", np.int64), ("score", np.float32))
+            if name in self.stream.source.columns
+        }
+        return columns, targets, np.array([number for _, _, number in places], dtype=np.int64)
+
+    def _next_buffer(self) -> None:
+        self._buffer, self._before = self._buffer + 1, self._before + self._size
+        self._start = copy.deepcopy(self._reading.state_dict())
+        self._fill()
+
+    def _fill(self) -> None:
+        batch = next(self._batches, None)
+        if batch is None:
+            if self._before == 0:
+                raise ValueError(
+                    f"{self.stream.source.path}: no row for reader {self.number + 1} of {self.num_readers} (ranks x "
+                    "data.num_workers); the stream is empty, or take fewer readers"
+                )
+            self._pass, self._buffer, self._before = self._pass + 1, 0, 0
+            self._open(None)
+            return self._fill()
+        try:
+            self._cells = self._checked(batch)
+        except ValueError as error:
+            raise StreamError(str(error)) from error
+        self._size, self._place = len(next(iter(self._cells.values()))), 0
+        key = mix(self.stream.seed, self._pass, self.number, self._buffer)
+        self._order = permute(np.arange(self._size), self._size, key)
+
+    def _checked(self, batch: dict[str, list[Any]]) -> dict[str, Any]:
+        source, text = self.stream.source, self.stream.text
+        records = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+        share = f" (share {self.number + 1} of {self.num_readers})" if self.num_readers > 1 else ""
+        features = self._rows.features or {}
+        names = {name: kind.names for name, kind in features.items() if isinstance(kind, ClassLabel)}
+        rows = Rows(source.path + share, ": row ", list(batch), iter(enumerate(records, self._before + 1)), names)
+        bad = StreamedBadRows(source)
+        cells = list(checked_rows(source, rows, bad))
+        bad.close()
+        values: dict[str, Any] = dict(zip(source.canonical_columns, zip(*cells, strict=True), strict=True))
+        for name in self.stream.columns:
+            ids = text(values[name])
+            if not all(ids):
+                row = rows.place(self._before + 1 + [bool(one) for one in ids].index(False))
+                raise ValueError(f"{row}: column '{source.columns[name]}': the text has no token")
+            values[name] = [np.array(one, dtype=np.int32) for one in ids]
+        return values
+
+
+class OpaqueBatches(Dataset[PackedBatch]):
+    """Item t is this rank's next batch; the steps must come in their order.
+
+    Args:
+        stream: of the run.
+        batch_size: rows of a step over all ranks.
+        rank: of this process.
+        world_size: number of ranks.
+        num_workers: loader processes of each rank.
+        steps_per_message: neighbouring steps that the loader gives to one worker.
+        positions: of this rank's readers, by worker, where the run goes on.
+    """
+
+    def __init__(
+        self,
+        stream: OpaqueStream,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        num_workers: int,
+        steps_per_message: int,
+        positions: Mapping[int, Mapping[str, Any]],
+    ) -> None:
+        self.stream = stream
+        self.rows_per_rank = split_rows(batch_size, world_size)
+        self.rank, self.world_size = rank, world_size
+        self.num_readers = max(1, num_workers)
+        self.steps_per_message = steps_per_message
+        self.positions = dict(positions)
+        self._readers: dict[int, Reader] = {}
+
+    def __getitem__(self, step: int) -> PackedBatch:
+        # The loader's messages go to its workers in turn, so each process meets one of these numbers only.
+        own = step // self.steps_per_message % self.num_readers
+        if own not in self._readers:
+            number, all_readers = self.rank * self.num_readers + own, self.world_size * self.num_readers
+            self._readers[own] = Reader(self.stream, number, all_readers, self.positions.get(own))
+        num_rows = self.rows_per_rank[self.rank]
+        columns, found, numbers = self._readers[own].take(num_rows)
+        targets = Targets(
+            rows_per_rank=self.rows_per_rank,
+            row_ids_B=torch.from_numpy(numbers),
+            labels_B=torch.from_numpy(found["label"]) if "label" in found else None,
+            scores_B=torch.from_numpy(found["score"]) if "score" in found else None,
+            rank=self.rank,
+        )
+        return replace(pack(columns, targets, num_rows=num_rows), position=(own, self._readers[own].position))
