@@ -30,7 +30,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 from trainer import losses as our_losses
 from trainer.data.module import PairData
-from trainer.data.order import Order
+from trainer.data.order import Order, Permutation
 from trainer.data.sources import Source
 from trainer.encoder import EncoderSpec
 from trainer.module import EmbeddingModule
@@ -95,7 +95,7 @@ class Task:
 
 def in_our_order(rows: Sequence[dict[str, Any]], steps: int, seed: int) -> list[dict[str, Any]]:
     """The rows of our first steps, in the order in which we take them."""
-    order = Order((len(rows),), BATCH_SIZE, seed)
+    order = Order([Permutation(len(rows))], BATCH_SIZE, seed)
     picked = [order.step(*divmod(step, order.steps_per_epoch)).rows for step in range(steps)]
     assert all(len(p) == BATCH_SIZE for p in picked[:-1]), "a short batch in the middle would shift the other side"
     return [rows[i] for p in picked for i in p]

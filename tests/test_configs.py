@@ -17,7 +17,7 @@ import yaml
 
 from trainer.cli import main as run_cli
 from trainer.config_files import read_command
-from trainer.data.order import Order
+from trainer.data.order import Order, Permutation
 from trainer.demo import write_encoder, write_pairs
 from trainer.demo_data import read_pairs
 from trainer.lightning_cli import run
@@ -195,7 +195,7 @@ def test_published_hyper_parameters(recipe: str) -> None:
     assert len(cli.datamodule.train_sources) == 1
     assert options.trainer.max_epochs == want["epochs"]
     assert options.trainer.max_steps == -1
-    steps_per_epoch = Order((want["num_rows"],), want["batch_size"], 42).steps_per_epoch
+    steps_per_epoch = Order([Permutation(want["num_rows"])], want["batch_size"], 42).steps_per_epoch
     assert steps_per_epoch * want["epochs"] == want["steps"]
     if recipe == "hebrew-nli":
         source, dev = cli.datamodule.train_sources[0], cli.datamodule.validation_sources[0]
