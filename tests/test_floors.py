@@ -20,15 +20,17 @@ MODULES = {
 FLOORS = {
     4: """trainer.__main__ trainer.cli trainer.lightning_cli trainer.help_text trainer.run_dir trainer.run_lock
           trainer.preflight trainer.prepare trainer.config_errors trainer.config_files trainer.config_values
-          trainer.demo trainer.demo_data trainer.demo_encoder
+          trainer.demo trainer.demo_data trainer.demo_encoder trainer.check.command
           trainer.export trainer.export.*""",
     3: """trainer.module trainer.checkpoint trainer.data.module trainer.evaluation.runner trainer.evaluation.sharded
+          trainer.check.callback trainer.check.probe trainer.check.render trainer.check.report
           trainer.distributed.exact trainer.distributed.heartbeat trainer.distributed.preemption
           trainer.distributed.strategies trainer.distributed.watch trainer.finite trainer.memory
           trainer.tracking trainer.tracking.*""",
     2: """trainer.identity trainer.manifest trainer.losses trainer.losses.* trainer.encoder trainer.encoder.*
           trainer.data.batches trainer.data.cache trainer.data.checks trainer.data.collate trainer.data.columns
-          trainer.data.derived trainer.data.files
+          trainer.data.derived trainer.data.files trainer.data.facts trainer.data.leaks trainer.check
+          trainer.check.finding trainer.check.labels trainer.check.memory trainer.check.rules trainer.check.texts
           trainer.data.order trainer.data.rows trainer.data.sources trainer.data.tokens trainer.data.values
           trainer.evaluation trainer.evaluation.base trainer.evaluation.sts trainer.evaluation.triplet""",
     1: """trainer trainer.batch trainer.data trainer.distributed trainer.distributed.gather

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import logging
 from pathlib import Path
 
 import numpy as np
@@ -57,29 +56,6 @@ def test_a_rank_without_rows_embeds_a_placeholder_that_does_not_count(tmp_path: 
     assert last.num_rows == 0
     assert last.num_tokens == 0
     assert len(last.lengths) == 2  # one row of two texts keeps the graph the same on every rank
-
-
-def test_fewer_rows_than_a_batch_is_said_with_the_numbers(
-    tmp_path: Path, tiny_encoder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    data = make_data(tmp_path, tiny_encoder, num_rows=5, batch_size=8)
-    with caplog.at_level(logging.WARNING):
-        data.setup("fit")
-    assert "5 rows are fewer than data.batch_size 8: each epoch takes one short step of 5 rows" in caplog.text
-    assert data.steps_per_epoch == 1
-
-
-def test_truncated_texts_are_counted_and_said(
-    tmp_path: Path, tiny_encoder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    data = make_data(tmp_path, tiny_encoder, num_rows=20, batch_size=4, max_length=5)
-    with caplog.at_level(logging.WARNING):
-        data.setup("fit")
-    lengths = data.tables[0].lengths("positive")
-    assert lengths.max() == 5
-    cut = data.tables[0].num_truncated("positive")
-    assert 0 < cut <= (lengths == 5).sum()
-    assert f"{cut} of 20 texts of column 'positive' ({cut / 20:.1%}) are longer than max_length 5" in caplog.text
 
 
 def test_a_batch_smaller_than_the_number_of_ranks_is_refused(tmp_path: Path, tiny_encoder: Path, two_ranks) -> None:

@@ -1,12 +1,11 @@
 """The data module: sources, token tables, order and loaders of a run."""
 
-import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import numpy as np
 import torch
@@ -24,8 +23,6 @@ from trainer.encoder.spec import EncoderSpec
 from trainer.encoder.text import TextPreparation, load_text_preparation
 from trainer.evaluation.base import Evaluator
 from trainer.interruption import shielded, stop_if_asked
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -129,7 +126,6 @@ class PairData(LightningDataModule):
         if stage in (None, "fit"):
             self.tables = [tokenize(source, self.text, self.cache_dir) for source in self.train_sources]
             self._check_sizes()
-            self._say_what_is_lost(self.text.max_length)
         self.validation_sets = [
             ValidationSet(source.name, load(source, self.cache_dir), source.evaluator, self.text)
             for source in self.validation_sources
@@ -142,25 +138,6 @@ class PairData(LightningDataModule):
                 f"data.batch_size is {self.batch_size} rows over all ranks, but there are {ranks} ranks; "
                 f"raise data.batch_size to {ranks} or more, or use fewer devices"
             )
-        for source, rows in zip(self.train_sources, self.sizes, strict=True):
-            if rows < self.batch_size:
-                gather.warn(
-                    logger,
-                    f"{source.path}: {rows} rows are fewer than data.batch_size {self.batch_size}: "
-                    f"each epoch takes one short step of {rows} rows",
-                )
-
-    def _say_what_is_lost(self, max_length: int) -> None:
-        for source, table in zip(self.train_sources, self.tables, strict=True):
-            if table.num_skipped:
-                gather.warn(logger, f"{source.path}: {table.num_skipped} bad rows are left out (on_bad_row: skip)")
-            for column in table.columns:
-                if cut := table.num_truncated(column):
-                    gather.warn(
-                        logger,
-                        f"{source.path}: {cut} of {table.num_rows} texts of column '{column}' "
-                        f"({cut / table.num_rows:.1%}) are longer than max_length {max_length} and lose their end",
-                    )
 
     @property
     def sizes(self) -> list[int]:
@@ -174,9 +151,8 @@ class PairData(LightningDataModule):
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps of one epoch, ``trainer.limit_train_batches`` considered."""
-        full = self.order.steps_per_epoch
         limit = self.trainer.limit_train_batches if self.trainer is not None else 1.0
-        return min(full, limit) if isinstance(limit, int) else max(1, int(full * limit))
+        return limit_steps(self.order.steps_per_epoch, limit)
 
     def used_ids(self) -> torch.Tensor:
         """Pieces that any training text uses, ascending, int64."""
@@ -199,3 +175,10 @@ class PairData(LightningDataModule):
 
     def test_dataloader(self) -> DataLoader[int]:
         return self.val_dataloader()
+
+
+def limit_steps(steps_per_epoch: int, limit: Union[int, float]) -> int:
+    """What ``trainer.limit_train_batches`` (a number of steps, or a share) leaves of an epoch."""
+    if isinstance(limit, int) or limit > 1.0:  # a parser may have read 10 as 10.0
+        return min(steps_per_epoch, int(limit))
+    return max(1, int(steps_per_epoch * limit))
