@@ -27,6 +27,8 @@ RECIPES = sorted([*CONFIGS.glob("*.yaml"), *CONFIGS.glob("published/*.yaml")])
 HARDWARE = sorted(CONFIGS.glob("hardware/*.yaml"))
 TEXT_COLUMNS = {"anchor", "positive", "negative", "text"}
 NUM_ROWS = 48
+# The scores of the published sets.
+PUBLISHED_VALUES = {"ja-en-financial": (1.0,), "hebrew-nli": (0, 1, 2), "korean-terms": (0.5, 0.7, 0.9, 1.0)}
 
 
 def name(path: Path) -> str:
@@ -44,16 +46,18 @@ def backbone(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Path
     return write_encoder(tmp_path_factory.mktemp("encoder"), texts, hidden=32, max_positions=64)
 
 
-def write_rows(path: Path, source: dict[str, Any], texts: Sequence[str]) -> Path:
-    """Rows with the columns, values and range that ``source`` of a recipe speaks of."""
+def write_rows(path: Path, source: dict[str, Any], texts: Sequence[str], apart: int = 1) -> Path:
+    """Rows with the columns, values and range that ``source`` of a recipe speaks of; ``apart``, another number makes
+    other pairs of the same texts."""
     low, high = source.get("score_range") or (0, 2)
-    values = list(source.get("label_map") or ((low, high) if "score" in source["columns"] else (0, 1)))
+    values = list(source.get("label_map") or PUBLISHED_VALUES.get(Path(source["path"]).name.split(".")[0], ()))
+    values = values or ([low, high] if "score" in source["columns"] else [0, 1])
     rows = []
     for i in range(NUM_ROWS):
         row = {}
         for place, (canonical, column) in enumerate(source["columns"].items()):
             is_text = canonical in TEXT_COLUMNS
-            row[column] = texts[(2 * i + place) % len(texts)] if is_text else values[i % len(values)]
+            row[column] = texts[(2 * i + apart * place) % len(texts)] if is_text else values[i % len(values)]
         rows.append(json.dumps(row) + "\n")
     path.write_bytes(gzip.compress("".join(rows).encode()))
     return path
@@ -72,7 +76,9 @@ def fit_args(recipe: Path, hardware: Path, folder: Path, backbone: Path, texts: 
     }
     for part in ("train", "validation"):
         for source in config["data"].get(part, []):
-            flags[f"data.{part}.path"] = write_rows(folder / f"{part}.jsonl.gz", source, texts)
+            flags[f"data.{part}.path"] = write_rows(
+                folder / f"{part}.jsonl.gz", source, texts, 1 + 2 * (part == "validation")
+            )
     args = ["fit", "--config", str(recipe), "--config", str(hardware)]
     return args + [word for key, value in flags.items() for word in (f"--{key}", str(value))]
 

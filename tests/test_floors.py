@@ -20,17 +20,20 @@ MODULES = {
 FLOORS = {
     4: """trainer.__main__ trainer.cli trainer.lightning_cli trainer.help_text trainer.run_dir trainer.run_lock
           trainer.preflight trainer.prepare trainer.config_errors trainer.config_files trainer.config_values
-          trainer.cache_command trainer.demo trainer.demo_data trainer.demo_encoder
+          trainer.cache_command trainer.check.command trainer.demo trainer.demo_data trainer.demo_encoder
           trainer.export trainer.export.*""",
     3: """trainer.module trainer.checkpoint trainer.data.module trainer.evaluation.runner trainer.evaluation.sharded
+          trainer.check.callback trainer.check.probe trainer.check.render trainer.check.report
           trainer.distributed.exact trainer.distributed.heartbeat trainer.distributed.preemption
           trainer.distributed.strategies trainer.distributed.watch trainer.finite trainer.memory
           trainer.tracking trainer.tracking.*""",
     2: """trainer.identity trainer.manifest trainer.losses trainer.losses.* trainer.encoder trainer.encoder.*
-          trainer.data.ahead trainer.data.batches trainer.data.cache trainer.data.checks trainer.data.collate
-          trainer.data.columns trainer.data.derived trainer.data.files trainer.data.json_lines trainer.data.opaque
-          trainer.data.order trainer.data.progress trainer.data.rowgroups trainer.data.rows trainer.data.sources
-          trainer.data.streaming trainer.data.tokens trainer.data.values
+          trainer.check trainer.check.finding trainer.check.labels trainer.check.memory trainer.check.rules
+          trainer.check.texts trainer.data.ahead trainer.data.batches trainer.data.cache trainer.data.checks
+          trainer.data.collate trainer.data.columns trainer.data.derived trainer.data.facts trainer.data.files
+          trainer.data.json_lines trainer.data.leaks trainer.data.opaque trainer.data.order trainer.data.progress
+          trainer.data.rowgroups trainer.data.rows trainer.data.sources trainer.data.streaming trainer.data.tokens
+          trainer.data.values
           trainer.evaluation trainer.evaluation.base trainer.evaluation.sts trainer.evaluation.triplet""",
     1: """trainer trainer.batch trainer.data trainer.distributed trainer.distributed.gather
           trainer.files trainer.interruption""",

@@ -53,7 +53,7 @@ def test_flags_and_defaults_are_live(command: str, parsers: Mapping[str, Any]) -
 
 def test_every_flag_in_an_example_exists(parsers: Mapping[str, Any]) -> None:
     known = {option for parser in parsers.values() for option in parser._option_string_actions}
-    known |= {"--KEY", "--help-all", "--debug", "--exact", "--nodes", "--all", "--older-than"}
+    known |= {"--KEY", "--help-all", "--debug", "--exact", "--json", "--probe", "--nodes", "--all", "--older-than"}
     for name, text in ALL.items():
         for flag in re.findall(r"--[A-Za-z][\w.-]*", text):
             assert flag in known or flag == "--help", f"{name}.txt: {flag}"

@@ -120,8 +120,12 @@ def _run_lightning(command: str, args: list[str]) -> int:
 
 
 def _check(args: list[str]) -> int:
+    if not args:
+        raise ConfigError("a recipe is needed: trainer check --config configs/X.yaml")
     if "--exact" not in args:
-        raise ConfigError("there is one check so far: trainer check --exact --config configs/X.yaml")
+        from trainer.check.command import check
+
+        return check(args)
     args = [arg for arg in args if arg != "--exact"]
     written = read_command(args)
     from trainer.distributed.exact import check_exact

@@ -56,7 +56,7 @@ commands:
   validate   evaluate a model or a checkpoint on data.validation
   test       the same, logged as test
   export     write a sentence-transformers folder from a run or a checkpoint
-  check      --exact: compare your ranks with a single process, step by step
+  check      what is wrong with the data; --exact: do ranks equal one process?
   prepare    download and tokenise, so that compute nodes need no network
   preflight  check this node for a run: imports, devices, disk, data
   cache      list or empty the cache of rows and tokens
@@ -78,12 +78,23 @@ Writes a folder that sentence-transformers loads, with its model card.
   trainer export runs/stsb/checkpoints/step-00000500 model
 """
 CHECK = """\
-usage: trainer check --exact --config RECIPE.yaml [--KEY VALUE]
+usage: trainer check --config RECIPE.yaml [--json] [--probe] [--KEY VALUE]
+       trainer check --exact --config RECIPE.yaml [--KEY VALUE]
 
-Runs two steps on your ranks and in a single process, dropout off, and compares
-rows, loss, parameter gradients and one metric. Says pass (exit 0), or which of
-them differs and by how much (exit 1). Takes every key of trainer fit.
+Reads the data of a recipe and says what is in it, what a run would do with it,
+and what is wrong with it for this loss, with the recipe that would work. Exit
+code 1 where fit would refuse it. Needs no GPU, no weights, no network; once
+cached it takes seconds. Takes every key of trainer fit.
 
+  --json   the report as JSON
+  --probe  also one real step on the longest batch: the memory it takes
+  --check.allow NAME,NAME   errors that shall not stop a run
+
+--exact runs two steps on your ranks and in a single process, dropout off, and
+compares rows, loss, parameter gradients and one metric. Says pass (exit 0), or
+which of them differs and by how much (exit 1).
+
+  trainer check --config configs/stsb.yaml
   trainer check --exact --config configs/stsb.yaml --trainer.devices 2
   srun trainer check --exact --config configs/stsb.yaml
 """

@@ -30,8 +30,12 @@ class Resume:
 
     @property
     def names(self) -> list[str]:
-        allowed = self.allow or []
-        return [name.strip() for name in (allowed.split(",") if isinstance(allowed, str) else allowed) if name.strip()]
+        return split_names(self.allow)
+
+
+def split_names(names: Optional[Union[str, list[str]]]) -> list[str]:
+    """A list, or words with commas between them."""
+    return [name.strip() for name in (names.split(",") if isinstance(names, str) else names or []) if name.strip()]
 
 
 def identity(config: Mapping[str, Any], fingerprints: Sequence[str], facts: Mapping[str, Any]) -> dict[str, Any]:

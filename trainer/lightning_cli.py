@@ -21,6 +21,8 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from trainer import interruption
+from trainer.check.callback import Check
+from trainer.check.rules import refuse_unknown
 from trainer.checkpoint import Checkpoints, DirectoryCheckpointIO
 from trainer.config_errors import check_written, explain
 from trainer.config_files import ConfigError, Written, replaced_lists
@@ -30,7 +32,7 @@ from trainer.distributed.preemption import Preemption
 from trainer.distributed.watch import Watch
 from trainer.encoder.spec import EncoderSpec
 from trainer.evaluation.runner import Evaluation
-from trainer.identity import Resume, differences, identity, refuse_differences
+from trainer.identity import Resume, differences, identity, refuse_differences, split_names
 from trainer.manifest import newest, newest_valid, problem, read_manifest
 from trainer.module import EmbeddingModule
 from trainer.run_dir import is_first_rank, name_run, refuse_used, write_config
@@ -52,6 +54,7 @@ GROUPS: Mapping[str, type] = {
     "tracking": Tracking,
     "resume": Resume,
     "watch": Watch,
+    "check": Check,
 }
 # Our order, evaluation, checkpoints and progress take the place of Lightning's.
 TRAINER_DEFAULTS: Mapping[str, Any] = {
@@ -121,6 +124,7 @@ class TrainerCLI(LightningCLI):
         parser.add_class_arguments(Tracking, "tracking")
         parser.add_class_arguments(Resume, "resume")
         parser.add_lightning_class_args(Watch, "watch")
+        parser.add_lightning_class_args(Check, "check")
         for target, source in LINKS.items():
             parser.link_arguments(source, target)
 
@@ -162,6 +166,10 @@ class TrainerCLI(LightningCLI):
         limits = self.options.trainer
         if limits.max_epochs is None and limits.max_steps == -1 and limits.max_time is None:
             limits.max_epochs = 1  # Lightning would take 1000
+        try:
+            refuse_unknown(split_names(self.options.check.allow))
+        except ValueError as error:
+            raise ConfigError(f"{self.written.place('check.allow')}: {error}") from error
         if not self.execute:
             return
         if is_first_rank(os.environ):
@@ -237,6 +245,7 @@ class TrainerCLI(LightningCLI):
     def before_fit(self) -> None:
         interruption.stop_if_asked()
         config, first = self.effective_config(), is_first_rank(os.environ)
+        self._get(self.config_init, "check").is_resumed = self.options.ckpt_path is not None
         if first:
             if taken_over := take_lock(self.run_dir, os.environ):
                 print(f"note: {taken_over}")

@@ -1,5 +1,6 @@
 """The LightningModule: an encoder, a loss and an optimizer, nothing else."""
 
+import logging
 import math
 from typing import Any, Literal, Optional, cast
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 
 from trainer.batch import PackedBatch
+from trainer.check.rules import unfit_columns
 from trainer.data.files import did_you_mean
 from trainer.data.module import PairData
 from trainer.data.order import mix
@@ -19,6 +21,8 @@ from trainer.encoder import Encoder, EncoderSpec
 from trainer.finite import FiniteSteps
 from trainer.losses import Loss
 from trainer.memory import explained_memory
+
+logger = logging.getLogger(__name__)
 
 
 class EmbeddingModule(LightningModule):
@@ -118,7 +122,10 @@ class EmbeddingModule(LightningModule):
             known_decay = not self.weight_decay or str(self.trainer.precision) != "16-mixed"
             if self.encoder_spec.compact_vocabulary == "auto" and known_decay:
                 used_ids = self.data.used_ids()
-                if used_ids is not None:
+                if used_ids is None:
+                    what = "streaming: the pieces to come are not known, so the whole vocabulary is trained"
+                    gather.warn(logger, what)
+                else:
                     self.encoder.compact_vocabulary(used_ids)
         # No buffer of ours changes from batch to batch differently on different ranks. DDP would broadcast all of
         # them before every forward, the frozen embedding matrix (hundreds of MB) included.
@@ -129,37 +136,15 @@ class EmbeddingModule(LightningModule):
     def _check_columns(self) -> None:
         """The columns of every source against what its loss takes."""
         for source, table in zip(self.data.train_sources, self.data.inputs, strict=True):
-            loss = self.loss_of(source)
-            name = type(loss).__name__
-            low, high = loss.min_columns, loss.max_columns
-            num_labels = getattr(loss, "num_labels", None)
-            found = f"{source.path} has {', '.join(sorted(source.columns))}"
-            if len(table.columns) < low or (high is not None and len(table.columns) > high):
-                wanted = f"{low}" if high == low else f"{low} or more" if high is None else f"{low} to {high}"
-                columns = "text column" if wanted == "1" else "text columns"
-                raise ValueError(f"{name} takes {wanted} {columns}, {found}; change data.train columns")
-            for need in sorted(loss.needs):
-                if need[:-1] not in source.columns:
-                    raise ValueError(f"{name} needs a column '{need[:-1]}', {found}; map it in data.train columns")
-            if num_labels is not None and table.labels is not None:
-                low_label, high_label = int(table.labels.min()), int(table.labels.max())
-                if low_label < 0 or high_label >= num_labels:
-                    raise ValueError(
-                        f"{source.path} has labels {low_label} to {high_label}, but {name} has "
-                        f"{num_labels} classes 0 to {num_labels - 1}; set num_labels or a label_map"
-                    )
+            for finding in unfit_columns(self.loss_of(source), source, table):
+                raise ValueError(str(finding))
 
     @property
     def num_training_steps(self) -> int:
         """Optimizer steps of the whole run, known from our own order. Asking Lightning for its estimate would
         drop the loader's state on resume (Lightning #20550)."""
         trainer = self.trainer
-        steps = self.data.steps_per_epoch * (trainer.max_epochs or 1) if (trainer.max_epochs or 1) > 0 else -1
-        if trainer.max_steps > 0:
-            steps = trainer.max_steps if steps < 0 else min(steps, trainer.max_steps)
-        if steps < 0:
-            raise ValueError("trainer.max_epochs is -1 and trainer.max_steps is not set: give one of them")
-        return steps
+        return count_steps(self.data.steps_per_epoch, trainer.max_epochs or 1, trainer.max_steps)
 
     def configure_optimizers(self) -> Any:
         decayed: list[nn.Parameter] = []
@@ -309,6 +294,18 @@ class EmbeddingModule(LightningModule):
             score = "" if targets.scores_B is None else f" score {float(targets.scores_B[row]):.3f}"
             label = "" if targets.labels_B is None else f" label {int(targets.labels_B[row])}"
             print(f"row {int(targets.row_ids_B[row])}{score}{label}: " + " | ".join(texts))
+
+
+def count_steps(steps_per_epoch: int, max_epochs: int, max_steps: int) -> int:
+    """Optimizer steps of a whole run; -1 is no limit.
+
+    Raises:
+        ValueError: neither limit is set.
+    """
+    if max_epochs < 0 and max_steps < 0:
+        raise ValueError("trainer.max_epochs is -1 and trainer.max_steps is not set: give one of them")
+    steps = steps_per_epoch * max_epochs if max_epochs > 0 else max_steps
+    return min(steps, max_steps) if max_steps > 0 else steps
 
 
 def _is_norm(module: nn.Module) -> bool:

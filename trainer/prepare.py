@@ -14,6 +14,7 @@ def prepare(args: Sequence[str]) -> int:
     Raises:
         ValueError: as fit, before it trains.
     """
+    from trainer.check.report import read_facts
     from trainer.data.sources import load
     from trainer.data.tokens import tokenize
     from trainer.encoder import Encoder
@@ -33,6 +34,8 @@ def prepare(args: Sequence[str]) -> int:
         table = tokenize(source, data.text, data.cache_dir)
         tokens = sum(int(table.lengths(column).sum()) for column in table.columns)
         _say("train", source.path, f"{table.num_rows:,} rows, {tokens:,} tokens", table.folder)
+    data.setup("fit")
+    read_facts(data)
     for source in data.validation_sources:
         rows = load(source, data.cache_dir)
         _say("validation", source.name, f"{len(rows):,} rows", Path(rows.cache_files[0]["filename"]).parent)

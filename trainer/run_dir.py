@@ -15,7 +15,7 @@ from trainer.files import write_whole
 
 # These say where a run is and how it is watched, not what it computes: on other hardware it keeps its name.
 _NOT_IN_NAME = re.compile(
-    r"ckpt_path|weights_only|seed_everything|tracking(\..*)?|watch\..*|data\.(num_workers|cache_dir)"
+    r"ckpt_path|weights_only|seed_everything|tracking(\..*)?|(watch|check)\..*|data\.(num_workers|cache_dir)"
     r"|trainer\.(default_root_dir|devices|num_nodes|accelerator|strategy(\..*)?|logger(\..*)?|enable_.*)"
 )
 _MAX_NAME = 100

@@ -91,29 +91,6 @@ def test_groups_of_steps_hold_each_step_once_and_end_at_multiples(step: int, sto
     assert all(0 < len(group) <= size for group in groups)
 
 
-def test_fewer_rows_than_a_batch_is_said_with_the_numbers(
-    tmp_path: Path, tiny_encoder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    data = make_data(tmp_path, tiny_encoder, num_rows=5, batch_size=8)
-    with caplog.at_level(logging.WARNING):
-        data.setup("fit")
-    assert "5 rows are fewer than data.batch_size 8: each epoch takes one short step of 5 rows" in caplog.text
-    assert data.steps_per_epoch == 1
-
-
-def test_truncated_texts_are_counted_and_said(
-    tmp_path: Path, tiny_encoder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    data = make_data(tmp_path, tiny_encoder, num_rows=20, batch_size=4, max_length=5)
-    with caplog.at_level(logging.WARNING):
-        data.setup("fit")
-    lengths = data.tables[0].lengths("positive")
-    assert lengths.max() == 5
-    cut = data.tables[0].num_truncated("positive")
-    assert 0 < cut <= (lengths == 5).sum()
-    assert f"{cut} of 20 texts of column 'positive' ({cut / 20:.1%}) are longer than max_length 5" in caplog.text
-
-
 def test_a_batch_smaller_than_the_number_of_ranks_is_refused(tmp_path: Path, tiny_encoder: Path, two_ranks) -> None:
     data = make_data(tmp_path, tiny_encoder, num_rows=5, batch_size=1)
     source, spec = data.train_sources[0], data.encoder_spec

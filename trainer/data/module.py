@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import Any, Literal, Optional, Union
 
 import numpy as np
 import torch
@@ -188,7 +188,6 @@ class PairData(LightningDataModule):
         if stage in (None, "fit"):
             self._open_training()
             self._check_sizes()
-            self._say_what_is_lost(self.text.max_length)
         self.validation_sets = [
             ValidationSet(source.name, load(source, self.cache_dir), source.evaluator, self.text)
             for source in self.validation_sources
@@ -203,33 +202,12 @@ class PairData(LightningDataModule):
             )
         if self.stream is not None:
             return
-        for source, rows in zip(self.train_sources, self.sizes, strict=True):
-            if rows < self.batch_size:
-                gather.warn(
-                    logger,
-                    f"{source.path}: {rows} rows are fewer than data.batch_size {self.batch_size}: "
-                    f"each epoch takes one short step of {rows} rows",
-                )
         if left_out := self.order.rows_left_out:
             gather.warn(
                 logger,
                 f"data.mixing round_robin: {left_out:,} of {sum(self.sizes):,} rows are left out of an epoch, "
                 "others in each: the source with the fewest steps ends it",
             )
-
-    def _say_what_is_lost(self, max_length: int) -> None:
-        for source, table in zip(self.train_sources, self.inputs, strict=True):
-            if not isinstance(table, TokenTable):
-                continue  # nobody has read it yet
-            if table.num_skipped:
-                gather.warn(logger, f"{source.path}: {table.num_skipped} bad rows are left out (on_bad_row: skip)")
-            for column in table.columns:
-                if cut := table.num_truncated(column):
-                    gather.warn(
-                        logger,
-                        f"{source.path}: {cut} of {table.num_rows} texts of column '{column}' "
-                        f"({cut / table.num_rows:.1%}) are longer than max_length {max_length} and lose their end",
-                    )
 
     @property
     def inputs(self) -> Sequence[TokenTable | StreamedTable | OpaqueStream]:
@@ -260,9 +238,8 @@ class PairData(LightningDataModule):
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps of one epoch, ``trainer.limit_train_batches`` considered."""
-        full = self.whole_steps_per_epoch
         limit = self.trainer.limit_train_batches if self.trainer is not None else 1.0
-        return min(full, limit) if isinstance(limit, int) else max(1, int(full * limit))
+        return limit_steps(self.whole_steps_per_epoch, limit)
 
     @property
     def steps_per_message(self) -> int:
@@ -273,7 +250,6 @@ class PairData(LightningDataModule):
         """Pieces that any training text uses, ascending, int64; None with streaming: nobody knows before the end."""
         known = [table.used_ids() for table in self.tables if isinstance(table, TokenTable)]
         if self.stream is not None or len(known) < len(self.tables):
-            gather.warn(logger, "streaming: the pieces to come are not known, so the whole vocabulary is trained")
             return None
         return torch.from_numpy(np.unique(np.concatenate(known)))
 
@@ -331,3 +307,10 @@ class PairData(LightningDataModule):
 
     def test_dataloader(self) -> DataLoader[int]:
         return self.val_dataloader()
+
+
+def limit_steps(steps_per_epoch: int, limit: Union[int, float]) -> int:
+    """What ``trainer.limit_train_batches`` (a number of steps, or a share) leaves of an epoch."""
+    if isinstance(limit, int) or limit > 1.0:  # a parser may have read 10 as 10.0
+        return min(steps_per_epoch, int(limit))
+    return max(1, int(steps_per_epoch * limit))

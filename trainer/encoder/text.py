@@ -83,6 +83,27 @@ def position_offset(config: PretrainedConfig) -> int:
     return config.pad_token_id + 1 if config.model_type in _OFFSET_MODEL_TYPES else 0
 
 
+def read_config(spec: EncoderSpec) -> PretrainedConfig:
+    """config.json of the backbone, wherever in a sentence-transformers folder it lies; no weights."""
+    return AutoConfig.from_pretrained(
+        spec.backbone,
+        subfolder=_modules(spec)[0]["path"],
+        revision=spec.revision,
+        trust_remote_code=spec.trust_remote_code,
+    )
+
+
+def normalizes(spec: EncoderSpec) -> bool:
+    """Whether embeddings will have length 1: what the config says, else what the folder does."""
+    if isinstance(spec.normalize, bool):
+        return spec.normalize
+    return any(module["type"].endswith("Normalize") for module in _modules(spec))
+
+
+def _modules(spec: EncoderSpec) -> list[dict[str, Any]]:
+    return _read_json(spec, "modules.json") or [{"path": "", "type": _OWN_MODULES}]
+
+
 def load_text_preparation(spec: EncoderSpec) -> TextPreparation:
     """Read the tokenizer, the length and the prompt of an encoder; no weights.
 
@@ -91,7 +112,7 @@ def load_text_preparation(spec: EncoderSpec) -> TextPreparation:
             backbone.
     """
     where: dict[str, Any] = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
-    modules = _read_json(spec, "modules.json") or [{"path": "", "type": _OWN_MODULES}]
+    modules = _modules(spec)
     subfolder = modules[0]["path"]
     if not spec.trust_remote_code:
         _refuse_code(spec, subfolder, [module["type"] for module in modules])

@@ -83,11 +83,13 @@ def complete_readme(path: Path, run: Run) -> None:
         # The template calls whatever belongs to a data set its loss.
         code = f"<code>{fullname(source.evaluator)}</code>"
         text = text.replace(f"* Loss: {code}", f"* Evaluator: {code}")
+    known = "".join(f"- `{finding['name']}`: {finding['cause']}\n" for finding in run.allowed)
+    mistakes = f"\n### Known Mistakes of the Training Data\n\n{known}" if known else ""
     chosen = f"\n### Exported Checkpoint\n\n`{run.checkpoint}`, step {run.step:,}: {run.reason}.\n"
     versions = f"- Lightning: {_version('lightning')}\n- {DISTRIBUTION}: {_version(DISTRIBUTION)}\n"
     if _VERSIONS_HEADING not in text:
         text += _VERSIONS_HEADING
-    text = text.replace(_VERSIONS_HEADING, chosen + _VERSIONS_HEADING + versions, 1)
+    text = text.replace(_VERSIONS_HEADING, chosen + mistakes + _VERSIONS_HEADING + versions, 1)
     path.write_text(text, encoding="utf-8")
 
 

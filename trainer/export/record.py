@@ -34,6 +34,7 @@ class Run:
         checkpoint: name of the exported file.
         step: optimizer steps it had taken.
         reason: why it was taken, in Markdown.
+        allowed: errors of the data that the run was told to live with, as `allowed_findings` reads them.
     """
 
     module: EmbeddingModule
@@ -43,6 +44,7 @@ class Run:
     checkpoint: str
     step: int
     reason: str
+    allowed: Sequence[Mapping[str, Any]] = ()
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -54,6 +56,13 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return rows
+
+
+def allowed_findings(path: Path) -> list[dict[str, Any]]:
+    """Errors in a check.json that check.allow turned into warnings; none where there is no such file."""
+    if not path.is_file():
+        return []
+    return [finding for finding in json.loads(path.read_text(encoding="utf-8"))["findings"] if finding["allowed"]]
 
 
 def hyperparameters(run: Run) -> dict[str, Any]:

@@ -12,10 +12,11 @@ import yaml
 from jsonargparse import ArgumentParser
 from sentence_transformers import SentenceTransformer
 
+from trainer.check.report import FILE_NAME as CHECK_FILE
 from trainer.data.module import PairData
 from trainer.encoder import Encoder
 from trainer.export.model_card import DISTRIBUTION, complete_readme, fill_card
-from trainer.export.record import Run, read_log
+from trainer.export.record import Run, allowed_findings, read_log
 from trainer.manifest import STATE, best, newest, problem, read_state
 from trainer.module import EmbeddingModule
 from trainer.tracking.metrics import FILE_NAME
@@ -49,6 +50,7 @@ def export_run(source: Path, out: Path) -> None:
         checkpoint=path.name,
         step=checkpoint["global_step"],
         reason=_reason(chosen, checkpoint, config),
+        allowed=allowed_findings(run_dir / CHECK_FILE),
     )
     with module.encoder.as_sentence_transformer() as model:
         _set_prompt(model, module.encoder_spec.prompt)

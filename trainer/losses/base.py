@@ -34,16 +34,26 @@ class Loss(nn.Module, ABC):
     Attributes:
         needs: which targets it wants besides row ids: "scores", "labels".
         min_columns, max_columns: text columns it takes; max_columns None for any number.
+        score_range: lowest and highest score it can reach; None: any, or it wants none.
+        in_batch_negatives: whether texts of other rows of the global batch are negatives.
+        positives_by_label: whether the positives of a text are the other texts of its label.
         citation: BibTeX of the paper, for the model card.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
     min_columns: ClassVar[int] = 2
     max_columns: ClassVar[int | None] = 2
+    score_range: ClassVar[tuple[float, float] | None] = None
+    in_batch_negatives: ClassVar[bool] = False
+    positives_by_label: ClassVar[bool] = False
     citation: ClassVar[str] = ""
 
     def build(self, embedding_dimension: int) -> None:
         """Make the heads, once the embedding dimension is known."""
+
+    def margin_limit(self, normalized: bool) -> float | None:
+        """The margin that no pair of distances can reach, for embeddings of length 1 or of any; None: there is none."""
+        return None
 
     @abstractmethod
     def forward(self, columns: Sequence[Tensor], targets: Targets) -> Tensor:

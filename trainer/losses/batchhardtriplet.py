@@ -40,6 +40,7 @@ class BatchHardTriplet(Loss):
     needs = frozenset({"labels"})
     min_columns = 1
     max_columns = 1
+    positives_by_label = True
     citation = """@misc{hermans2017defense,
     title = {In Defense of the Triplet Loss for Person Re-Identification},
     author = {Alexander Hermans and Lucas Beyer and Bastian Leibe},
@@ -75,6 +76,10 @@ class BatchHardTriplet(Loss):
         hardest_negative_B = (distances_BN + furthest_B1 * same_BN).min(dim=1).values
         terms_B = F.relu(hardest_positive_B - hardest_negative_B + self.margin)
         return targets.weight * terms_B.sum()
+
+    def margin_limit(self, normalized: bool) -> float | None:
+        """Cosine distances, and euclidean ones between vectors of length 1, are at most 2."""
+        return 2.0 if normalized or self.distance == "cosine" else None
 
     def describe(self) -> dict[str, Any]:
         return {"margin": self.margin, "distance": self.distance}

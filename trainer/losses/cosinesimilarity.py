@@ -19,6 +19,7 @@ class CosineSimilarity(Loss):
     """
 
     needs = frozenset({"scores"})
+    score_range = (-1.0, 1.0)
     citation = SENTENCE_BERT
 
     def forward(self, columns: Sequence[Tensor], targets: Targets) -> Tensor:

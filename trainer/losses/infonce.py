@@ -28,6 +28,7 @@ class InfoNCE(Loss):
     """
 
     max_columns = None
+    in_batch_negatives = True
     citation = """@misc{oord2019representationlearningcontrastivepredictive,
     title = {Representation Learning with Contrastive Predictive Coding},
     author = {Aaron van den Oord and Yazhe Li and Oriol Vinyals},

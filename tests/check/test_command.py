@@ -1,0 +1,287 @@
+"""`trainer check` on the mistakes of published models and on sound sets: verdict, exit code, text, JSON."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from trainer.cli import main
+from trainer.demo_data import write_pairs
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+PAIR = {"anchor": "a", "positive": "b"}
+SCORED = {**PAIR, "score": "s"}
+
+
+def write(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return path
+
+
+def pairs(count: int, scores: Sequence[float], texts: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows without a text that stands twice."""
+    return [
+        {"a": f"{texts[i % len(texts)]} {i}", "b": f"{texts[-1 - i % len(texts)]} {i}", "s": scores[i % len(scores)]}
+        for i in range(count)
+    ]
+
+
+def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, dict[str, Any]]:
+    """Exit code and JSON of a check."""
+    capsys.readouterr()
+    code = main(["check", "--json", *map(str, args)])
+    report = json.loads(capsys.readouterr().out)
+    assert code == (1 if report["errors"] else 0)
+    return code, report
+
+
+def names(report: dict[str, Any], severity: str) -> list[str]:
+    return [f["name"] for f in report["findings"] if f["severity"] == severity and not f["allowed"]]
+
+
+def source(path: Path, columns: dict[str, str], **more: Any) -> str:
+    return json.dumps([{"path": str(path), "columns": columns, **more}])
+
+
+def common(folder: Path, encoder: Path, loss: str) -> list[str]:
+    return ["--model.encoder.backbone", str(encoder), "--model.loss", loss, "--data.cache_dir", str(folder / "cache")]
+
+
+# -- published models -------------------------------------------------------------------------------------
+
+# What their data was like, and the errors that must be named.
+PUBLISHED: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "ja-en-financial": ({"count": 3725, "scores": [1.0]}, ["constant_labels"]),
+    "hebrew-nli": ({"count": 600, "scores": [0, 1, 2]}, ["label_range"]),
+    "korean-terms": ({"count": 7, "scores": [0.5, 0.7, 1.0]}, ["few_rows_many_epochs"]),
+    "korean-nutrition": ({"count": 81, "scores": [0, 1]}, []),
+    "sinhala-qa": ({"count": 600, "scores": [0]}, []),
+}
+
+
+@pytest.mark.parametrize("recipe", PUBLISHED)
+def test_published_recipes_allow_their_mistakes(
+    recipe: str, tmp_path: Path, tiny_encoder: Path, demo_texts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each has exactly the errors that it allows, so it runs as published and says what is wrong."""
+    shape, errors = PUBLISHED[recipe]
+    path = CONFIGS / "published" / f"{recipe}.yaml"
+    config = yaml.safe_load(path.read_text())
+    rows = pairs(shape["count"], shape["scores"], demo_texts)
+    columns = config["data"]["train"][0]["columns"]
+    keys = {"anchor": "a", "positive": "b", "text": "a", "score": "s", "label": "s"}
+    renamed = [{column: row[keys[name]] for name, column in columns.items()} for row in rows]
+    args: list[object] = ["--config", path, "--model.encoder.backbone", tiny_encoder, "--model.encoder.max_length", 64]
+    args += ["--data.cache_dir", tmp_path / "cache", "--data.train.path", write(tmp_path / "train.jsonl", renamed)]
+    if "validation" in config["data"]:
+        dev = [{"sentence1": f"x {i}", "sentence2": f"y {i}", "score": i % 6} for i in range(12)]
+        args += ["--data.validation.path", write(tmp_path / "dev.jsonl", dev)]
+    code, report = run(capsys, *args)
+    assert code == 0
+    assert [f["name"] for f in report["findings"] if f["severity"] == "error"] == errors
+    assert config.get("check", {}).get("allow", []) == errors
+    code, report = run(capsys, *args, "--check.allow", "[]")
+    assert (code, names(report, "error")) == (1 if errors else 0, errors)
+    if recipe == "korean-nutrition":
+        assert "unreachable_margin" in names(report, "warning")
+    if recipe == "korean-terms":
+        assert "no_low_scores" in names(report, "warning")
+
+
+def test_one_class_of_triplets(
+    tmp_path: Path, tiny_encoder: Path, demo_texts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "x.jsonl", [{"a": f"{demo_texts[i]} {i}", "s": 3} for i in range(81)])
+    args = [
+        *common(tmp_path, tiny_encoder, "BatchHardTriplet"),
+        "--data.train",
+        source(path, {"text": "a", "label": "s"}),
+    ]
+    _, report = run(capsys, *args)
+    assert names(report, "error") == ["single_class"]
+    assert report["findings"][0]["cause"].startswith("all 81 rows have the label 3")
+
+
+def test_a_validation_set_inside_the_training_set(
+    tmp_path: Path, tiny_encoder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train, _ = write_pairs(tmp_path, 60, 20)
+    columns = {"anchor": "sentence1", "positive": "sentence2", "score": "score"}
+    validation = [{"name": "dev", "path": str(train), "columns": columns}]
+    args = [*common(tmp_path, tiny_encoder, "CosineSimilarity"), "--data.validation", json.dumps(validation)]
+    _, report = run(capsys, *args, "--data.train", source(train, columns, score_range=[0, 5]))
+    assert names(report, "error") == ["leak"]
+    assert report["validation"][0]["num_known_rows"] == 60
+
+
+def test_columns_that_the_loss_does_not_take(
+    tmp_path: Path, tiny_encoder: Path, demo_texts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The sentence that fit would stop with, which no check.allow helps."""
+    path = write(tmp_path / "x.jsonl", pairs(20, [0, 1], demo_texts))
+    args = [*common(tmp_path, tiny_encoder, "CosineSimilarity"), "--data.train", source(path, PAIR)]
+    _, report = run(capsys, *args)
+    assert names(report, "error") == ["unfit_columns"]
+    assert report["findings"][0]["cause"] == f"CosineSimilarity needs a column 'score', {path} has anchor, positive"
+
+
+# -- numbers, text, JSON ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sound(tmp_path: Path, tiny_encoder: Path, demo_texts: list[str]) -> list[str]:
+    """200 pairs, no weights and no network."""
+    encoder = tmp_path / "no-weights"
+    shutil.copytree(tiny_encoder, encoder, ignore=shutil.ignore_patterns("*.safetensors"))
+    path = write(tmp_path / "x.jsonl", pairs(200, [0.0, 0.3, 1.0], demo_texts))
+    dev = write(tmp_path / "dev.jsonl", [{"a": f"x {i}", "b": f"y {i}", "s": i / 12} for i in range(12)])
+    validation = json.dumps([{"name": "dev", "path": str(dev), "columns": SCORED}])
+    columns = source(path, SCORED)
+    return [*common(tmp_path, encoder, "CosineSimilarity"), "--data.train", columns, "--data.validation", validation]
+
+
+def test_plan(sound: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Steps, negatives, tokens and padding are those of the run: counted here from the packed batches themselves."""
+    from trainer.data.batches import StepBatches
+    from trainer.lightning_cli import run as build
+
+    more = ["--model.loss", "InfoNCE", "--trainer.devices", "2", "--trainer.max_epochs", "3"]
+    code, report = run(capsys, *sound, *more, "--trainer.limit_train_batches", "10")
+    assert code == 0
+    assert report["errors"] == 0
+    plan, (train,) = report["plan"], report["train"]
+    assert (plan["steps_per_epoch"], plan["num_steps"], plan["num_ranks"]) == (10, 30, 2)
+    assert plan["num_negatives"] == [15]
+    from trainer.config_files import read_command
+
+    data = build(["fit", *sound, "--trainer.accelerator", "cpu"], read_command(sound), execute=False).datamodule
+    data.setup("fit")
+    batches = [StepBatches(data.tables, data.order, 13, 0, 1)[step] for step in range(13)]
+    assert plan["tokens_per_step"] == pytest.approx(sum(b.num_tokens for b in batches) / 13)
+    assert plan["max_tokens_per_step"] == max(b.num_tokens for b in batches)
+    shares = sum(b.num_tokens for b in batches) / sum(b.padded_tokens for b in batches)
+    assert plan["padding_efficiency"] == pytest.approx(shares)
+    assert plan["num_used_pieces"] == len(data.used_ids()) < plan["num_pieces"]
+    assert train["num_rows"] == 200
+    assert not Path("runs").exists()
+
+
+def test_memory_is_that_of_the_parameters(
+    sound: list[str], tiny_encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Parameters as a loaded and compacted encoder has them, 4 bytes each, AdamW's state twice that."""
+    import torch
+
+    from trainer.encoder import Encoder, EncoderSpec
+
+    _, report = run(capsys, *sound)
+    memory, plan = report["memory"], report["plan"]
+    encoder = Encoder(EncoderSpec(str(tiny_encoder)), 1000)
+    # Any ids of the right number; those of special pieces are among the ones that texts use.
+    special = encoder.text.tokenizer.all_special_ids
+    others = [i for i in range(plan["num_pieces"]) if i not in special]
+    encoder.compact_vocabulary(torch.tensor(others[: plan["num_used_pieces"] - len(special)]))
+    trained = sum(p.numel() for p in encoder.parameters() if p.requires_grad)
+    # A special piece that no text uses is trained too.
+    assert memory["num_trained"] == pytest.approx(trained, abs=len(special) * 32)
+    assert memory["gradients"] == 4 * memory["num_trained"]
+    assert memory["optimizer"] == 8 * memory["num_trained"]
+    assert memory["total"] == sum(memory[key] for key in ("weights", "gradients", "optimizer", "activations"))
+    _, off = run(capsys, *sound, "--model.encoder.compact_vocabulary", "off", "--model.optimizer", "sgd")
+    assert off["memory"]["weights"] == 4 * off["memory"]["num_parameters"] < memory["weights"]
+    assert off["memory"]["optimizer"] == 0
+
+
+def test_text(tmp_path: Path, tiny_encoder: Path, demo_texts: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path / "x.jsonl", pairs(40, [1.0], demo_texts))
+    args = [*common(tmp_path, tiny_encoder, "CosineSimilarity"), "--data.train", source(path, SCORED)]
+    assert main(["check", *args]) == 1
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert max(map(len, lines)) <= 100
+    assert "ERROR   constant_labels" in "\n".join(lines)
+    assert "            loss: {class_path: InfoNCE, init_args: {scale: 20.0}}" in "\n".join(lines)
+    assert lines[-1].startswith("1 error, ")
+    assert main(["check", *args, "--check.allow", "constant_labels"]) == 0
+    said = capsys.readouterr().out
+    assert "ALLOWED constant_labels" in said
+    assert "\x1b" not in said
+
+
+def test_an_unknown_name_is_refused(sound: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", *sound, "--check.allow", "constant_label"]) == 2
+    said = capsys.readouterr().err
+    assert "flag --check.allow: check.allow: 'constant_label' is no finding. Did you mean 'constant_labels'?" in said
+
+
+def test_probe_measures_a_real_step(
+    tmp_path: Path, tiny_encoder: Path, demo_texts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "x.jsonl", pairs(40, [0.0, 1.0], demo_texts))
+    args = [*common(tmp_path, tiny_encoder, "InfoNCE"), "--data.train", source(path, PAIR)]
+    _, report = run(capsys, *args, "--probe", "--trainer.devices", "2")
+    longest = -(-report["plan"]["max_tokens_per_step"] // 2)
+    assert "GiB at most" in report["measured"]
+    tokens = int(report["measured"].split(" rows, ")[1].split(" ")[0])
+    assert "a batch of 8 rows" in report["measured"]
+    assert tokens == pytest.approx(longest, rel=0.3)
+
+
+# -- real data --------------------------------------------------------------------------------------------
+
+
+def without_weights(folder: Path, tokenizer: Path) -> Path:
+    """A small BERT with a real tokenizer, and nothing but its config."""
+    encoder = folder / "encoder"
+    shutil.copytree(tokenizer, encoder, copy_function=shutil.copyfile)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    config = {"model_type": "bert", "vocab_size": 119547, "max_position_embeddings": 512, **sizes}
+    (encoder / "config.json").write_text(json.dumps(config))
+    return encoder
+
+
+def test_english_tokenizer_on_amharic(
+    tmp_path: Path, data_dir: Path, minilm: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    columns = {"anchor": "question", "positive": "paragraph"}
+    args = [*common(tmp_path, minilm, "InfoNCE"), "--data.train", source(data_dir / "qa/amharic.dev.jsonl.gz", columns)]
+    _, report = run(capsys, *args)
+    assert names(report, "error") == ["unknown_pieces"]
+    assert next(iter(report["train"][0]["columns"][0]["scripts"])) == "Ethiopic"
+    assert report["train"][0]["columns"][0]["unknown_share"] > 0.8
+
+
+@pytest.mark.parametrize("loss", ["CosineSimilarity", "CoSENT", "InfoNCE"])
+def test_sound_english_set(
+    loss: str, tmp_path: Path, data_dir: Path, minilm: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    columns = {"anchor": "sentence1", "positive": "sentence2", "score": "score"}
+    train, dev = (str(data_dir / f"sts/stsb-en.{split}.jsonl.gz") for split in ("train", "dev"))
+    more = {"columns": columns, "score_range": [0, 5]}
+    args = ["--model.encoder.backbone", minilm, "--model.loss", loss, "--data.train", source(Path(train), **more)]
+    _, report = run(capsys, *args, "--data.validation", json.dumps([{"name": "dev", "path": dev, **more}]))
+    assert report["errors"] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "columns", "loss", "scripts"),
+    [
+        ("sts/jsts", {"anchor": "sentence1", "positive": "sentence2", "score": "score"}, "CoSENT", {"Han", "Hiragana"}),
+        ("bitext/tanaka-ja-en", {"anchor": "ja", "positive": "en"}, "InfoNCE", {"Han", "Hiragana"}),
+    ],
+)
+def test_sound_japanese_sets(
+    name: str, columns: dict[str, str], loss: str, scripts: set[str], tmp_path: Path, data_dir: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    encoder = without_weights(tmp_path, data_dir / "tokenizers/mbert")
+    args = [*common(tmp_path, encoder, loss), "--data.train", source(data_dir / f"{name}.dev.jsonl.gz", columns)]
+    _, report = run(capsys, *args)
+    assert report["errors"] == 0
+    assert "fragmented_texts" not in names(report, "warning")
+    assert scripts <= set(report["train"][0]["columns"][0]["scripts"])

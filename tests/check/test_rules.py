@@ -1,0 +1,238 @@
+"""Each rule: facts that it names, with the text, and the nearest facts that it lets pass."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import yaml
+
+from trainer.check.finding import Finding, Situation
+from trainer.check.rules import RULES, findings, refuse_unknown
+from trainer.data.facts import ColumnFacts, LabelFacts, ScoreFacts, SourceFacts
+from trainer.data.leaks import LeakFacts
+from trainer.losses import BatchHardTriplet, CoSENT, CosineSimilarity, InfoNCE, Loss, Softmax
+
+COLUMN = ColumnFacts("anchor", 5, 12, 30, 70, [1, 2], 0, 0.01, 0.3, {"Latin": 1.0}, 1000)
+SCORES = ScoreFacts(0.0, 1.0, [0.2, 0.5, 0.8], 40, None)
+LABELS = LabelFacts(0, 1, 2, 400, 600, 0, {"0": 400, "1": 600})
+CLEAN = SourceFacts(1000, 1000, 0, [COLUMN, replace(COLUMN, name="positive")], 0, 0.0, None, None)
+
+
+def look(loss: Loss, facts: SourceFacts = CLEAN, leak: LeakFacts | None = None, **settings: Any) -> list[Finding]:
+    leaks = [leak or LeakFacts("dev", 100, 200, 0, 5)]
+    values = {"batch_size": 16, "epochs": 2.0, "max_length": 128, "normalized": True, "backbone": "base", **settings}
+    return findings(Situation(["x.jsonl"], [facts], [loss], **{"leaks": leaks, **values}))
+
+
+def classes(*counts: int) -> LabelFacts:
+    single = sum(count == 1 for count in counts)
+    return LabelFacts(0, len(counts) - 1, len(counts), min(counts), max(counts), single, None)
+
+
+def scores(*values: float) -> SourceFacts:
+    counts = {f"{value:g}": 10 for value in values}
+    return replace(CLEAN, scores=ScoreFacts(min(values), max(values), [0.0] * 3, len(values), counts))
+
+
+TEXTS = replace(CLEAN, columns=[COLUMN])
+
+
+def column(**changes: Any) -> SourceFacts:
+    return replace(CLEAN, columns=[replace(COLUMN, **changes), COLUMN])
+
+
+# rule: (finding's severity, its text, arguments that it names, arguments near by that it does not)
+CASES: dict[str, list[tuple[str, str, dict[str, Any], dict[str, Any]]]] = {
+    "constant_labels": [
+        (
+            "error",
+            "x.jsonl: all 1,000 scores are 1: CosineSimilarity has nothing to tell apart",
+            {"loss": CosineSimilarity(), "facts": scores(1.0)},
+            {"loss": InfoNCE(), "facts": scores(1.0)},
+        ),
+        ("error", "CoSENT has nothing", {"loss": CoSENT(), "facts": scores(0.5)}, {"loss": CoSENT()}),
+    ],
+    "label_range": [
+        (
+            "error",
+            "x.jsonl: scores go from 0 to 2, but CosineSimilarity reaches -1 to 1; they look like classes: "
+            "0 (10 rows), 1 (10 rows), 2 (10 rows)",
+            {"loss": CosineSimilarity(), "facts": scores(0, 1, 2)},
+            {"loss": CosineSimilarity(), "facts": scores(-1, 0, 1)},
+        ),
+        (
+            "error",
+            "scores go from 0 to 4.5, but CosineSimilarity reaches -1 to 1; map them to 0..1",
+            {"loss": CosineSimilarity(), "facts": scores(0, 1, 4.5)},
+            {"loss": CoSENT(), "facts": scores(0, 1, 4.5)},  # a ranking has no range
+        ),
+        (
+            "warning",
+            "CoSENT takes the scores as similarities; they look like classes",
+            {"loss": CoSENT(), "facts": scores(0, 1, 2)},
+            {"loss": CoSENT(), "facts": scores(0, 1)},
+        ),
+    ],
+    "no_low_scores": [
+        (
+            "warning",
+            "no pair scores below 0.5: nothing is pushed far apart",
+            {"loss": CosineSimilarity(), "facts": scores(0.5, 0.75, 1.0)},
+            {"loss": CoSENT(), "facts": scores(0.5, 0.75, 1.0)},
+        )
+    ],
+    "single_class": [
+        (
+            "error",
+            "all 1,000 rows have the label 0: BatchHardTriplet has no other class to tell them from",
+            {"loss": BatchHardTriplet(1.0), "facts": replace(TEXTS, labels=classes(81))},
+            {"loss": BatchHardTriplet(1.0), "facts": replace(TEXTS, labels=classes(80, 2))},
+        ),
+        (
+            "error",
+            "each of the 3 classes has one text: BatchHardTriplet has no positives",
+            {"loss": BatchHardTriplet(1.0), "facts": replace(TEXTS, labels=classes(1, 1, 1))},
+            {"loss": Softmax(), "facts": replace(CLEAN, labels=classes(1, 1, 1))},
+        ),
+    ],
+    "imbalanced_classes": [
+        (
+            "warning",
+            "the largest of 3 classes has 90 rows, the smallest 1, 1 have one row",
+            {"loss": Softmax(), "facts": replace(CLEAN, labels=classes(90, 30, 1))},
+            {"loss": Softmax(), "facts": replace(CLEAN, labels=classes(90, 30, 10))},
+        )
+    ],
+    "unreachable_margin": [
+        (
+            "warning",
+            "BatchHardTriplet asks for a margin of 5, but these distances are at most 2",
+            {"loss": BatchHardTriplet(5.0), "facts": replace(TEXTS, labels=LABELS)},
+            {"loss": BatchHardTriplet(5.0), "facts": replace(TEXTS, labels=LABELS), "normalized": False},
+        ),
+        (
+            "warning",
+            "a margin of 2, but",
+            {"loss": BatchHardTriplet(2.0, "cosine"), "normalized": False},
+            {"loss": BatchHardTriplet(1.9, "cosine")},
+        ),
+    ],
+    "few_rows_many_epochs": [
+        (
+            "error",
+            "7 rows are seen 50 times each: the model learns them by heart",
+            {"loss": CosineSimilarity(), "facts": replace(scores(0, 1), num_rows=7), "epochs": 50.0},
+            {"loss": CosineSimilarity(), "facts": replace(scores(0, 1), num_rows=7), "epochs": 3.0},
+        ),
+        ("warning", "500 rows are seen 10", {"facts": replace(CLEAN, num_rows=500), "epochs": 10.0}, {"epochs": 10.0}),
+    ],
+    "batch_over_rows": [
+        (
+            "warning",
+            "x.jsonl: 5 rows are fewer than data.batch_size 8: each epoch takes one short step of 5 rows",
+            {"facts": replace(CLEAN, num_rows=5), "batch_size": 8},
+            {"facts": replace(CLEAN, num_rows=8), "batch_size": 8},
+        )
+    ],
+    "bad_rows_skipped": [
+        ("warning", "3 bad rows are left out (on_bad_row: skip)", {"facts": replace(CLEAN, num_skipped=3)}, {})
+    ],
+    "false_negatives": [
+        (
+            "warning",
+            "in a batch of 16 rows 2.4 times a row is punished for what another row calls right",
+            {"facts": replace(CLEAN, clash_share=0.01)},
+            {"facts": replace(CLEAN, clash_share=0.01, scores=SCORES), "loss": CosineSimilarity()},
+        )
+    ],
+    "few_negatives": [
+        ("warning", "a query has 3 negatives; InfoNCE learns from many", {"batch_size": 4}, {"batch_size": 8})
+    ],
+    "duplicate_rows": [
+        (
+            "warning",
+            "20 of 1,000 rows say the same as another row",
+            {"facts": replace(CLEAN, num_duplicates=20)},
+            {"facts": replace(CLEAN, num_duplicates=9)},
+        )
+    ],
+    "unknown_pieces": [
+        (
+            "error",
+            "the tokenizer of 'base' does not know 89% of the pieces in 'anchor' (Ethiopic) and 1% of the pieces in "
+            "'anchor' (Latin): the model can't read them",
+            {"facts": column(unknown_share=0.89, scripts={"Ethiopic": 1.0})},
+            {"facts": column(unknown_share=0.04)},
+        ),
+        ("warning", "does not know 10% of the pieces", {"facts": column(unknown_share=0.1)}, {}),
+    ],
+    "fragmented_texts": [
+        (
+            "warning",
+            "the tokenizer of 'base' breaks the texts into 1.8 pieces a character in 'anchor' (Hangul)",
+            {"facts": column(pieces_per_character=1.8, scripts={"Hangul": 1.0})},
+            {"facts": column(pieces_per_character=1.1, scripts={"Han": 1.0})},
+        )
+    ],
+    "truncated_texts": [
+        (
+            "warning",
+            "50 of 1000 texts of column 'anchor' (5.0%) are longer than max_length 128 and lose their end",
+            {"facts": column(num_truncated=50)},
+            {"facts": column(num_truncated=9)},
+        )
+    ],
+    "leak": [
+        (
+            "error",
+            "dev: 60 of 100 validation rows (60.0%) are training rows too: its metrics measure memory",
+            {"leak": LeakFacts("dev", 100, 200, 60, 150)},
+            {"leak": LeakFacts("dev", 100, 200, 0, 200)},  # known texts in new pairs
+        ),
+        ("warning", "2 of 100 validation rows (2.0%)", {"leak": LeakFacts("dev", 100, 200, 2, 5)}, {}),
+    ],
+    "no_validation": [("warning", "there is no validation set", {"leaks": []}, {})],
+}
+
+
+@pytest.mark.parametrize("name", [rule.__name__ for rule in RULES])
+def test_rule(name: str) -> None:
+    """Named like its finding; its recipe is YAML that names only keys of a config."""
+    for severity, text, arguments, near in CASES[name]:
+        (found,) = [finding for finding in look(**{"loss": InfoNCE(), **arguments}) if finding.name == name]
+        assert found.severity == severity
+        assert text in str(found)
+        assert found.remedy
+        recipe = yaml.safe_load(found.recipe) or {}
+        assert set(recipe) <= {"model", "data", "trainer"}
+        assert name not in [finding.name for finding in look(**{"loss": InfoNCE(), **near})]
+
+
+@pytest.mark.parametrize(
+    ("loss", "facts"),
+    [
+        (InfoNCE(), CLEAN),
+        (CosineSimilarity(), replace(CLEAN, scores=SCORES)),
+        (CoSENT(), replace(CLEAN, scores=SCORES)),
+        (Softmax(2), replace(CLEAN, labels=LABELS)),
+        (BatchHardTriplet(0.3), replace(TEXTS, labels=LABELS)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_nothing_is_found_where_nothing_is_wrong(loss: Loss, facts: SourceFacts) -> None:
+    assert look(loss, facts) == []
+
+
+def test_errors_come_first() -> None:
+    found = look(CosineSimilarity(), replace(scores(0, 1, 2), num_duplicates=500), leaks=[])
+    assert [finding.severity for finding in found] == ["error", "warning", "warning"]
+
+
+def test_a_name_that_no_rule_has() -> None:
+    refuse_unknown(["leak", "label_range"])
+    with pytest.raises(ValueError, match=r"'constant_label' is no finding. Did you mean 'constant_labels'\?"):
+        refuse_unknown(["leak", "constant_label"])
+    with pytest.raises(ValueError, match=r"check.allow: 'xyzzy' is no finding. There are: constant_labels, "):
+        refuse_unknown(["xyzzy"])

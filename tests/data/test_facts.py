@@ -1,0 +1,150 @@
+"""Facts of a source and of a validation set beside it, against plain Python over the same rows."""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+from collections import Counter
+from itertools import permutations
+from pathlib import Path
+
+import pytest
+import torch
+
+from trainer.data import facts as facts_module
+from trainer.data.facts import SourceFacts, source_facts
+from trainer.data.leaks import LeakFacts, leak_facts
+from trainer.data.sources import EvalSource, Source
+from trainer.data.tokens import TokenTable, tokenize
+from trainer.encoder import EncoderSpec
+from trainer.encoder.size import backbone_size
+from trainer.encoder.text import TextPreparation, load_text_preparation, normalizes
+
+COLUMNS = {"anchor": "a", "positive": "b", "score": "s", "label": "k"}
+WORDS = ["the", "cat", "bought", "a", "ring", "in", "garden", "고양이", "漢字", "שלום"]
+
+
+@pytest.fixture(scope="module")
+def text(tiny_encoder: Path) -> TextPreparation:
+    return load_text_preparation(EncoderSpec(str(tiny_encoder), max_length=12))
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict[str, object]]:
+    """Few words and few scores, so that texts, pairs and whole rows repeat."""
+    rng = random.Random(3)
+
+    def phrase() -> str:
+        return " ".join(rng.choices(WORDS, k=rng.choice([1, 1, 2, 9])))
+
+    return [{"a": phrase(), "b": phrase(), "s": rng.choice([0.0, 0.5]), "k": rng.randrange(3)} for _ in range(180)]
+
+
+def write(path: Path, rows: list[dict[str, object]]) -> Source:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return Source(str(path), COLUMNS)
+
+
+@pytest.fixture(scope="module")
+def counted(
+    rows: list[dict[str, object]], text: TextPreparation, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[SourceFacts, TokenTable, Source, Path]:
+    folder = tmp_path_factory.mktemp("facts")
+    source = write(folder / "train.jsonl", rows)
+    table = tokenize(source, text, folder)
+    return source_facts(source, table, text, folder), table, source, folder
+
+
+def test_texts(counted: tuple[SourceFacts, TokenTable, Source, Path], rows, text: TextPreparation) -> None:
+    facts = counted[0]
+    assert (facts.num_rows, facts.num_looked_at, facts.num_skipped) == (180, 180, 0)
+    for column, key in zip(facts.columns, "ab", strict=True):
+        ids = text([row[key] for row in rows])
+        lengths = [len(i) for i in ids]
+        assert (column.min, column.max) == (min(lengths), max(lengths))
+        assert column.median == int(statistics.median(lengths))
+        assert sum(column.histogram) == 180
+        unknown = sum(i == text.tokenizer.unk_token_id for one in ids for i in one)
+        assert 0 < column.unknown_share == pytest.approx(unknown / (sum(lengths) - 2 * 180))
+        assert column.num_distinct == len({row[key] for row in rows})
+        assert column.num_truncated > 0
+        whole = [row[key] for row, length in zip(rows, lengths, strict=True) if length < 12]
+        letters = Counter("".join(whole).replace(" ", ""))
+        pieces = sum(length - 2 for length in lengths if length < 12)
+        assert column.pieces_per_character == pytest.approx(pieces / letters.total())
+        korean = sum(letters[c] for c in "고양이") / letters.total()
+        assert column.scripts["Hangul"] == pytest.approx(korean)
+        assert set(column.scripts) == {"Latin", "Hangul", "Han", "Hebrew"}
+
+
+def test_rows_and_targets(counted: tuple[SourceFacts, TokenTable, Source, Path], rows) -> None:
+    facts = counted[0]
+    assert facts.num_duplicates == 180 - len({json.dumps(row) for row in rows}) > 0
+    clashes = sum(one["a"] == other["a"] or one["b"] == other["b"] for one, other in permutations(rows, 2))
+    assert facts.clash_share == pytest.approx(clashes / (180 * 179))
+    assert facts.scores is not None
+    assert facts.scores.counts == {f"{v:g}": n for v, n in Counter(row["s"] for row in rows).items()}
+    assert (facts.scores.min, facts.scores.max, facts.scores.num_distinct) == (0.0, 0.5, 2)
+    assert facts.labels is not None
+    sizes = Counter(row["k"] for row in rows)
+    assert facts.labels.counts == {str(k): n for k, n in sizes.items()}
+    assert (facts.labels.smallest, facts.labels.largest) == (min(sizes.values()), max(sizes.values()))
+
+
+def test_they_are_counted_once(
+    counted: tuple[SourceFacts, TokenTable, Source, Path], text: TextPreparation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts, table, source, folder = counted
+    monkeypatch.setattr(facts_module, "_count", None)
+    assert source_facts(source, table, text, folder) == facts
+
+
+def test_fewer_rows(
+    counted: tuple[SourceFacts, TokenTable, Source, Path], rows, text: TextPreparation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """max_rows takes the first ones; of a set that is too large evenly spread ones are looked at."""
+    _, table, source, folder = counted
+    first = source_facts(source, table, text, folder, max_rows=10)
+    assert first.num_rows == first.num_looked_at == 10
+    assert first.columns[0].num_distinct == len({row["a"] for row in rows[:10]})
+    monkeypatch.setattr(facts_module, "MAX_ROWS", 50)
+    spread = source_facts(source, table, text, folder)
+    assert (spread.num_rows, spread.num_looked_at) == (180, 45)
+    assert spread.columns[0].num_distinct == len({row["a"] for row in rows[::4]})
+
+
+def test_leaks(rows: list[dict[str, object]], tmp_path: Path) -> None:
+    train = [write(tmp_path / "one.jsonl", rows[:60]), write(tmp_path / "two.jsonl", rows[60:120])]
+    new = [{"a": "wholly new", "b": str(rows[0]["b"]), "s": 0.5, "k": 1}, {"a": "x y", "b": "y x", "s": 0.5, "k": 1}]
+    inside = [rows[3], rows[70], rows[70]]
+    path = tmp_path / "dev.jsonl"
+    write(path, [*inside, *new])
+    dev = EvalSource(str(path), COLUMNS, name="dev")
+    texts = {str(row[key]) for row in [*inside, *new] for key in "ab"}
+    facts = leak_facts(dev, train, tmp_path)
+    assert facts == LeakFacts("dev", num_rows=5, num_texts=len(texts), num_known_rows=3, num_known_texts=len(texts) - 3)
+    assert leak_facts(dev, train[:1], tmp_path).num_known_rows == 1
+    assert leak_facts(dev, train[1:], tmp_path, max_rows=5).num_known_rows == 0
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "mpnet"])
+def test_size_without_weights(tiny_encoders: dict[str, Path], kind: str) -> None:
+    """The sizes of the tensors in the weight file are the truth."""
+    from safetensors import safe_open
+
+    spec = EncoderSpec(str(tiny_encoders[kind]))
+    size = backbone_size(spec)
+    with safe_open(next(tiny_encoders[kind].rglob("*.safetensors")), "pt") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - no mapping
+    assert size.num_parameters == sum(torch.Size(shape).numel() for shape in shapes.values())
+    assert size.num_pooler == sum(torch.Size(shape).numel() for name, shape in shapes.items() if "pooler" in name)
+    words = next(shape for name, shape in shapes.items() if "word_embeddings" in name)
+    assert [size.num_pieces, size.hidden] == words
+    assert not normalizes(spec)
+    assert normalizes(EncoderSpec(str(tiny_encoders[kind]), normalize=True))
+
+
+def test_a_folder_that_normalizes(minilm: Path) -> None:
+    assert normalizes(EncoderSpec(str(minilm)))
+    assert not normalizes(EncoderSpec(str(minilm), normalize=False))

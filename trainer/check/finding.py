@@ -1,0 +1,96 @@
+"""What a rule finds, and what it looks at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from trainer.data.facts import LabelFacts, ScoreFacts, SourceFacts
+from trainer.data.leaks import LeakFacts
+from trainer.losses import Loss
+
+Severity = Literal["error", "warning"]
+# A recipe that several findings end in.
+INFONCE = "model:\n  loss: {class_path: InfoNCE, init_args: {scale: 20.0}}   # the other rows' positives are negatives"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something wrong with the data of a run.
+
+    Attributes:
+        name: stable, what check.allow names.
+        severity: an error stops the run.
+        where: path of the source, or name of the validation set; empty: the whole run.
+        cause: with numbers, without paths: a model card may show it.
+        remedy: what to do.
+        recipe: lines of a config to paste; empty where there are none.
+        allowed: whether check.allow turned the error into a warning.
+    """
+
+    name: str
+    severity: Severity
+    where: str
+    cause: str
+    remedy: str
+    recipe: str = ""
+    allowed: bool = False
+
+    @property
+    def stops(self) -> bool:
+        return self.severity == "error" and not self.allowed
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.cause}; {self.remedy}" if self.where else f"{self.cause}; {self.remedy}"
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What the rules look at.
+
+    Attributes:
+        paths: of the training sources.
+        sources: their facts.
+        losses: theirs, with their settings.
+        leaks: of each validation set.
+        batch_size: rows of a global batch.
+        epochs: passes over the data, a fraction where max_steps ends them.
+        max_length: pieces kept of a text.
+        normalized: whether embeddings have length 1.
+        backbone: hub id, or name of the folder.
+    """
+
+    paths: Sequence[str]
+    sources: Sequence[SourceFacts]
+    losses: Sequence[Loss]
+    leaks: Sequence[LeakFacts]
+    batch_size: int
+    epochs: float
+    max_length: int
+    normalized: bool
+    backbone: str
+
+    def each(self) -> Iterator[tuple[str, SourceFacts]]:
+        """Path and facts of the sources."""
+        return zip(self.paths, self.sources, strict=True)
+
+    def judged(self) -> Iterator[tuple[str, SourceFacts, Loss]]:
+        """The same, with the loss of each."""
+        return zip(self.paths, self.sources, self.losses, strict=True)
+
+    def scored(self) -> Iterator[tuple[str, SourceFacts, ScoreFacts, Loss]]:
+        """The sources whose scores their loss wants."""
+        for path, facts, loss in self.judged():
+            if facts.scores is not None and "scores" in loss.needs:
+                yield path, facts, facts.scores, loss
+
+    def classed(self) -> Iterator[tuple[str, SourceFacts, LabelFacts, Loss]]:
+        """The sources whose classes their loss wants."""
+        for path, facts, loss in self.judged():
+            if facts.labels is not None and "labels" in loss.needs:
+                yield path, facts, facts.labels, loss
+
+
+def name_of(loss: Loss) -> str:
+    return type(loss).__name__

@@ -1,0 +1,114 @@
+"""Rules on scores and classes: what the loss can learn from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from trainer.check.finding import INFONCE, Finding, Severity, Situation, name_of
+from trainer.data.facts import ScoreFacts
+
+
+def constant_labels(situation: Situation) -> Iterator[Finding]:
+    for path, facts, scores, loss in situation.scored():
+        if scores.num_distinct == 1:
+            yield Finding(
+                "constant_labels", "error", path,
+                f"all {facts.num_rows:,} scores are {scores.min:g}: {name_of(loss)} has nothing to tell apart, "
+                "and embeddings that are all equal are its best answer (collapse)",
+                "give scores that differ, or, where these are pairs that belong together, learn from in-batch "
+                "negatives",
+                INFONCE + "\ndata:\n  batch_size: 64",
+            )  # fmt: skip
+
+
+def label_range(situation: Situation) -> Iterator[Finding]:
+    for path, facts, scores, loss in situation.scored():
+        classes = _classes(scores)
+        reach = loss.score_range
+        if reach is not None and (scores.min < reach[0] or scores.max > reach[1]):
+            cause = (
+                f"scores go from {scores.min:g} to {scores.max:g}, but {name_of(loss)} reaches "
+                f"{reach[0]:g} to {reach[1]:g}"
+            )
+        elif reach is None and classes and len(classes) == 3:  # 0 and 1 may be a score; 0, 1, 2 is NLI's
+            cause = f"{name_of(loss)} takes the scores as similarities"
+        else:
+            continue
+        severity: Severity = "error" if reach is not None else "warning"
+        if classes:
+            text = ", ".join(f"{value:g} ({facts.scores.counts[f'{value:g}']:,} rows)" for value in classes)  # type: ignore[union-attr,index]
+            yield Finding(
+                "label_range", severity, path,
+                f"{cause}; they look like classes: {text}",
+                "name the column label and learn classes, or say with a label_map how similar each class is",
+                f"model:\n  loss: {{class_path: Softmax, init_args: {{num_labels: {len(classes)}}}}}\n"
+                "data:\n  train:\n    - columns: {anchor: ..., positive: ..., label: ...}   # label in place of score",
+            )  # fmt: skip
+        else:
+            yield Finding(
+                "label_range", severity, path, cause, "map them to 0..1",
+                f"data:\n  train:\n    - score_range: [{scores.min:g}, {scores.max:g}]   # lowest and highest there is",
+            )  # fmt: skip
+
+
+def _classes(scores: ScoreFacts) -> list[float]:
+    """The scores, where they look like class numbers 0, 1, ..., n; else none."""
+    values = [float(value) for value in scores.counts or ()]
+    return values if 2 <= len(values) <= 10 and values == list(range(len(values))) else []
+
+
+def no_low_scores(situation: Situation) -> Iterator[Finding]:
+    for path, _, scores, loss in situation.scored():
+        if loss.score_range is not None and scores.num_distinct > 1 and 0.3 < scores.min <= 1.0:
+            yield Finding(
+                "no_low_scores", "warning", path,
+                f"no pair scores below {scores.min:g}: nothing is pushed far apart",
+                "add pairs that are not alike with scores near 0, or learn from in-batch negatives", INFONCE,
+            )  # fmt: skip
+
+
+# -- classes ----------------------------------------------------------------------------------------------
+
+
+def single_class(situation: Situation) -> Iterator[Finding]:
+    for path, facts, labels, loss in situation.classed():
+        if labels.num_classes == 1:
+            yield Finding(
+                "single_class", "error", path,
+                f"all {facts.num_rows:,} rows have the label {labels.min}: {name_of(loss)} has no other class "
+                "to tell them from",
+                "add texts of other classes; where none exist, pairs of texts that belong together teach more",
+                INFONCE + "\ndata:\n  train:\n    - columns: {anchor: ..., positive: ...}",
+            )  # fmt: skip
+        elif loss.positives_by_label and labels.largest == 1:
+            yield Finding(
+                "single_class", "error", path,
+                f"each of the {labels.num_classes:,} classes has one text: {name_of(loss)} has no positives",
+                "give classes of several texts, or pairs",
+                INFONCE + "\ndata:\n  train:\n    - columns: {anchor: ..., positive: ...}",
+            )  # fmt: skip
+
+
+def imbalanced_classes(situation: Situation) -> Iterator[Finding]:
+    for path, _, labels, _ in situation.classed():
+        if labels.num_classes > 1 and labels.largest >= 10 * labels.smallest:
+            single = f", {labels.num_single:,} have one row" if labels.num_single else ""
+            yield Finding(
+                "imbalanced_classes", "warning", path,
+                f"the largest of {labels.num_classes:,} classes has {labels.largest:,} rows, the smallest "
+                f"{labels.smallest:,}{single}",
+                "gather more of the small ones, or take fewer of the large ones",
+            )  # fmt: skip
+
+
+def unreachable_margin(situation: Situation) -> Iterator[Finding]:
+    for loss in dict.fromkeys(situation.losses):
+        limit, margin = loss.margin_limit(situation.normalized), getattr(loss, "margin", None)
+        if limit is not None and margin is not None and margin >= limit:
+            yield Finding(
+                "unreachable_margin", "warning", "",
+                f"{name_of(loss)} asks for a margin of {margin:g}, but these distances are at most {limit:g}: every "
+                "triplet counts as unlearnt for ever",
+                f"a margin well below {limit:g}",
+                f"model:\n  loss: {{class_path: {name_of(loss)}, init_args: {{margin: {limit / 8:g}}}}}",
+            )  # fmt: skip

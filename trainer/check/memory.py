@@ -1,0 +1,62 @@
+"""What a training step needs on one device, by arithmetic, or measured on the longest batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trainer.encoder.size import BackboneSize
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device. An estimate: allocators, kernels, libraries and the loss come on top.
+
+    Attributes:
+        weights: 4 for each parameter, and 4 more for each row of the embedding matrix that compaction copies.
+        gradients: 4 for each trained parameter.
+        optimizer: AdamW's two moments, 8 for each trained parameter; 0 for plain SGD.
+        activations: what one forward keeps for its backward, a layer and token w (8 H + 2 F) + 2 H, for w bytes a
+            number (2 in half precision, else 4), width H and feed-forward width F: inputs of the two norms, of q, k, v,
+            q, k, v themselves, what goes into both projections, both sides of the activation, two dropout masks.
+            Attention matrices are never stored whole. Korthikanti et al. 2022,
+            https://arxiv.org/abs/2205.05198.
+        num_parameters, num_trained: parameters in all, and those that a step changes.
+        num_tokens: of the forward that activations are of.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    num_parameters: int
+    num_trained: int
+    num_tokens: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def estimate(size: BackboneSize, num_used: int | None, num_tokens: int, is_half: bool, has_moments: bool) -> Memory:
+    """Memory of one rank that holds all state itself (one process or DDP; ZeRO shares some of it out).
+
+    Args:
+        num_used: rows of the embedding matrix that are trained; None: all.
+        num_tokens: of the largest forward.
+        is_half: bf16 or fp16 autocast.
+        has_moments: AdamW.
+    """
+    copied = 0 if num_used is None else num_used
+    frozen = 0 if num_used is None else size.num_pieces
+    trained = size.num_parameters - size.num_pooler + (copied - frozen) * size.hidden
+    width = 2 if is_half else 4
+    per_token = width * (8 * size.hidden + 2 * size.intermediate) + 2 * size.hidden
+    return Memory(
+        weights=4 * (size.num_parameters + copied * size.hidden),
+        gradients=4 * trained,
+        optimizer=8 * trained if has_moments else 0,
+        activations=num_tokens * size.num_layers * per_token,
+        num_parameters=size.num_parameters,
+        num_trained=trained,
+        num_tokens=num_tokens,
+    )

@@ -1,0 +1,66 @@
+"""One real step on the longest batch: what memory a run takes, measured."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from dataclasses import replace
+
+import torch
+
+from trainer.batch import PackedBatch
+from trainer.data.batches import StepBatches
+from trainer.data.module import PairData
+from trainer.encoder import Encoder
+from trainer.memory import explained_memory
+from trainer.module import EmbeddingModule
+
+_MAX_STEPS = 2000  # that the longest batch is sought among
+
+
+def probe(module: EmbeddingModule, data: PairData, num_ranks: int, is_half: bool) -> str:
+    """Forward, backward and optimizer step of one rank's share of the longest batch, on the GPU where there is one.
+
+    Raises:
+        ValueError: no weights, or not enough memory; says the batch and the knob.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    module.encoder = Encoder(module.encoder_spec, module.max_tokens)
+    for loss in module.all_losses:
+        loss.build(module.encoder.embedding_dimension)
+    used_ids = data.used_ids()
+    if module.encoder_spec.compact_vocabulary == "auto" and used_ids is not None:
+        module.encoder.compact_vocabulary(used_ids)
+    module.to(device).train()
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    is_adamw = module.optimizer_name == "adamw"
+    optimizer = (torch.optim.AdamW if is_adamw else torch.optim.SGD)(parameters, lr=0.0)
+    batch = _longest_batch(data, num_ranks)
+    with explained_memory("the probe", batch, module.max_tokens):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_half):
+            loss = module.loss_of(data.train_sources[batch.source])
+            value = loss(module.encoder(batch.to(device)), batch.targets.to(device))
+        value.backward()
+        optimizer.step()
+    size = f"{batch.num_rows:,} rows, {batch.num_tokens:,} tokens"
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device) / 2**30
+        return f"{peak:.2f} GiB at most on {torch.cuda.get_device_name(device)}, with a batch of {size}"
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    return f"{peak:.2f} GiB at most, the whole process on the CPU, with a batch of {size}"
+
+
+def _longest_batch(data: PairData, num_ranks: int) -> PackedBatch:
+    """Rank 0's share of the global batch with the most tokens, as a run of one rank would see it."""
+    order = data.order
+    stride = -(-order.steps_per_epoch // _MAX_STEPS)
+
+    def num_tokens(index: int) -> int:
+        step = order.step(0, index)
+        table = data.tables[step.source]
+        return sum(len(ids) for column in table.columns for ids in table.ids(column, step.rows))
+
+    longest = max(range(0, order.steps_per_epoch, stride), key=num_tokens)
+    batch = StepBatches(data.tables, order, order.steps_per_epoch, 0, num_ranks)[longest]
+    return replace(batch, targets=replace(batch.targets, rows_per_rank=(batch.num_rows,)))

@@ -1,0 +1,202 @@
+"""The report on a run: facts of its data, numbers of its plan, findings. `trainer check` and fit make the same one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy as np
+
+from trainer.check import memory
+from trainer.check.finding import Finding, Situation, name_of
+from trainer.check.rules import findings, unfit_columns
+from trainer.check.texts import num_negatives
+from trainer.data.facts import SourceFacts, source_facts
+from trainer.data.leaks import LeakFacts, leak_facts
+from trainer.data.module import PairData
+from trainer.encoder.size import backbone_size
+from trainer.encoder.text import normalizes
+from trainer.module import EmbeddingModule
+
+VERSION = 1  # of the JSON: raised when a key changes its meaning or goes
+FILE_NAME = "check.json"
+_SAMPLED_STEPS, _STREAMED_STEPS = 200, 10
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do.
+
+    Attributes:
+        batch_size: rows of a global step.
+        num_ranks: that share it.
+        steps_per_epoch, num_steps: optimizer steps.
+        epochs: passes over the data.
+        tokens_per_step: pieces of a step on all ranks, mean of a sample of steps.
+        max_tokens_per_step: the largest of that sample.
+        padding_efficiency: share of real pieces where each column of those steps is padded; packed it is 1.
+        num_used_pieces, num_pieces: pieces that training texts use (None with streaming), of those the tokenizer has.
+        num_negatives: for each source the negatives of a query; None where the loss takes none from the batch.
+    """
+
+    batch_size: int
+    num_ranks: int
+    steps_per_epoch: int
+    num_steps: int
+    epochs: float
+    tokens_per_step: float
+    max_tokens_per_step: int
+    padding_efficiency: float
+    num_used_pieces: Optional[int]
+    num_pieces: int
+    num_negatives: list[Optional[int]]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Attributes:
+    loss: name of it; several with "and" between them.
+    backbone: as the config names it.
+    paths: of the training sources, and ``sources`` their facts.
+    leaks: of each validation set.
+    plan: of the run.
+    memory: of one device; None where the backbone's size can't be told.
+    findings: errors first.
+    """
+
+    loss: str
+    backbone: str
+    paths: Sequence[str]
+    sources: Sequence[SourceFacts]
+    leaks: Sequence[LeakFacts]
+    plan: Plan
+    memory: Optional[memory.Memory]
+    findings: Sequence[Finding]
+
+    @property
+    def errors(self) -> list[Finding]:
+        """Those that stop a run."""
+        return [finding for finding in self.findings if finding.stops]
+
+    @property
+    def warnings(self) -> list[Finding]:
+        """The others, errors that were allowed included."""
+        return [finding for finding in self.findings if not finding.stops]
+
+    def to_json(self, measured: str = "") -> str:
+        """All of it; ``measured`` is what a probe found."""
+        content: dict[str, Any] = {
+            "version": VERSION,
+            "errors": len(self.errors),
+            "warnings": len(self.warnings),
+            "findings": [asdict(finding) for finding in self.findings],
+            "loss": self.loss,
+            "backbone": self.backbone,
+            "train": [{"path": path, **asdict(facts)} for path, facts in zip(self.paths, self.sources, strict=True)],
+            "validation": [asdict(leak) for leak in self.leaks],
+            "plan": asdict(self.plan),
+            "memory": self.memory and {**asdict(self.memory), "total": self.memory.total},
+            "measured": measured or None,
+        }
+        return json.dumps(content, indent=1, ensure_ascii=False)
+
+
+def make_report(
+    module: EmbeddingModule,
+    data: PairData,
+    steps_per_epoch: int,
+    num_steps: int,
+    num_ranks: int,
+    is_half: bool,
+    allow: Sequence[str] = (),
+) -> Report:
+    """The report on a run whose ``data`` is set up; neither weights nor a trainer are needed.
+
+    Args:
+        steps_per_epoch, num_steps: of the run.
+        num_ranks: that share a batch.
+        is_half: bf16 or fp16 autocast.
+        allow: names of errors that shall not stop it.
+    """
+    sources, leaks = read_facts(data)
+    backbone = Path(module.encoder_spec.backbone)
+    situation = Situation(
+        paths=[source.path for source in data.train_sources],
+        sources=sources,
+        losses=[module.loss_of(source) for source in data.train_sources],
+        leaks=leaks,
+        batch_size=data.batch_size,
+        epochs=num_steps / steps_per_epoch,
+        max_length=data.text.max_length,
+        normalized=normalizes(module.encoder_spec),
+        backbone=backbone.name if backbone.is_dir() else str(backbone),  # a cause may stand in a model card
+    )
+    unfit = [f for source, table in zip(data.train_sources, data.tables, strict=True)
+             for f in unfit_columns(module.loss_of(source), source, table)]  # fmt: skip
+    plan = _plan(situation, data, steps_per_epoch, num_steps, num_ranks)
+    return Report(
+        loss=" and ".join(dict.fromkeys(map(name_of, situation.losses))),
+        backbone=module.encoder_spec.backbone,
+        paths=situation.paths,
+        sources=sources,
+        leaks=leaks,
+        plan=plan,
+        memory=_memory(module, plan, is_half),
+        findings=unfit + [replace(f, allowed=f.severity == "error" and f.name in allow) for f in findings(situation)],
+    )
+
+
+def read_facts(data: PairData) -> tuple[list[SourceFacts], list[LeakFacts]]:
+    """Facts of all sets of a run; counted at the first call, read from the cache later."""
+    sources = [
+        source_facts(source, table, data.text, data.cache_dir, data.max_rows)
+        for source, table in zip(data.train_sources, data.tables, strict=True)
+    ]
+    leaks = [leak_facts(one, data.train_sources, data.cache_dir, data.max_rows) for one in data.validation_sources]
+    return sources, leaks
+
+
+def _plan(situation: Situation, data: PairData, steps_per_epoch: int, num_steps: int, num_ranks: int) -> Plan:
+    order, used_ids = data.order, data.used_ids()
+    tokens, padded = [], []
+    steps = range(0, order.steps_per_epoch, max(1, order.steps_per_epoch // _SAMPLED_STEPS))
+    if used_ids is None:  # streamed: far steps lie in blocks that nobody has fetched
+        steps = range(min(order.steps_per_epoch, _STREAMED_STEPS))
+    for index in steps:
+        step = order.step(0, index)
+        table = data.tables[step.source]
+        lengths = [[len(ids) for ids in table.ids(column, step.rows)] for column in table.columns]
+        tokens.append(sum(map(sum, lengths)))
+        padded.append(sum(max(column) * len(column) for column in lengths))
+    return Plan(
+        batch_size=data.batch_size,
+        num_ranks=num_ranks,
+        steps_per_epoch=steps_per_epoch,
+        num_steps=num_steps,
+        epochs=situation.epochs,
+        tokens_per_step=float(np.mean(tokens)),
+        max_tokens_per_step=max(tokens),
+        padding_efficiency=sum(tokens) / sum(padded),
+        num_used_pieces=None if used_ids is None else len(used_ids),
+        num_pieces=len(data.text.tokenizer),
+        num_negatives=[num_negatives(loss, facts, data.batch_size) for _, facts, loss in situation.judged()],
+    )
+
+
+def _memory(module: EmbeddingModule, plan: Plan, is_half: bool) -> Optional[memory.Memory]:
+    try:
+        size = backbone_size(module.encoder_spec)
+    except (ValueError, AttributeError):  # an architecture with other names for its sizes: an estimate less, no more
+        return None
+    is_compact = module.encoder_spec.compact_vocabulary == "auto"
+    largest = -(-plan.max_tokens_per_step // plan.num_ranks)
+    return memory.estimate(
+        size,
+        plan.num_used_pieces if is_compact else None,
+        min(module.max_tokens, largest),
+        is_half,
+        module.optimizer_name == "adamw",
+    )

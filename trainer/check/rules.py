@@ -1,0 +1,78 @@
+"""What is wrong with the data for this loss and this run: one small function for each finding, named like it.
+
+A rule reads facts and what the loss declares of itself, never its name: it works for a loss it has not heard of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from trainer.check import labels, texts
+from trainer.check.finding import Finding, Situation
+from trainer.data.files import did_you_mean
+from trainer.data.opaque import OpaqueStream
+from trainer.data.sources import Source
+from trainer.data.streaming import StreamedTable
+from trainer.data.tokens import TokenTable
+from trainer.losses import Loss
+
+RULES = (
+    labels.constant_labels,
+    labels.label_range,
+    labels.single_class,
+    texts.few_rows_many_epochs,
+    texts.unknown_pieces,
+    texts.leak,
+    labels.no_low_scores,
+    labels.imbalanced_classes,
+    labels.unreachable_margin,
+    texts.batch_over_rows,
+    texts.bad_rows_skipped,
+    texts.false_negatives,
+    texts.few_negatives,
+    texts.duplicate_rows,
+    texts.fragmented_texts,
+    texts.truncated_texts,
+    texts.no_validation,
+)
+
+
+def findings(situation: Situation) -> list[Finding]:
+    """All of them, errors first."""
+    found = [finding for rule in RULES for finding in rule(situation)]
+    return sorted(found, key=lambda finding: finding.severity != "error")
+
+
+def refuse_unknown(names: Sequence[str]) -> None:
+    """Raises ValueError for a name that no rule has."""
+    known = [rule.__name__ for rule in RULES]
+    for name in names:
+        if name not in known:
+            hint = did_you_mean(name, known) or f" There are: {', '.join(known)}"
+            raise ValueError(f"check.allow: '{name}' is no finding.{hint}")
+
+
+def unfit_columns(loss: Loss, source: Source, table: TokenTable | StreamedTable | OpaqueStream) -> Iterator[Finding]:
+    """Columns that the loss does not take, columns it lacks, classes it has no place for: no run can start so."""
+    name, low, high = type(loss).__name__, loss.min_columns, loss.max_columns
+
+    def finding(cause: str, remedy: str) -> Finding:
+        return Finding("unfit_columns", "error", "", cause, remedy)
+
+    found = f"{source.path} has {', '.join(sorted(source.columns))}"
+    if len(table.columns) < low or (high is not None and len(table.columns) > high):
+        wanted = f"{low}" if high == low else f"{low} or more" if high is None else f"{low} to {high}"
+        columns = "text column" if wanted == "1" else "text columns"
+        yield finding(f"{name} takes {wanted} {columns}, {found}", "change data.train columns")
+    for need in sorted(loss.needs):
+        if need[:-1] not in source.columns:
+            yield finding(f"{name} needs a column '{need[:-1]}', {found}", "map it in data.train columns")
+    num_labels, labels = getattr(loss, "num_labels", None), table.labels
+    if num_labels is not None and labels is not None:
+        low_label, high_label = int(labels.min()), int(labels.max())
+        if low_label < 0 or high_label >= num_labels:
+            yield finding(
+                f"{source.path} has labels {low_label} to {high_label}, but {name} has {num_labels} classes 0 to "
+                f"{num_labels - 1}",
+                "set num_labels or a label_map",
+            )

@@ -1,0 +1,162 @@
+"""Rules on rows and texts: how many, how often, in which language, and what validation shares with training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from trainer.check.finding import Finding, Situation, name_of
+from trainer.data.facts import ColumnFacts, SourceFacts
+from trainer.losses import Loss
+
+# Measured on real sets: right tokenizers stay below 2 % and 1.05, wrong ones have 60 % or 1.7 and more.
+MOSTLY_UNKNOWN, SOME_UNKNOWN, FRAGMENTED = 0.5, 0.05, 1.3
+_PER_CENT = 0.01
+
+
+def few_rows_many_epochs(situation: Situation) -> Iterator[Finding]:
+    num_rows = sum(facts.num_rows for facts in situation.sources)
+    if situation.epochs >= 10 and num_rows < 1000:
+        yield Finding(
+            "few_rows_many_epochs", "error" if situation.epochs >= 20 and num_rows < 100 else "warning", "",
+            f"{num_rows:,} rows are seen {situation.epochs:g} times each: the model learns them by heart",
+            "gather more rows, or stop earlier",
+            "trainer:\n  max_epochs: 3",
+        )  # fmt: skip
+
+
+def batch_over_rows(situation: Situation) -> Iterator[Finding]:
+    for path, facts in situation.each():
+        if facts.num_rows < situation.batch_size:
+            yield Finding(
+                "batch_over_rows", "warning", path,
+                f"{facts.num_rows} rows are fewer than data.batch_size {situation.batch_size}: each epoch takes one "
+                f"short step of {facts.num_rows} rows",
+                "lower data.batch_size, or gather more rows",
+            )  # fmt: skip
+
+
+def bad_rows_skipped(situation: Situation) -> Iterator[Finding]:
+    for path, facts in situation.each():
+        if facts.num_skipped:
+            yield Finding(
+                "bad_rows_skipped", "warning", path,
+                f"{facts.num_skipped:,} bad rows are left out (on_bad_row: skip)", "mend them",
+            )  # fmt: skip
+
+
+def false_negatives(situation: Situation) -> Iterator[Finding]:
+    for path, facts, loss in situation.judged():
+        rows = min(situation.batch_size, facts.num_rows)
+        expected = facts.clash_share * rows * (rows - 1)
+        if loss.in_batch_negatives and expected >= _PER_CENT * rows:
+            yield Finding(
+                "false_negatives", "warning", path,
+                f"in a batch of {rows} rows {expected:.1f} times a row is punished for what another row calls right, "
+                "because texts stand in several rows",
+                "keep one row of each text, or lower data.batch_size",
+            )  # fmt: skip
+
+
+def few_negatives(situation: Situation) -> Iterator[Finding]:
+    for path, facts, loss in situation.judged():
+        negatives = num_negatives(loss, facts, situation.batch_size)
+        if negatives is not None and negatives < 7:
+            yield Finding(
+                "few_negatives", "warning", path,
+                f"a query has {negatives} negatives; {name_of(loss)} learns from many",
+                "raise data.batch_size; max_tokens bounds the memory", "data:\n  batch_size: 64",
+            )  # fmt: skip
+
+
+def num_negatives(loss: Loss, facts: SourceFacts, batch_size: int) -> int | None:
+    """Texts that an anchor is told apart from in a full batch; None where the loss takes none from the batch."""
+    if not loss.in_batch_negatives:
+        return None
+    rows, candidates = min(batch_size, facts.num_rows), len(facts.columns) - 1
+    return rows * candidates - 1
+
+
+def duplicate_rows(situation: Situation) -> Iterator[Finding]:
+    for path, facts in situation.each():
+        if facts.num_duplicates >= _PER_CENT * facts.num_looked_at:
+            yield Finding(
+                "duplicate_rows", "warning", path,
+                f"{facts.num_duplicates:,} of {facts.num_looked_at:,} rows say the same as another row",
+                "leave them out",
+            )  # fmt: skip
+
+
+# -- texts ------------------------------------------------------------------------------------------------
+
+
+def unknown_pieces(situation: Situation) -> Iterator[Finding]:
+    for path, facts in situation.each():
+        most = max(column.unknown_share for column in facts.columns)
+        if most >= SOME_UNKNOWN:
+            shares = _listed(facts, lambda column: f"{column.unknown_share:.0%} of the pieces")
+            yield Finding(
+                "unknown_pieces", "error" if most >= MOSTLY_UNKNOWN else "warning", path,
+                f"the tokenizer of '{situation.backbone}' does not know {shares}: the model can't read them",
+                "take a backbone that was trained on this language", _MULTILINGUAL,
+            )  # fmt: skip
+
+
+def fragmented_texts(situation: Situation) -> Iterator[Finding]:
+    for path, facts in situation.each():
+        known = max(column.unknown_share for column in facts.columns) < SOME_UNKNOWN
+        if known and max(column.pieces_per_character for column in facts.columns) >= FRAGMENTED:
+            shares = _listed(facts, lambda column: f"{column.pieces_per_character:.1f} pieces a character")
+            yield Finding(
+                "fragmented_texts", "warning", path,
+                f"the tokenizer of '{situation.backbone}' breaks the texts into {shares}: it was not made for this "
+                "language",
+                "take a backbone that was trained on it", _MULTILINGUAL,
+            )  # fmt: skip
+
+
+def _listed(facts: SourceFacts, tell: Callable[[ColumnFacts], str]) -> str:
+    """``tell`` of each column with its name and scripts."""
+    scripts = [", ".join(list(column.scripts)[:3]) or "no letters" for column in facts.columns]
+    told = [f"{tell(c)} in '{c.name}' ({s})" for c, s in zip(facts.columns, scripts, strict=True)]
+    return " and ".join(told)
+
+
+_MULTILINGUAL = "model:\n  encoder: {backbone: sentence-transformers/paraphrase-multilingual-MiniLM-L12-v2}"
+
+
+def truncated_texts(situation: Situation) -> Iterator[Finding]:
+    for path, facts in situation.each():
+        for column in facts.columns:
+            share = column.num_truncated / facts.num_looked_at
+            if share >= _PER_CENT:
+                yield Finding(
+                    "truncated_texts", "warning", path,
+                    f"{column.num_truncated} of {facts.num_looked_at} texts of column '{column.name}' ({share:.1%}) "
+                    f"are longer than max_length {situation.max_length} and lose their end",
+                    "raise model.encoder.max_length as far as the backbone goes, or split the texts",
+                )  # fmt: skip
+
+
+# -- validation -------------------------------------------------------------------------------------------
+
+
+def leak(situation: Situation) -> Iterator[Finding]:
+    for facts in situation.leaks:
+        if facts.num_known_rows:
+            share = facts.num_known_rows / facts.num_rows
+            yield Finding(
+                "leak", "error" if share >= 0.5 else "warning", facts.name,
+                f"{facts.num_known_rows:,} of {facts.num_rows:,} validation rows ({share:.1%}) are training rows too: "
+                "its metrics measure memory",
+                "take them out of the training set",
+            )  # fmt: skip
+
+
+def no_validation(situation: Situation) -> Iterator[Finding]:
+    if not situation.leaks:
+        yield Finding(
+            "no_validation", "warning", "",
+            "there is no validation set: nothing says which checkpoint is the best, or whether training helps",
+            "keep some rows out of the training set",
+            "data:\n  validation:\n    - {name: dev, path: dev.jsonl.gz, columns: {...}, evaluator: STS}",
+        )  # fmt: skip

@@ -1,0 +1,309 @@
+"""What is true of a source, counted once and cached: the check's rules and its report read nothing else.
+
+Of a source of more than MAX_ROWS rows evenly spread rows are looked at, of a streamed one its first rows;
+``num_looked_at`` says how many.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Optional
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from trainer.data.cache import build_once
+from trainer.data.sources import Source, fingerprint, load
+from trainer.data.streaming import StreamedTable
+from trainer.data.tokens import TokenTable
+
+if TYPE_CHECKING:
+    from trainer.encoder.text import TextPreparation
+
+MAX_ROWS = 1_000_000
+STREAMED_ROWS = 4096  # the first of a streamed source
+_VERSION = 1  # of the files: raise it when the same source gives other facts
+CHUNK_ROWS = 50_000  # rows whose texts or ids are in memory at once
+_SCRIPT_TEXTS = 2000
+_BINS = 16
+_MAX_LISTED = 20  # distinct scores or classes that are counted one by one
+_SEPARATOR = "\x1f"  # between the texts of a row; no text holds it
+
+
+@dataclass(frozen=True)
+class ColumnFacts:
+    """Of one text column.
+
+    Attributes:
+        name: canonical.
+        min, median, p95, max: pieces of a text, special tokens included.
+        histogram: texts in bins of equal width between 0 and ``max`` pieces.
+        num_truncated: texts that lose their end; where not all rows are looked at, that fill max_length.
+        unknown_share: of the pieces without special tokens, those that stand for characters that the tokenizer lacks.
+        pieces_per_character: of a sample of whole texts, blanks not counted.
+        scripts: script -> share of the letters of that sample, the largest first.
+        num_distinct: different texts.
+    """
+
+    name: str
+    min: int
+    median: int
+    p95: int
+    max: int
+    histogram: list[int]
+    num_truncated: int
+    unknown_share: float
+    pieces_per_character: float
+    scripts: dict[str, float]
+    num_distinct: int
+
+
+@dataclass(frozen=True)
+class ScoreFacts:
+    """Of the scores, as the loss gets them.
+
+    Attributes:
+        min, max: of them.
+        quartiles: 25, 50 and 75 %.
+        num_distinct: different scores.
+        counts: score -> rows, where there are few; else None.
+    """
+
+    min: float
+    max: float
+    quartiles: list[float]
+    num_distinct: int
+    counts: Optional[dict[str, int]]
+
+
+@dataclass(frozen=True)
+class LabelFacts:
+    """Of the class numbers.
+
+    Attributes:
+        min, max: of them.
+        num_classes: different ones.
+        smallest, largest: rows of the smallest and of the largest class.
+        num_single: classes with one row.
+        counts: class -> rows, where there are few; else None.
+    """
+
+    min: int
+    max: int
+    num_classes: int
+    smallest: int
+    largest: int
+    num_single: int
+    counts: Optional[dict[str, int]]
+
+
+@dataclass(frozen=True)
+class SourceFacts:
+    """Of a training source.
+
+    Attributes:
+        num_rows: that a run uses.
+        num_looked_at: rows that the shares and counts below are of.
+        num_skipped: bad rows of its files that are left out.
+        columns: of the texts, in canonical order.
+        num_duplicates: rows that say again what another row says, targets included.
+        clash_share: probability that of two rows the positive of one is a positive of the other too, because they
+            share a text; each such pair in a batch is a false negative of a loss with in-batch negatives.
+        scores, labels: None where it has none.
+    """
+
+    num_rows: int
+    num_looked_at: int
+    num_skipped: int
+    columns: list[ColumnFacts]
+    num_duplicates: int
+    clash_share: float
+    scores: Optional[ScoreFacts]
+    labels: Optional[LabelFacts]
+
+
+def source_facts(
+    source: Source,
+    table: TokenTable | StreamedTable,
+    text: TextPreparation,
+    cache_dir: Path,
+    max_rows: Optional[int] = None,
+) -> SourceFacts:
+    """Facts of ``source``; the first call counts them, later ones read them from ``cache_dir``.
+
+    Args:
+        table: its tokens.
+        max_rows: only the first rows count.
+    """
+    num_rows = min(table.num_rows, max_rows or table.num_rows)
+    key = facts_key(fingerprint(source), source.prompts, text.fingerprint, num_rows, isinstance(table, TokenTable))
+    facts = cached_facts(cache_dir, key, lambda: asdict(_count(source, table, text, cache_dir, num_rows)))
+    return SourceFacts(
+        **{
+            **facts,
+            "columns": [ColumnFacts(**column) for column in facts["columns"]],
+            "scores": facts["scores"] and ScoreFacts(**facts["scores"]),
+            "labels": facts["labels"] and LabelFacts(**facts["labels"]),
+        }
+    )
+
+
+def facts_key(*parts: Any) -> str:
+    """Of a cache entry: a hash of all that the facts in it follow from."""
+    return hashlib.sha256(json.dumps([_VERSION, MAX_ROWS, *parts]).encode()).hexdigest()[:24]
+
+
+def cached_facts(cache_dir: Path, key: str, count: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What ``count`` returned at the first call with this key."""
+    folder = Path(cache_dir) / "facts" / key
+    build_once(folder, partial(_write, count))
+    return json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+
+
+def _write(count: Callable[[], dict[str, Any]], folder: Path) -> None:
+    (folder / "facts.json").write_text(json.dumps(count(), ensure_ascii=False), encoding="utf-8")
+
+
+# -- counting ---------------------------------------------------------------------------------------------
+
+
+def _count(
+    source: Source, table: TokenTable | StreamedTable, text: TextPreparation, cache_dir: Path, num_rows: int
+) -> SourceFacts:
+    if isinstance(table, TokenTable):
+        places = np.arange(0, num_rows, math.ceil(num_rows / MAX_ROWS))
+        rows = load(source, cache_dir).with_format("arrow")
+        chosen = rows[0:num_rows] if len(places) == num_rows else rows[places]
+        texts = {name: chosen[name].combine_chunks() for name in table.columns}
+        whole: dict[str, Any] = {"score": table.scores, "label": table.labels}
+        targets: dict[str, Any] = {name: values[places] for name, values in whole.items() if values is not None}
+    else:  # streamed: to read all of it would take as long as an epoch, and its texts are known as pieces alone
+        places = np.arange(min(num_rows, STREAMED_ROWS))
+        decode: Any = partial(text.tokenizer.batch_decode, skip_special_tokens=True)
+        texts = {name: pa.array(decode(table.ids(name, places)), pa.large_string()) for name in table.columns}
+        targets = table.targets(places)
+    keys = [*texts.values(), *(pa.array(values).cast(pa.large_string()) for values in targets.values())]
+    return SourceFacts(
+        num_rows=num_rows,
+        num_looked_at=len(places),
+        num_skipped=getattr(table, "num_skipped", 0),
+        columns=[_column(name, texts[name], table, text, places) for name in table.columns],
+        num_duplicates=len(places) - pc.count_distinct(joined(keys)).as_py(),
+        clash_share=_clash_share(list(texts.values())),
+        scores=_scores(targets["score"]) if "score" in targets else None,
+        labels=_labels(targets["label"]) if "label" in targets else None,
+    )
+
+
+def joined(columns: Sequence[pa.Array]) -> pa.Array:
+    """One string a row."""
+    if len(columns) == 1:
+        return columns[0]
+    return pc.binary_join_element_wise(*columns, pa.scalar(_SEPARATOR, pa.large_string()))
+
+
+def _column(
+    name: str, texts: pa.Array, table: TokenTable | StreamedTable, text: TextPreparation, places: NDArray[np.int64]
+) -> ColumnFacts:
+    unknown_id, num_unknown = text.tokenizer.unk_token_id, 0
+    parts = []
+    for start in range(0, len(places), CHUNK_ROWS):
+        ids = table.ids(name, places[start : start + CHUNK_ROWS])
+        parts.append(np.fromiter(map(len, ids), np.int64, len(ids)))
+        if unknown_id is not None:
+            num_unknown += int(np.count_nonzero(np.concatenate(ids) == unknown_id))
+    lengths = np.concatenate(parts)
+    special = text.tokenizer.num_special_tokens_to_add(pair=False)
+    num_pieces = int(lengths.sum()) - special * len(lengths)
+    whole = np.flatnonzero(lengths < text.max_length)
+    sample = _spread(whole if len(whole) else np.arange(len(lengths)), _SCRIPT_TEXTS)
+    codes = np.frombuffer("".join(texts.take(pa.array(sample)).to_pylist()).encode("utf-32-le"), dtype="<u4")
+    distinct, counts = np.unique(codes, return_counts=True)
+    letters = {chr(code): int(count) for code, count in zip(distinct, counts, strict=True)}
+    num_characters = sum(count for letter, count in letters.items() if not letter.isspace())
+    return ColumnFacts(
+        name=name,
+        min=int(lengths.min()),
+        median=int(np.median(lengths)),
+        p95=int(np.quantile(lengths, 0.95)),
+        max=int(lengths.max()),
+        histogram=np.histogram(lengths, bins=_BINS, range=(0, int(lengths.max())))[0].tolist(),
+        num_truncated=_num_truncated(name, table, int(np.count_nonzero(lengths == text.max_length))),
+        unknown_share=num_unknown / max(1, num_pieces),
+        pieces_per_character=int((lengths[sample] - special).sum()) / max(1, num_characters),
+        scripts=_scripts(letters),
+        num_distinct=pc.count_distinct(texts).as_py(),
+    )
+
+
+def _num_truncated(name: str, table: TokenTable | StreamedTable, num_full: int) -> int:
+    """Texts that lose their end; of a part of a source those that fill max_length are the nearest answer."""
+    return min(num_full, table.num_truncated(name)) if isinstance(table, TokenTable) else num_full
+
+
+def _spread(places: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """At most ``count`` of them, evenly spread: the same at every call."""
+    return places[:: math.ceil(len(places) / count)]
+
+
+def _scripts(letters: Mapping[str, int]) -> dict[str, float]:
+    """Script -> share of the letters, by the first word of each letter's Unicode name; under 1 % is left out."""
+    found: Counter[str] = Counter()
+    for letter, count in letters.items():
+        if unicodedata.category(letter).startswith("L"):
+            words = unicodedata.name(letter, "UNNAMED").replace("-", " ").split()
+            word = words[1] if words[0] in ("FULLWIDTH", "HALFWIDTH") else words[0]
+            found["Han" if word == "CJK" else word.capitalize()] += count
+    total = found.total() if hasattr(found, "total") else sum(found.values())
+    return {script: count / total for script, count in found.most_common() if count >= 0.01 * total}
+
+
+def _clash_share(texts: Sequence[pa.Array]) -> float:
+    """Share of the ordered pairs of rows with the same anchor or the same positive."""
+    num_rows = len(texts[0])
+    if num_rows < 2 or len(texts) < 2:
+        return 0.0
+
+    def num_pairs(values: pa.Array) -> int:
+        counts = pc.value_counts(values).field("counts").to_numpy()
+        return int((counts * (counts - 1)).sum())
+
+    anchor, positive = texts[:2]
+    clashes = num_pairs(anchor) + num_pairs(positive) - num_pairs(joined([anchor, positive]))
+    return clashes / (num_rows * (num_rows - 1))
+
+
+def _scores(scores: NDArray[np.float32]) -> ScoreFacts:
+    distinct, counts = np.unique(scores, return_counts=True)
+    few = len(distinct) <= _MAX_LISTED
+    return ScoreFacts(
+        min=float(distinct[0]),
+        max=float(distinct[-1]),
+        quartiles=[float(q) for q in np.quantile(scores, (0.25, 0.5, 0.75))],
+        num_distinct=len(distinct),
+        counts={f"{d:.6g}": int(c) for d, c in zip(distinct, counts, strict=True)} if few else None,
+    )
+
+
+def _labels(labels: NDArray[np.int64]) -> LabelFacts:
+    classes, counts = np.unique(labels, return_counts=True)
+    few = len(classes) <= _MAX_LISTED
+    return LabelFacts(
+        min=int(classes[0]),
+        max=int(classes[-1]),
+        num_classes=len(classes),
+        smallest=int(counts.min()),
+        largest=int(counts.max()),
+        num_single=int(np.count_nonzero(counts == 1)),
+        counts={str(k): int(c) for k, c in zip(classes, counts, strict=True)} if few else None,
+    )
