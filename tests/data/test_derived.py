@@ -235,3 +235,24 @@ def test_column_of_where_that_is_not_there(tmp_path: Path) -> None:
     path = write(tmp_path / "r.jsonl", pd.DataFrame({"a": ["x"], "b": ["y"], "lang": ["en"]}))
     with pytest.raises(ValueError, match=r"no column 'language' \(where\); found: a, b, lang. Did you mean 'lang'"):
         load(Source(path, {"anchor": "a", "positive": "b"}, where={"language": "en"}), tmp_path / "cache")
+
+
+def test_prompts_stand_before_the_texts_of_their_column(tmp_path: Path) -> None:
+    """The part that is held out does not depend on them."""
+    frame = pd.DataFrame({"q": [f"question {i}" for i in range(40)], "a": [f"answer {i}" for i in range(40)]})
+    spec = {"path": write(tmp_path / "qa.jsonl", frame), "columns": {"anchor": "q", "positive": "a"}, "holdout": 0.5}
+    plain, prompted = (
+        load(Source(**spec, prompts=prompts), tmp_path / "cache").to_list() for prompts in (None, {"anchor": "query: "})
+    )
+    assert prompted == [{"anchor": "query: " + row["anchor"], "positive": row["positive"]} for row in plain]
+
+
+@pytest.mark.parametrize(
+    "options", [{"where": {"a": "x"}}, {"triplets": ("x", "y")}, {"holdout": 0.1}, {"max_rows": 5}]
+)
+def test_what_a_stream_can_not_do(options: dict[str, object]) -> None:
+    columns = NLI if "triplets" in options else {"anchor": "a", "positive": "b"}
+    with pytest.raises(
+        ValueError, match=f"{next(iter(options))} does not go with streaming: true, for rows are numbered"
+    ):
+        Source("rows.parquet", columns, streaming=True, **options)  # type: ignore[arg-type]

@@ -126,6 +126,21 @@ def test_other_places_and_arrow(
     assert len(fetched) == (0 if kind.startswith("arrow") else len(GROUPS))
 
 
+def test_fields_positions_and_prompts_count_as_in_a_whole_set(text: TextPreparation, tmp_path: Path) -> None:
+    rows = [{"t": {"en": f"word {i}", "he": f"other {i}"}, "c": f"third {i}", "d": "unused"} for i in range(20)]
+    Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    for columns in ({"anchor": "t.en", "positive": "c"}, {"anchor": "t.he", "positive": 1}):
+        spec = {"path": str(tmp_path / "rows.parquet"), "columns": columns, "prompts": {"anchor": "query: "}}
+        whole = tokenize(Source(**spec), text, tmp_path / "cache")
+        streamed = StreamedTable(Source(**spec, streaming=True), text, tmp_path / "cache")
+        for column in ("anchor", "positive"):
+            expected = [ids.tolist() for ids in whole.ids(column, np.arange(20))]
+            assert [ids.tolist() for ids in streamed.ids(column, np.arange(20))] == expected
+        assert (
+            whole.ids("anchor", np.arange(1))[0].tolist() == text(["query: " + rows[0]["t"][columns["anchor"][2:]]])[0]
+        )
+
+
 def test_class_names_and_score_range_count_as_in_a_whole_set(text: TextPreparation, tmp_path: Path) -> None:
     features = Features({"a": Value("string"), "y": ClassLabel(names=["no", "yes"])})
     rows = Dataset.from_dict({"a": ["one", "two", "three"], "y": [1, 0, 1]}, features=features)

@@ -146,7 +146,7 @@ def source_facts(
         max_rows: only the first rows count.
     """
     num_rows = min(table.num_rows, max_rows or table.num_rows)
-    key = facts_key(fingerprint(source), source.prompts, text.fingerprint, num_rows, isinstance(table, TokenTable))
+    key = facts_key(fingerprint(source), text.fingerprint, num_rows, isinstance(table, TokenTable))
     facts = cached_facts(cache_dir, key, lambda: asdict(_count(source, table, text, cache_dir, num_rows)))
     return SourceFacts(
         **{

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache, partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, Optional, Union
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, load_dataset
 from jsonargparse import lazy_instance
 
@@ -54,7 +55,7 @@ class Source:
         holdout: share of the rows that a training source leaves out and a validation source of the same path keeps.
         holdout_by: text column whose hash decides, so that equal texts stay together; unset: the first.
         max_rows: most rows, drawn evenly over the whole source.
-        prompts: text column -> what is put before its texts, in place of the encoder's prompt.
+        prompts: text column -> what is put before each of its texts (query:, passage:); it is pooled like the text.
         loss: which of model.losses trains on this source; unset: model.loss.
         weight: share of the steps under data.mixing weighted.
         streaming: read while training instead of first. Parquet and Arrow files, here, on the hub or at an address of
@@ -170,6 +171,11 @@ class Source:
         targets = () if self.triplets else ("score", "label")
         return (*self.text_columns, *(name for name in targets if name in self.columns))
 
+    def prompted(self, column: str, texts: Sequence[str]) -> list[str]:
+        """Texts of a column behind its prompt."""
+        prompt = (self.prompts or {}).get(column, "")
+        return [prompt + text for text in texts]
+
     @property
     def read_columns(self) -> Optional[set[str]]:
         """Columns of the data to read, None for all: a position has no name before the file is open."""
@@ -225,7 +231,7 @@ def _base(source: Source) -> Optional[Source]:
 
     Training and validation sources that share a path, and differ only in that, are read once.
     """
-    if not (source.triplets or source.holdout or source.max_rows):
+    if not (source.triplets or source.holdout or source.max_rows or source.prompts):
         return None
     spec: dict[str, Any] = {f.name: getattr(source, f.name) for f in fields(Source)}
     spec.update(triplets=None, holdout=0.0, holdout_by=None, max_rows=None, prompts=None, loss=None)
@@ -264,10 +270,13 @@ def _derive(source: Source, base: Source, cache_dir: Path, folder: Path) -> None
         drawn = draw(len(next(iter(picked.values()))), source.max_rows)
         picked = {name: numbers[drawn] for name, numbers in picked.items()}
     num_rows = len(next(iter(picked.values())))
+    large = partial(pa.scalar, type=pa.large_string())
     schema = pa.schema([(name, columns[name].type) for name in picked])
     with pa.OSFile(str(folder / "rows.arrow"), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         for start in range(0, num_rows, _BATCH_ROWS):
             part = {name: columns[name].take(pa.array(n[start : start + _BATCH_ROWS])) for name, n in picked.items()}
+            for name, prompt in (source.prompts or {}).items():
+                part[name] = pc.binary_join_element_wise(large(prompt), part[name], large(""))
             writer.write_table(pa.table(part, schema=schema).combine_chunks())
     report = {"source": source.path, "num_rows": num_rows, "num_skipped": skipped}
     (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
@@ -285,7 +294,8 @@ def fingerprint(source: Source) -> str:
     if base is not None:
         by = source.holdout_by or source.text_columns[0]
         held = [source.holdout, by, source.keeps_holdout] if source.holdout else []
-        spec = json.dumps([_VERSION, fingerprint(base), bool(source.triplets), held, source.max_rows])
+        prompts = sorted((source.prompts or {}).items())
+        spec = json.dumps([_VERSION, fingerprint(base), bool(source.triplets), held, source.max_rows, prompts])
         return hashlib.sha256(spec.encode()).hexdigest()[:24]
     if source.streaming:
         from trainer.data.streaming import fingerprint as streamed  # it imports the checks of a source

@@ -225,7 +225,7 @@ class StreamedTable:
         values = dict(zip(self.source.canonical_columns, zip(*cells, strict=True), strict=True))
         arrays: dict[str, pa.Array] = {}
         for name in self.columns:
-            ids = self.text(values[name])  # type: ignore[arg-type]
+            ids = self.text(self.source.prompted(name, values[name]))  # type: ignore[arg-type]
             lengths = np.fromiter(map(len, ids), np.int64, len(ids))
             if not lengths.all():
                 place = numbered.place(before + int(np.argmin(lengths)) + 1)
@@ -321,5 +321,6 @@ def fingerprint(source: Source) -> str:
     digests = [file.digest for file in files] if files is not None else stream_digests(source)
     columns = sorted(source.columns.items())
     maps = [source.score_range and list(source.score_range), source.label_map and sorted(source.label_map.items())]
-    spec = json.dumps([_VERSION, digests, columns, maps], ensure_ascii=True)
+    prompts = sorted((source.prompts or {}).items())
+    spec = json.dumps([_VERSION, digests, columns, maps, prompts], ensure_ascii=True)
     return hashlib.sha256(spec.encode()).hexdigest()[:24]
