@@ -39,7 +39,7 @@ import torch
 import yaml
 from provenance import provenance
 
-from trainer.demo_data import write_pairs
+from trainer.demo_data import read_pairs, write_pairs
 from trainer.demo_encoder import write_encoder
 from trainer.manifest import newest, newest_valid, read_state, steps
 
@@ -55,7 +55,7 @@ LAST = EPOCHS * ROWS // BATCH
 def write_recipe(folder: Path) -> Path:
     """120 steps with a dropout of 0.1; a checkpoint every 5 of them, an evaluation every 10."""
     train, dev = write_pairs(folder, num_train=ROWS, num_dev=400, seed=1)
-    texts = [f"word{n} and word{n + 1}" for n in range(3000)]
+    texts = [text for pair in read_pairs(train) for text in (pair.sentence1, pair.sentence2)]
     write_encoder(folder / "encoder", texts, hidden=64, layers=2, heads=4, vocab=2000)
     columns = {"anchor": "sentence1", "positive": "sentence2", "score": "score"}
     source = {"path": str(train), "columns": columns, "score_range": [0, 5]}

@@ -24,6 +24,7 @@ if str(ROOT) not in sys.path:
 from tests.two_ranks import TwoRanks  # noqa: E402
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Under ``-n``: the tests of a file share what the file has set up; those that start a cluster go one by one."""
     for item in items:

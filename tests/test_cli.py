@@ -86,8 +86,8 @@ BAD_CONFIGS = {
     "nothing near": (
         "batch_size: 16",
         "zzz: 16",
-        "x.yaml:13: unknown key 'data.zzz'; keys here: train, encoder, validation, batch_size, num_workers, "
-        "max_rows, cache_dir, seed",
+        "x.yaml:13: unknown key 'data.zzz'; keys here: train, encoder, validation, batch_size, mixing, "
+        "num_workers, max_rows, cache_dir, stream_cache_gib, seed",
     ),
     "in a dataclass": (
         "max_length: 32",
@@ -158,7 +158,8 @@ BAD_CONFIGS = {
     "yaml on in a dict": (
         "positive: sentence2, score",
         "positive: on, score",
-        'x.yaml:9: data.train[0].columns.positive must be text, but YAML reads on as true; quote it: "on"',
+        "x.yaml:9: data.train[0].columns.positive must be a whole number or text, but YAML reads on as true; "
+        'quote it: "on"',
     ),
     "yaml on as a key": (
         "{anchor: sentence1, positive: sentence2, score",

@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 
-from trainer.demo_data import write_pairs
+from trainer.demo_data import read_pairs, write_pairs
 from trainer.demo_encoder import write_encoder
 from trainer.manifest import newest, read_state, steps
 
@@ -29,7 +29,8 @@ TWO = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("preemption")
     train, dev = write_pairs(folder, num_train=80, num_dev=12, seed=1)
-    write_encoder(folder / "encoder", ["a few words for a vocabulary"] * 5, hidden=16, layers=1, heads=2, vocab=200)
+    texts = [pair.sentence1 for pair in read_pairs(train)]
+    write_encoder(folder / "encoder", texts, hidden=16, layers=1, heads=2, vocab=200)
     columns = {"anchor": "sentence1", "positive": "sentence2", "score": "score"}
     source = {"path": str(train), "columns": columns, "score_range": [0, 5]}
     content = {
@@ -132,7 +133,7 @@ def test_second_ctrl_c_stops_at_once(recipe: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("rank", [0, 1])
 def test_one_rank_of_two_is_asked(recipe: Path, tmp_path: Path, rank: int) -> None:
     """TERM to one process only: both agree on a step, one message, status 143."""
-    long = ("--trainer.max_epochs", "100", "--data.num_workers", "1")
+    long = ("--trainer.max_epochs", "100", "--check.allow", "few_rows_many_epochs", "--data.num_workers", "1")
     process = start(recipe, tmp_path, *TWO, *long, *slow_at(7))
     pids = {0: lambda: process.pid, 1: lambda: child_of(process.pid)}
     when_waiting(tmp_path, lambda: os.kill(pids[rank](), signal.SIGTERM))

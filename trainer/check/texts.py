@@ -8,7 +8,7 @@ from trainer.check.finding import Finding, Situation, name_of
 from trainer.data.facts import ColumnFacts, SourceFacts
 from trainer.losses import Loss
 
-# Measured on real sets: right tokenizers stay below 2 % and 1.05, wrong ones have 60 % or 1.7 and more.
+# Seen with right tokenizers (stsb, jsts, tanaka): below 2 % and 1.05; with wrong ones (amharic, korsts): 88 % and 1.8.
 MOSTLY_UNKNOWN, SOME_UNKNOWN, FRAGMENTED = 0.5, 0.05, 1.3
 _PER_CENT = 0.01
 
