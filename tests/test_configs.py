@@ -50,14 +50,16 @@ def write_rows(path: Path, source: dict[str, Any], texts: Sequence[str], apart: 
     """Rows with the columns, values and range that ``source`` of a recipe speaks of; ``apart``, another number makes
     other pairs of the same texts."""
     low, high = source.get("score_range") or (0, 2)
-    values = list(source.get("label_map") or PUBLISHED_VALUES.get(Path(source["path"]).name.split(".")[0], ()))
+    published = PUBLISHED_VALUES.get(Path(source["path"]).name.split(".")[0], ())
+    values = list(source.get("label_map") or source.get("triplets") or published)
     values = values or ([low, high] if "score" in source["columns"] else [0, 1])
     rows = []
     for i in range(NUM_ROWS):
         row = {}
         for place, (canonical, column) in enumerate(source["columns"].items()):
             is_text = canonical in TEXT_COLUMNS
-            row[column] = texts[(2 * i + apart * place) % len(texts)] if is_text else values[i % len(values)]
+            number = i - i % 2 if canonical == "anchor" and source.get("triplets") else i  # one with both labels
+            row[column] = texts[(2 * number + apart * place) % len(texts)] if is_text else values[i % len(values)]
         rows.append(json.dumps(row) + "\n")
     path.write_bytes(gzip.compress("".join(rows).encode()))
     return path
@@ -74,11 +76,14 @@ def fit_args(recipe: Path, hardware: Path, folder: Path, backbone: Path, texts: 
         "trainer.log_every_n_steps": 1,
         "tracking.wandb": "off",
     }
-    for part in ("train", "validation"):
-        for source in config["data"].get(part, []):
-            flags[f"data.{part}.path"] = write_rows(
-                folder / f"{part}.jsonl.gz", source, texts, 1 + 2 * (part == "validation")
-            )
+    for part, apart in (("train", 1), ("validation", 3)):
+        tiny = []
+        for number, source in enumerate(config["data"].get(part, [])):
+            path = write_rows(folder / f"{part}{number}.jsonl.gz", source, texts, apart)
+            few = {"holdout": 0.3} if "holdout" in source else {}  # of few rows a small share may be none
+            tiny.append({**source, "path": str(path), **few})
+        if tiny:
+            flags[f"data.{part}"] = json.dumps(tiny)
     args = ["fit", "--config", str(recipe), "--config", str(hardware)]
     return args + [word for key, value in flags.items() for word in (f"--{key}", str(value))]
 
