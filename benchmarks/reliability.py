@@ -1,12 +1,12 @@
 """Runs are killed and preempted at random moments, and must end as if nothing had happened.
 
-    python benchmarks/reliability.py kill --count 50 --json benchmarks/results/kill.json
-    python benchmarks/reliability.py kill-saving --count 10 --json benchmarks/results/kill-saving.json
-    python benchmarks/reliability.py preempt --count 20 --json benchmarks/results/preempt.json      (needs Slurm)
-    python benchmarks/reliability.py preempt-steps --count 16 --json benchmarks/results/preempt-steps.json   (the same)
-    python benchmarks/reliability.py preempt-saving --count 4 --json benchmarks/results/preempt-saving.json   (the same)
-    python benchmarks/reliability.py ranks --count 6 --json benchmarks/results/ranks.json            (needs Slurm)
-    python benchmarks/reliability.py report benchmarks/results/*.json     puts the tables into docs/reliability.md
+    python benchmarks/reliability.py kill --count 50 --json benchmarks/results/reliability/kill.json
+    python benchmarks/reliability.py kill-saving --count 10 --json benchmarks/results/reliability/kill-saving.json
+    python benchmarks/reliability.py preempt --count 20 --json benchmarks/results/reliability/preempt.json
+    python benchmarks/reliability.py preempt-steps --count 16 --json benchmarks/results/reliability/preempt-steps.json
+    python benchmarks/reliability.py preempt-saving --count 4 --json benchmarks/results/reliability/preempt-saving.json
+    python benchmarks/reliability.py ranks --count 6 --json benchmarks/results/reliability/ranks.json
+    python benchmarks/reliability.py report benchmarks/results/reliability/*.json
 
 `kill`: SIGKILL to all processes of a run, several times before it may end; TMPDIR lies on another file system.
 `kill-saving` waits for a checkpoint to be under way.

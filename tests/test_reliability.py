@@ -47,7 +47,7 @@ def test_the_document_shows_what_was_measured() -> None:
         import reliability
     finally:
         sys.path.remove(str(LOOPS.parent))
-    results = sorted((LOOPS.parent / "results").glob("*.json"))
+    results = sorted((LOOPS.parent / "results" / "reliability").glob("*.json"))
     assert {path.stem for path in results} == {
         "kill",
         "kill-saving",
