@@ -2,9 +2,10 @@
 
 import logging
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
@@ -23,7 +24,7 @@ from trainer.data.order import Order, steps_per_window
 from trainer.data.rowgroups import group_files
 from trainer.data.sources import EvalSource, Source, load
 from trainer.data.streaming import GIB, StreamedTable
-from trainer.data.tokens import TokenTable, tokenize, worker_context
+from trainer.data.tokens import TokenTable, end_with, tokenize, worker_context
 from trainer.distributed import gather
 from trainer.encoder.spec import EncoderSpec
 from trainer.encoder.text import TextPreparation, load_text_preparation
@@ -274,6 +275,7 @@ class PairData(LightningDataModule):
             collate_fn=list,
             num_workers=self.num_workers,
             multiprocessing_context=worker_context() if self.num_workers else None,
+            worker_init_fn=partial(end_with, os.getpid()) if self.num_workers else None,
             pin_memory=torch.cuda.is_available(),
         )
 

@@ -239,7 +239,7 @@ def _tokenize_spans(spans: Iterator[list[str]], text: TextPreparation, num_texts
         for span in spans:
             yield _tokenize_span(text, span)
         return
-    with ProcessPoolExecutor(num_processes, worker_context(), _start_worker, (text,)) as pool:
+    with ProcessPoolExecutor(num_processes, worker_context(), _start_worker, (text, os.getpid())) as pool:
         yield from map_ahead(pool, _work, spans, ahead=4 * num_processes)
 
 
@@ -270,18 +270,26 @@ def _tokenize_span(text: TextPreparation, texts: list[str]) -> _Tokens:
 _shared: TextPreparation | None = None
 
 
-def _start_worker(text: TextPreparation) -> None:
+def _start_worker(text: TextPreparation, parent: int) -> None:
     global _shared
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    end_with(parent)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are taken
     _shared = text
 
 
-def _end_with(parent: int) -> None:
-    """Ends this process once its parent is gone: a killed parent can't say so, and the queue stays open."""
-    while os.getppid() == parent:
-        time.sleep(1.0)
-    os._exit(1)
+def end_with(parent: int, worker: int = 0) -> None:
+    """Ends this worker process once ``parent`` is gone: a killed parent can't say so, and the queue stays open.
+
+    The number comes from the parent. Who asks for its own parent, as torch's loader does, may ask too late: a process
+    takes seconds to start, and a parent that is killed meanwhile has been replaced by init, which lives for ever.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _work(texts: list[str]) -> _Tokens:
