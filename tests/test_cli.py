@@ -18,9 +18,12 @@ import torch
 import yaml
 
 from trainer.cli import main
+from trainer.config_errors import _dotted_keys
 from trainer.config_files import Flag
+from trainer.config_migration import KEY_HERE
 from trainer.demo_data import write_pairs
 from trainer.help_text import live_parsers
+from trainer.lightning_cli import GROUPS
 from trainer.manifest import read_manifest, read_state, write_checkpoint
 from trainer.run_dir import is_first_rank, name_run, rank_name
 
@@ -65,6 +68,12 @@ def refused(capsys: pytest.CaptureFixture[str], args: Sequence[str], code: int =
     return said.strip()
 
 
+def test_keys_of_other_trainers_lead_to_keys_that_exist() -> None:
+    known = {"ckpt_path", *_dotted_keys(GROUPS)}
+    assert {here for here, _ in KEY_HERE.values()} <= known
+    assert not {key for key in KEY_HERE if any(name.endswith(f".{key}") for name in known)}
+
+
 # -- keys and values --------------------------------------------------------------------------------------
 
 BAD_CONFIGS = {
@@ -88,6 +97,11 @@ BAD_CONFIGS = {
         "zzz: 16",
         "x.yaml:13: unknown key 'data.zzz'; keys here: train, encoder, validation, batch_size, mixing, "
         "num_workers, max_rows, cache_dir, stream_cache_gib, seed",
+    ),
+    "key of another trainer": (
+        "batch_size: 16",
+        "per_device_train_batch_size: 16",
+        "x.yaml:13: unknown key 'data.per_device_train_batch_size'; here it is data.batch_size (rows over all ranks)",
     ),
     "in a dataclass": (
         "max_length: 32",

@@ -19,6 +19,7 @@ from typing import Any, Union
 import yaml
 
 from trainer.config_files import ConfigError, Flag, Written, describe, place_of
+from trainer.config_migration import name_here
 from trainer.config_values import FlagText, fits, must
 
 _MAX_PROBLEMS = 5
@@ -101,6 +102,8 @@ class _Walk:
 
     def suggest(self, key: str, path: str, known: Mapping[str, Any]) -> str:
         """The nearest key at this level, or the same word at another level, or the keys there are."""
+        if elsewhere := name_here(key):
+            return elsewhere
         near = [f"{path}.{name}".lstrip(".") for name in difflib.get_close_matches(key, known, n=1)]
         same = [name for name in _dotted_keys(self.groups) if name.endswith(f".{key}")]
         found = near + same if path else same + near
