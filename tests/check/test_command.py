@@ -146,8 +146,11 @@ def sound(tmp_path: Path, tiny_encoder: Path, demo_texts: list[str]) -> list[str
     return [*common(tmp_path, encoder, "CosineSimilarity"), "--data.train", columns, "--data.validation", validation]
 
 
-def test_plan(sound: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan(
+    sound: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Steps, negatives, tokens and padding are those of the run: counted here from the packed batches themselves."""
+    monkeypatch.chdir(tmp_path)
     from trainer.data.batches import StepBatches
     from trainer.lightning_cli import run as build
 
