@@ -31,8 +31,11 @@ model:
   encoder: {backbone: encoder, max_length: 32}
   loss: {class_path: CosineSimilarity}
 data:
-  train: [{path: train.jsonl.gz, columns: &columns {anchor: sentence1, positive: sentence2, score: score}}]
-  validation: [{name: dev, path: dev.jsonl.gz, columns: *columns}]
+  train:
+    - path: train.jsonl.gz
+      columns: &columns {anchor: sentence1, positive: sentence2, score: score}
+      score_range: [0, 5]
+  validation: [{name: dev, path: dev.jsonl.gz, columns: *columns, score_range: [0, 5]}]
   batch_size: 20
 trainer: {accelerator: cpu, max_epochs: 1, val_check_interval: 2, log_every_n_steps: 1, default_root_dir: run}
 tracking: {wandb: "off"}

@@ -52,9 +52,9 @@ def label_range(situation: Situation) -> Iterator[Finding]:
 
 
 def _classes(scores: ScoreFacts) -> list[float]:
-    """The scores, where they look like class numbers 0, 1, ..., n; else none."""
+    """The scores, where they look like class numbers 0, 1, ..., n; else none. Five and more are rather grades."""
     values = [float(value) for value in scores.counts or ()]
-    return values if 2 <= len(values) <= 10 and values == list(range(len(values))) else []
+    return values if 2 <= len(values) <= 4 and values == list(range(len(values))) else []
 
 
 def no_low_scores(situation: Situation) -> Iterator[Finding]:
