@@ -20,12 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.files import flush_folder, write_whole
+from trainer.files import flush_folder, sha256_of, write_whole
 
 FORMAT = 1
 STATE, MANIFEST, BEST = "state.ckpt", "manifest.json", "best.json"
 _STEP_NAME = re.compile(r"step-(\d+)")
-_BLOCK = 1 << 22
 
 
 def write_checkpoint(content: Mapping[str, Any], folder: Path, about: Mapping[str, Any]) -> None:
@@ -52,7 +51,7 @@ def write_checkpoint(content: Mapping[str, Any], folder: Path, about: Mapping[st
             torch.save(dict(content), file)
             file.flush()
             os.fsync(file.fileno())
-        files = {STATE: {"bytes": (partial / STATE).stat().st_size, "sha256": _sha256(partial / STATE)}}
+        files = {STATE: {"bytes": (partial / STATE).stat().st_size, "sha256": sha256_of(partial / STATE)}}
         manifest = {"format": FORMAT, **about, "files": files}
         write_whole(partial / MANIFEST, json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1))
         if folder.exists():
@@ -106,7 +105,7 @@ def problem(folder: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != expected["bytes"]:
             return f"{name} has {path.stat().st_size:,} bytes, {expected['bytes']:,} were written"
-        if _sha256(path) != expected["sha256"]:
+        if sha256_of(path) != expected["sha256"]:
             return f"{name} is not what was written (sha256 differs)"
     return None
 
@@ -192,14 +191,6 @@ def best(run_dir: Path) -> Path | None:
     except FileNotFoundError:
         return None
     return steps(run_dir).get(step)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:

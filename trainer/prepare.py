@@ -35,7 +35,8 @@ def prepare(args: Sequence[str]) -> int:
         tokens = sum(int(table.lengths(column).sum()) for column in table.columns)
         _say("train", source.path, f"{table.num_rows:,} rows, {tokens:,} tokens", table.folder)
     data.setup("fit")
-    read_facts(data)
+    if data.stream is None:
+        read_facts(data)
     for source in data.validation_sources:
         rows = load(source, data.cache_dir)
         _say("validation", source.name, f"{len(rows):,} rows", Path(rows.cache_files[0]["filename"]).parent)

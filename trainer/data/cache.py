@@ -5,7 +5,6 @@ Its ``report.json`` names size and sha256 of every file in it; what else stands 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -19,7 +18,7 @@ from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
-from trainer.files import flush_folder
+from trainer.files import flush_folder, sha256_of
 
 if sys.platform != "win32":
     import fcntl
@@ -90,7 +89,7 @@ def damage(folder: Path) -> str | None:
             found = (folder / name).stat().st_size
             if found != size:
                 return f"{name} has {found:,} bytes of {size:,}"
-            if _sha256(folder / name) != digest:
+            if sha256_of(folder / name) != digest:
                 return f"{name} is damaged (its sha256 is another)"
         except FileNotFoundError:
             return f"{name} is missing"
@@ -102,20 +101,12 @@ def _seal(folder: Path) -> None:
     report = folder / _REPORT
     said: dict[str, Any] = json.loads(report.read_text(encoding="utf-8")) if report.exists() else {}
     files = sorted(file for file in folder.iterdir() if file.name != _REPORT)
-    said["files"] = {file.name: [file.stat().st_size, _sha256(file)] for file in files}
+    said["files"] = {file.name: [file.stat().st_size, sha256_of(file)] for file in files}
     report.write_text(json.dumps(said), encoding="utf-8")
     for file in [*files, report]:
         with file.open("rb") as written:
             os.fsync(written.fileno())
     flush_folder(folder)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _hold(folder: Path) -> bool:

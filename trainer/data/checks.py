@@ -25,8 +25,11 @@ _PEEKED = 100  # rows that show whether labels are words
 
 def checked_rows(source: Source, rows: Rows, bad: BadRows) -> Iterator[list[Any]]:
     """Cells of the good rows in canonical order; bad ones are told to ``bad``, what ``where`` drops is neither."""
-    columns = {name: find_column(column, rows, f"columns.{name}") for name, column in source.columns.items()}
-    wanted = [(find_column(column, rows, "where"), rule(values)) for column, values in (source.where or {}).items()]
+    columns = {
+        name: find_column(column, rows.name, rows.columns, f"columns.{name}") for name, column in source.columns.items()
+    }
+    where = (source.where or {}).items()
+    wanted = [(find_column(column, rows.name, rows.columns, "where"), rule(values)) for column, values in where]
     records = _refuse_words(source, rows, columns)
     checks = _checks(source, rows, columns)
     for number, row in records:
@@ -49,11 +52,10 @@ def checked_rows(source: Source, rows: Rows, bad: BadRows) -> Iterator[list[Any]
 
 
 def _checks(source: Source, rows: Rows, columns: dict[str, Column]) -> list[tuple[Column, Callable[[object], Any]]]:
-    fed = "score" if "score" in source.columns else "label"
     checks: list[tuple[Column, Callable[[object], Any]]] = []
     for name in source.canonical_columns:
         column = columns[name]
-        label_map = source.label_map if name == fed else None
+        label_map = source.label_map if name == source.mapped_column else None
         class_names = rows.class_names.get(column.name)
         if name == "score":
             checks.append((column, score_check(source.score_range, label_map, class_names)))
@@ -70,7 +72,7 @@ def _refuse_words(source: Source, rows: Rows, columns: dict[str, Column]) -> Ite
     records = chain(first, rows.records)
     for name in ("score", "label"):
         column = columns.get(name)
-        if column is None or (source.label_map is not None and (name == "score" or "score" not in source.columns)):
+        if column is None or name == source.mapped_column:
             continue
         seen = [cell for _, row in first if (cell := column.cell_or_none(row)) is not None]
         if seen and 2 * sum(map(is_word, seen)) > len(seen):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from trainer.data.files import did_you_mean
-from trainer.data.rows import Rows
 
 
 @dataclass(frozen=True)
@@ -47,25 +47,25 @@ class Column:
             return None
 
 
-def find_column(wanted: str | int, rows: Rows, asked_by: str) -> Column:
+def find_column(wanted: str | int, file: str, found: Sequence[str], asked_by: str) -> Column:
     """The column that a config means by ``wanted``: a name, a position from 0, or ``name.field``.
 
     Args:
         wanted: as in the config.
-        rows: of the file; where it has no row it has no columns either, and any name is taken.
+        file: its name, for the error.
+        found: its columns; none where it has no row, and then any name is taken.
         asked_by: the key of the config, for the error.
 
     Raises:
         ValueError: the file has no such column.
     """
-    found = rows.columns
     if isinstance(wanted, int):
         if not found or str(wanted) in found:
             return Column(str(wanted))
         if 0 <= wanted < len(found):
             return Column(found[wanted])
         raise ValueError(
-            f"{rows.name}: no column {wanted} ({asked_by}); there are {len(found)}, 0 to {len(found) - 1}: "
+            f"{file}: no column {wanted} ({asked_by}); there are {len(found)}, 0 to {len(found) - 1}: "
             f"{', '.join(found)}"
         )
     name, *fields = wanted.split(".")
@@ -73,6 +73,6 @@ def find_column(wanted: str | int, rows: Rows, asked_by: str) -> Column:
         name, fields = wanted, []
     if found and name not in found:
         raise ValueError(
-            f"{rows.name}: no column '{wanted}' ({asked_by}); found: {', '.join(found)}.{did_you_mean(wanted, found)}"
+            f"{file}: no column '{wanted}' ({asked_by}); found: {', '.join(found)}.{did_you_mean(wanted, found)}"
         )
     return Column(name, tuple(fields))

@@ -79,7 +79,7 @@ def _types(source: Source, head: list[Record]) -> pa.Schema | None:
     row = next((row for _, row in head if isinstance(row, dict)), {})
     types: dict[str, pa.DataType] = {}
     for name in source.canonical_columns:
-        column, mapped = source.columns[name], source.label_map is not None and name == _fed(source)
+        column, mapped = source.columns[name], name == source.mapped_column
         if not isinstance(column, str):
             return None
         value = row.get(column)
@@ -92,11 +92,6 @@ def _types(source: Source, head: list[Record]) -> pa.Schema | None:
         if types.setdefault(column, kind) != kind:
             return None
     return pa.schema(list(types.items()))
-
-
-def _fed(source: Source) -> str:
-    """The column that label_map feeds."""
-    return "score" if "score" in source.columns else "label"
 
 
 def _parse(block: Block, source: Source, types: pa.Schema) -> pa.RecordBatch | None:
@@ -139,7 +134,8 @@ def _text(values: pa.Array) -> pa.Array | None:
 
 
 def _number(values: pa.Array, name: str, source: Source) -> pa.Array | None:
-    if source.label_map is not None and name == _fed(source):
+    if name == source.mapped_column:
+        assert source.label_map is not None
         places = pc.index_in(values, pa.array(list(source.label_map), pa.large_string()))
         if places.null_count:
             return None

@@ -20,7 +20,6 @@ import pyarrow.parquet as pq
 from trainer.data.columns import find_column
 from trainer.data.files import data_files, data_format, did_you_mean, is_hub_id
 from trainer.data.order import SLICE_ROWS
-from trainer.data.rows import Rows
 
 if TYPE_CHECKING:
     from trainer.data.sources import Source
@@ -79,7 +78,7 @@ def group_files(source: Source) -> list[GroupFile] | None:
         files = list(pool.map(_read_footer, urls, [_stamp(url) for url in urls]))
     for file in files:
         for canonical, column in source.columns.items():
-            find_column(column, Rows(file.url, "", list(file.columns), iter(())), f"columns.{canonical}")
+            find_column(column, file.url, file.columns, f"columns.{canonical}")
     if not sum(sum(file.group_sizes) for file in files):
         raise ValueError(f"{source.path}: there is no row")
     return files

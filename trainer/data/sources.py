@@ -26,6 +26,7 @@ from trainer.data.rows import Rows, read_file, table_rows
 from trainer.data.values import rule
 from trainer.evaluation.base import Evaluator
 from trainer.evaluation.sts import STS
+from trainer.files import sha256_of
 
 _VERSION = 1  # of the cached rows: raise it when the same files and spec give other rows
 _TEXT = re.compile(r"text|anchor|positive|negative(_[1-9]\d*)?")
@@ -170,6 +171,13 @@ class Source:
     def canonical_columns(self) -> tuple[str, ...]:
         targets = () if self.triplets else ("score", "label")
         return (*self.text_columns, *(name for name in targets if name in self.columns))
+
+    @property
+    def mapped_column(self) -> Optional[str]:
+        """The target that label_map feeds."""
+        if self.label_map is None:
+            return None
+        return "score" if "score" in self.columns else "label"
 
     def prompted(self, column: str, texts: Sequence[str]) -> list[str]:
         """Texts of a column behind its prompt."""
@@ -328,11 +336,7 @@ def _identity(file: Path) -> tuple[int, int]:
 @cache  # one process asks several times; size and time of change make a changed file a new one
 def _hash_file(path: str, size: int, mtime_ns: int) -> str:
     try:
-        with open(path, "rb") as file:
-            digest = hashlib.sha256()
-            while block := file.read(1 << 20):
-                digest.update(block)
-            return digest.hexdigest()
+        return sha256_of(Path(path))
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
 
