@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.stub_hub import COMMIT, stub_hub
+from trainer.cli import main
 from trainer.demo_data import write_pairs
 
 ROOT = Path(__file__).parents[1]
@@ -93,3 +94,21 @@ def test_without_it_the_missing_part_is_named(folder: Path) -> None:
     assert "backbone FAILED: 'org/encoder' is no folder here and not in the cache" in checked.stdout
     assert "on a node with a network: trainer prepare" in checked.stdout
     assert "data FAILED: org/pairs: neither a file or folder here nor a hub data set that can be read" in checked.stdout
+
+
+def test_a_stream_without_an_index_leaves_nothing_to_prepare(
+    tmp_path: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    train, dev = write_pairs(tmp_path, 60, 20)
+    columns = "columns: {anchor: sentence1, positive: sentence2, score: score}, score_range: [0, 5]"
+    (tmp_path / "pairs.yaml").write_text(
+        f"model: {{encoder: {{backbone: {tiny_encoder}}}, loss: CosineSimilarity}}\n"
+        f"data:\n  cache_dir: cache\n  train: [{{path: {train}, {columns}, streaming: true}}]\n"
+        f"  validation: [{{name: dev, path: {dev}, {columns}}}]\n"
+    )
+    assert main(["prepare", "--config", "pairs.yaml"]) == 0
+    said = capsys.readouterr().out
+    assert f"train      {train}: is read while it trains; nothing to prepare" in said
+    assert "validation dev: 20 rows, " in said
+    assert not (tmp_path / "cache" / "tokens").exists()
