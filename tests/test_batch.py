@@ -15,7 +15,15 @@ from trainer.data.collate import pack
 
 def _batch() -> PackedBatch:
     targets = Targets(
-        (3, 2), torch.tensor([8, 9]), labels_B=torch.tensor([1, 0]), scores_B=torch.tensor([0.5, 0.25]), rank=1
+        (3, 2),
+        torch.tensor([8, 9]),
+        labels_B=torch.tensor([1, 0]),
+        scores_B=torch.tensor([0.5, 0.25]),
+        rank=1,
+        texts_BC=torch.tensor([[4], [5]]),
+        groups_B=torch.tensor([0, 0]),
+        present_BC=torch.tensor([[True], [False]]),
+        extras={"teacher": torch.ones(2, 1, 3)},
     )
     return pack([[np.array([1, 2]), np.array([3])]], targets, num_rows=2, source=1)
 
@@ -33,12 +41,17 @@ def test_weighted_sums_average_to_the_mean_over_the_global_batch(split: tuple[in
     assert torch.stack(values).mean() == terms_b.mean()
 
 
+def tensors_of(holder: PackedBatch | Targets) -> dict[str, Tensor]:
+    values = {f.name: getattr(holder, f.name) for f in fields(holder)}
+    extras = values.pop("extras", {})
+    return {name: value for name, value in (values | extras).items() if isinstance(value, Tensor)}
+
+
 def test_to_moves_every_tensor() -> None:
     moved = _batch().to("meta")
-    for holder in (moved, moved.targets):
-        tensors = {f.name: getattr(holder, f.name) for f in fields(holder)}
-        tensors = {name: value for name, value in tensors.items() if isinstance(value, Tensor)}
-        assert len(tensors) == 3
+    for holder, number in ((moved, 3), (moved.targets, 7)):
+        tensors = tensors_of(holder)
+        assert len(tensors) == number
         assert {name for name, value in tensors.items() if value.device.type != "meta"} == set()
     assert moved.lengths == _batch().lengths
     assert moved.targets.rank == 1
@@ -49,18 +62,18 @@ def test_a_batch_travels_to_another_process_as_it_is() -> None:
     batch = _batch()
     again = pickle.loads(ForkingPickler.dumps(batch))
     for ours, theirs in ((batch, again), (batch.targets, again.targets)):
-        for f in fields(ours):
-            sent, found = getattr(ours, f.name), getattr(theirs, f.name)
-            if isinstance(sent, Tensor):
-                assert sent.dtype == found.dtype
-                assert torch.equal(sent, found)
-                assert not found.is_shared()
-            elif f.name != "targets":
-                assert sent == found
+        sent, found = tensors_of(ours), tensors_of(theirs)
+        assert sent.keys() == found.keys()
+        for name, tensor in sent.items():
+            assert tensor.dtype == found[name].dtype
+            assert torch.equal(tensor, found[name])
+            assert not found[name].is_shared()
+        plain = {f.name for f in fields(ours)} - sent.keys() - {"targets", "extras"}
+        assert all(getattr(ours, name) == getattr(theirs, name) for name in plain)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="pinned memory needs a GPU")
 def test_pin_memory_pins_every_tensor() -> None:
     pinned = _batch().pin_memory()
     for holder in (pinned, pinned.targets):
-        assert all(x.is_pinned() for f in fields(holder) if isinstance(x := getattr(holder, f.name), Tensor))
+        assert all(tensor.is_pinned() for tensor in tensors_of(holder).values())

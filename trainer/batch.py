@@ -5,7 +5,8 @@ Shape suffixes: b rows of the global batch, B rows of this rank, S segments (tex
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,18 @@ from torch import Tensor
 
 
 def _restored(of: type[Any], *values: Any) -> Any:
-    return of(*(torch.from_numpy(v) if isinstance(v, np.ndarray) else v for v in values))
+    return of(*(_mapped(torch.from_numpy, v, np.ndarray) for v in values))
+
+
+def _mapped(function: Callable[[Any], Any], value: Any, kind: type[Any]) -> Any:
+    """The function of a value of this kind, or of each such value of a dict; anything else as it is."""
+    if isinstance(value, dict):
+        return {key: _mapped(function, one, kind) for key, one in value.items()}
+    return function(value) if isinstance(value, kind) else value
+
+
+def _on_host(tensor: Tensor) -> Any:
+    return tensor.numpy() if tensor.device.type == "cpu" else tensor
 
 
 class _Sent:
@@ -22,8 +34,7 @@ class _Sent:
 
     def __reduce__(self) -> tuple[Any, ...]:
         values = (getattr(self, f.name) for f in fields(self))  # type: ignore[arg-type]
-        on_host = (v.numpy() if isinstance(v, Tensor) and v.device.type == "cpu" else v for v in values)
-        return _restored, (type(self), *on_host)
+        return _restored, (type(self), *(_mapped(_on_host, v, Tensor) for v in values))
 
 
 @dataclass(frozen=True)
@@ -36,6 +47,11 @@ class Targets(_Sent):
         labels_B: class of each row, int64, or None.
         scores_B: similarity score of each row, float32, or None.
         rank: whose rows these are.
+        texts_BC: number of each text in its source, int64: equal numbers are equal texts; None: not known.
+        groups_B: group of each row, int64: the positives of a group are no negatives of its anchors; or None.
+        present_BC: whether the row has a text in this column, bool; where it has none, the embedding is that of a
+            placeholder, which no loss may use. None: every row has all texts.
+        extras: what else belongs to the rows, (B, ...) each, e.g. the embeddings of a teacher.
     """
 
     rows_per_rank: tuple[int, ...]
@@ -43,6 +59,10 @@ class Targets(_Sent):
     labels_B: Tensor | None = None
     scores_B: Tensor | None = None
     rank: int = 0
+    texts_BC: Tensor | None = None
+    groups_B: Tensor | None = None
+    present_BC: Tensor | None = None
+    extras: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def num_global_rows(self) -> int:
@@ -59,12 +79,13 @@ class Targets(_Sent):
         return len(self.rows_per_rank) / self.num_global_rows
 
     def to(self, device: torch.device | str) -> Targets:
-        return replace(
-            self,
-            row_ids_B=self.row_ids_B.to(device, non_blocking=True),
-            labels_B=None if self.labels_B is None else self.labels_B.to(device, non_blocking=True),
-            scores_B=None if self.scores_B is None else self.scores_B.to(device, non_blocking=True),
-        )
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Targets:
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Targets:
+        return Targets(*(_mapped(function, getattr(self, f.name), Tensor) for f in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -115,16 +136,10 @@ class PackedBatch(_Sent):
 
     def pin_memory(self) -> PackedBatch:
         pin = torch.Tensor.pin_memory
-        targets = self.targets
         return replace(
             self,
             input_ids_T=pin(self.input_ids_T),
             positions_T=pin(self.positions_T),
             order_S=pin(self.order_S),
-            targets=replace(
-                targets,
-                row_ids_B=pin(targets.row_ids_B),
-                labels_B=None if targets.labels_B is None else pin(targets.labels_B),
-                scores_B=None if targets.scores_B is None else pin(targets.scores_B),
-            ),
+            targets=self.targets.pin_memory(),
         )
