@@ -29,7 +29,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Under ``-n``: the tests of a file share what the file has set up; those that start a cluster go one by one."""
     for item in items:
         file = item.path.relative_to(ROOT).as_posix()
-        clusters = file.startswith("tests/slurm/") or file in ("tests/test_readme.py", "tests/test_reliability.py")
+        clusters = file.startswith("tests/slurm/") or file in ("tests/test_readme.py", "tests/slow/test_reliability.py")
         item.add_marker(pytest.mark.xdist_group("clusters" if clusters else file))
 
 
