@@ -11,7 +11,8 @@ demo: $(INSTALLED)    ## generate data and an encoder, train, evaluate, export, 
 	$(VENV)/bin/trainer demo
 
 test: $(INSTALLED)    ## everything but the loops of tests/slow
-	$(VENV)/bin/python -m pytest tests --ignore=tests/slow --durations=10 -n 3 --dist loadgroup
+	$(VENV)/bin/python -m pytest tests --ignore=tests/slow --durations=10 -n 3 --dist loadgroup \
+		--no-loadscope-reorder
 
 loops: $(INSTALLED)   ## five kills, three preemptions on a local Slurm, the benchmarks of the README: short
 	$(VENV)/bin/python -m pytest tests/slow/test_reliability.py tests/slow/test_benchmarks.py --durations=0 -n 2
