@@ -12,7 +12,18 @@ from trainer.check.finding import Finding, Situation
 from trainer.check.rules import RULES, findings, refuse_unknown
 from trainer.data.facts import ColumnFacts, LabelFacts, ScoreFacts, SourceFacts
 from trainer.data.leaks import LeakFacts
-from trainer.losses import BatchHardTriplet, CoSENT, CosineSimilarity, InfoNCE, Loss, Softmax
+from trainer.losses import (
+    BatchHardTriplet,
+    Contrastive,
+    CoSENT,
+    CosineSimilarity,
+    InfoNCE,
+    Loss,
+    Matryoshka,
+    Softmax,
+    Triplet,
+    WeightedSum,
+)
 
 COLUMN = ColumnFacts("anchor", 5, 12, 30, 70, [1, 2], 0, 0.01, 0.3, {"Latin": 1.0}, 1000)
 SCORES = ScoreFacts(0.0, 1.0, [0.2, 0.5, 0.8], 40, None)
@@ -117,6 +128,18 @@ CASES: dict[str, list[tuple[str, str, dict[str, Any], dict[str, Any]]]] = {
             "a margin of 2, but",
             {"loss": BatchHardTriplet(2.0, "cosine"), "normalized": False},
             {"loss": BatchHardTriplet(1.9, "cosine")},
+        ),
+        (
+            "warning",
+            "Contrastive asks for a margin of 3, but these distances are at most 2",
+            {"loss": WeightedSum([InfoNCE(), Contrastive(3.0)])},
+            {"loss": Contrastive(3.0, "manhattan")},
+        ),
+        (
+            "warning",
+            "Triplet asks for a margin of 5",
+            {"loss": Matryoshka(Triplet(5.0), [8])},
+            {"loss": BatchHardTriplet("soft")},
         ),
     ],
     "few_rows_many_epochs": [

@@ -21,6 +21,7 @@ from trainer.encoder import EncoderSpec
 from trainer.export.model_card import _set_base
 from trainer.export.record import training_logs
 from trainer.export.sentence_transformers import export_run
+from trainer.losses import InfoNCE
 
 SECTIONS = [
     "# SentenceTransformer based on tiny-encoder",
@@ -119,7 +120,7 @@ def test_loss_with_parameters_and_evaluator(card: str) -> None:
     training, evaluation = section(card, "### Training Dataset"), section(card, "### Evaluation Dataset")
     name, parameters = re.search(r"\* Loss: <code>(.*?)</code>.*?```json\n(.*?)```", training, re.DOTALL).groups()
     assert name == "trainer.losses.infonce.InfoNCE"
-    assert json.loads(parameters) == {"scale": 12.5, "similarity": "cosine"}
+    assert json.loads(parameters) == InfoNCE(scale=12.5).describe()
     assert "* Evaluator: <code>trainer.evaluation.sts.STS</code>" in evaluation
     assert "Loss" not in evaluation
 

@@ -102,13 +102,13 @@ def imbalanced_classes(situation: Situation) -> Iterator[Finding]:
 
 
 def unreachable_margin(situation: Situation) -> Iterator[Finding]:
-    for loss in dict.fromkeys(situation.losses):
+    for loss in dict.fromkeys(part for used in situation.losses for part in used.parts()):
         limit, margin = loss.margin_limit(situation.normalized), getattr(loss, "margin", None)
         if limit is not None and margin is not None and margin >= limit:
             yield Finding(
                 "unreachable_margin", "warning", "",
-                f"{name_of(loss)} asks for a margin of {margin:g}, but these distances are at most {limit:g}: every "
-                "triplet counts as unlearnt for ever",
+                f"{name_of(loss)} asks for a margin of {margin:g}, but these distances are at most {limit:g}: no text "
+                "ever counts as far enough",
                 f"a margin well below {limit:g}",
                 f"model:\n  loss: {{class_path: {name_of(loss)}, init_args: {{margin: {limit / 8:g}}}}}",
             )  # fmt: skip

@@ -36,6 +36,9 @@ RULES = (
     texts.no_validation,
 )
 
+# Targets of a loss -> the columns that any of them comes from; what is not here comes from elsewhere.
+_COLUMNS_OF = {"scores": ("score",), "labels": ("label",), "candidate_scores": ("scores", "score")}
+
 
 def findings(situation: Situation) -> list[Finding]:
     """All of them, errors first."""
@@ -64,15 +67,21 @@ def unfit_columns(loss: Loss, source: Source, table: TokenTable | StreamedTable 
         wanted = f"{low}" if high == low else f"{low} or more" if high is None else f"{low} to {high}"
         columns = "text column" if wanted == "1" else "text columns"
         yield finding(f"{name} takes {wanted} {columns}, {found}", "change data.train columns")
-    for need in sorted(loss.needs):
-        if need[:-1] not in source.columns:
-            yield finding(f"{name} needs a column '{need[:-1]}', {found}", "map it in data.train columns")
-    num_labels, labels = getattr(loss, "num_labels", None), table.labels
+    for need in sorted(loss.needs & _COLUMNS_OF.keys()):
+        if not any(column in source.columns for column in _COLUMNS_OF[need]):
+            wanted = " or ".join(f"'{column}'" for column in _COLUMNS_OF[need])
+            yield finding(f"{name} needs a column {wanted}, {found}", "map it in data.train columns")
+    if getattr(source, "may_lack_texts", False) and not loss.absent_texts:
+        yield finding(
+            f"{name} takes rows that have all texts, but those of {source.path} may lack some negatives",
+            "name negative, negative_1, ... in data.train columns, or learn from in-batch negatives (InfoNCE)",
+        )
+    num_labels, labels = loss.num_labels, table.labels
     if num_labels is not None and labels is not None:
         low_label, high_label = int(labels.min()), int(labels.max())
         if low_label < 0 or high_label >= num_labels:
             yield finding(
                 f"{source.path} has labels {low_label} to {high_label}, but {name} has {num_labels} classes 0 to "
                 f"{num_labels - 1}",
-                "set num_labels or a label_map",
+                "set num_labels or a label_map" if "num_labels" in vars(loss) else "set a label_map",
             )

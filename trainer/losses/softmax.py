@@ -31,6 +31,7 @@ class Softmax(Loss):
         self.num_labels = num_labels
 
     def build(self, embedding_dimension: int) -> None:
+        assert self.num_labels is not None
         self.classifier = nn.Linear(3 * embedding_dimension, self.num_labels)
 
     def forward(self, columns: Sequence[Tensor], targets: Targets) -> Tensor:
