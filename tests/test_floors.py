@@ -22,14 +22,14 @@ FLOORS = {
           trainer.preflight trainer.prepare trainer.config_errors trainer.config_files trainer.config_migration
           trainer.config_values
           trainer.cache_command trainer.check.command trainer.demo trainer.demo_data trainer.demo_encoder
-          trainer.export trainer.export.* trainer.predict.command
+          trainer.export trainer.export.* trainer.mine.command trainer.predict.command
           trainer.predict.flags""",
     3: """trainer.module trainer.checkpoint trainer.data.module trainer.evaluation.runner trainer.evaluation.sharded
           trainer.check.callback trainer.check.probe trainer.check.render trainer.check.report
           trainer.distributed.exact trainer.distributed.heartbeat
           trainer.distributed.launch trainer.distributed.preemption trainer.distributed.shared_work
           trainer.distributed.strategies trainer.distributed.watch trainer.finite trainer.memory
-          trainer.predict.embed trainer.tracking trainer.tracking.*""",
+          trainer.mine.search trainer.mine.write trainer.predict.embed trainer.tracking trainer.tracking.*""",
     2: """trainer.identity trainer.manifest trainer.losses trainer.losses.* trainer.encoder trainer.encoder.*
           trainer.check trainer.check.finding trainer.check.labels trainer.check.memory trainer.check.rules
           trainer.check.texts trainer.data.ahead trainer.data.batches trainer.data.cache trainer.data.checks
@@ -39,7 +39,7 @@ FLOORS = {
           trainer.data.values
           trainer.evaluation trainer.evaluation.base trainer.evaluation.sts trainer.evaluation.topk
           trainer.evaluation.triplet
-          trainer.predict trainer.predict.shards""",
+          trainer.mine trainer.mine.pairs trainer.mine.select trainer.predict trainer.predict.shards""",
     1: """trainer trainer.batch trainer.data trainer.distributed trainer.distributed.gather
           trainer.files trainer.interruption""",
 }

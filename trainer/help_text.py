@@ -56,6 +56,7 @@ commands:
   validate   evaluate a model or a checkpoint on data.validation
   test       the same, logged as test
   predict    embed a corpus into Parquet or npy files, on any number of ranks
+  mine       find hard negatives for pairs, by the embeddings of a model
   export     write a sentence-transformers folder from a run or a checkpoint
   check      what is wrong with the data; --exact: do ranks equal one process?
   prepare    download and tokenise, so that compute nodes need no network
@@ -144,6 +145,18 @@ command goes on; a folder with another run's files is refused.
   trainer predict --model runs/qa --data docs.jsonl --text body --out vectors
   sbatch --nodes 2 slurm/train.sh predict --model runs/qa ...     on a cluster
 """
+MINE = """\
+usage: trainer mine --model M --data PAIRS --anchor A --positive P --out FILE
+
+Finds hard negatives for pairs by exact search, on any number of ranks, and
+writes JSON lines to train on. Never a positive of the anchor, nor its own text.
+
+  trainer mine --model runs/qa --data qa.jsonl --anchor question \\
+    --positive answer --relative-margin 0.05 --out mined.jsonl.gz
+"""
+MINE_TAIL = """\
+and --precision, --max-tokens, --devices, ... of trainer predict --help.
+"""
 HEADS = {
     "fit": """\
 usage: trainer fit --config RECIPE.yaml [--config HARDWARE.yaml] [--KEY VALUE]
@@ -220,8 +233,12 @@ def live_parsers() -> Mapping[str, Any]:
 
 def screens() -> dict[str, str]:
     """File stem -> text of every screen."""
+    from trainer.mine.command import flags as mine_flags
     from trainer.predict.command import flags as predict_flags
 
+    predict, mine = predict_flags(), mine_flags()
+    said_there = {option.removeprefix("--") for option in predict._option_string_actions}
+    said_there -= {"model", "data", "text", "out"}  # which mean something else
     parsers = live_parsers()
     rendered = {command: render(command, parsers[command]) for command in KEYS}
     texts = {
@@ -231,7 +248,8 @@ def screens() -> dict[str, str]:
         "prepare": PREPARE,
         "preflight": PREFLIGHT,
         "cache": CACHE,
-        "predict": render_flags(PREDICT, predict_flags()),
+        "predict": render_flags(PREDICT, predict),
+        "mine": render_flags(MINE, mine, said_there, MINE_TAIL),
     }
     return {**texts, **rendered}
 
