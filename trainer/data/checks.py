@@ -11,7 +11,7 @@ import yaml
 
 from trainer.data.columns import Column, find_column
 from trainer.data.rows import Record, Rows
-from trainer.data.values import BadValueError, check_text, is_word, label_check, rule, score_check
+from trainer.data.values import BadValueError, check_id, check_text, is_word, label_check, rule, score_check
 
 if TYPE_CHECKING:
     from trainer.data.sources import Source
@@ -61,6 +61,8 @@ def _checks(source: Source, rows: Rows, columns: dict[str, Column]) -> list[tupl
             checks.append((column, score_check(source.score_range, label_map, class_names)))
         elif name == "label":
             checks.append((column, label_check(label_map, class_names)))
+        elif name == "id":
+            checks.append((column, check_id))
         else:
             checks.append((column, check_text))
     return checks

@@ -83,7 +83,7 @@ def _types(source: Source, head: list[Record]) -> pa.Schema | None:
         if not isinstance(column, str):
             return None
         value = row.get(column)
-        if isinstance(value, str) and (mapped or name in source.text_columns):
+        if isinstance(value, str) and (mapped or name == "id" or name in source.text_columns):
             kind = pa.large_string()
         elif type(value) in (int, float) and not mapped and name in ("score", "label"):
             kind = pa.float64()
@@ -119,7 +119,8 @@ def _parse(block: Block, source: Source, types: pa.Schema) -> pa.RecordBatch | N
     arrays: dict[str, pa.Array] = {}
     for name in source.canonical_columns:
         values = table.column(source.columns[name]).combine_chunks()
-        array = _text(values) if name in source.text_columns else _number(values, name, source)
+        is_text = name == "id" or name in source.text_columns
+        array = _text(values) if is_text else _number(values, name, source)
         if array is None:
             return None
         arrays[name] = array

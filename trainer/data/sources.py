@@ -30,7 +30,7 @@ from trainer.files import sha256_of
 
 _VERSION = 1  # of the cached rows: raise it when the same files and spec give other rows
 _TEXT = re.compile(r"text|anchor|positive|negative(_[1-9]\d*)?")
-_KNOWN = ("text", "anchor", "positive", "negative", "negative_1", "label", "score")
+_KNOWN = ("text", "anchor", "positive", "negative", "negative_1", "label", "score", "id")
 _BATCH_ROWS = 10_000
 
 
@@ -42,7 +42,7 @@ class Source:
         path: file, glob or folder of JSON lines, CSV, TSV, Parquet or Arrow (also .gz), or a hub data set id.
         columns: canonical name -> column in the data: its name, its position from 0, or a field inside it
             (translation.en, negatives.0). Texts are text, or anchor, positive, negative, negative_1, ...; targets
-            are label (class number) and score.
+            are label (class number) and score. id is kept beside the text, as text.
         score_range: lowest and highest score of the data, mapped linearly to 0..1; unset: left as they are.
         label_map: value in the data -> number; feeds score where columns has score, else label.
         split: of a hub data set, a saved DatasetDict, or a folder whose file names say train, dev, test.
@@ -85,10 +85,10 @@ class Source:
 
     def __post_init__(self) -> None:
         for name in self.columns:
-            if not _TEXT.fullmatch(name) and name not in ("label", "score"):
+            if not _TEXT.fullmatch(name) and name not in ("label", "score", "id"):
                 raise ValueError(
                     f"{self.path}: columns has '{name}', which is none of text, anchor, positive, negative, "
-                    f"negative_1, ..., label, score.{did_you_mean(name, _KNOWN)}"
+                    f"negative_1, ..., label, score, id.{did_you_mean(name, _KNOWN)}"
                 )
         texts = self.text_columns
         if texts != ("text",) and texts[:2] != ("anchor", "positive"):
@@ -169,8 +169,8 @@ class Source:
 
     @property
     def canonical_columns(self) -> tuple[str, ...]:
-        targets = () if self.triplets else ("score", "label")
-        return (*self.text_columns, *(name for name in targets if name in self.columns))
+        others = ("id",) if self.triplets else ("score", "label", "id")
+        return (*self.text_columns, *(name for name in others if name in self.columns))
 
     @property
     def mapped_column(self) -> Optional[str]:

@@ -32,6 +32,11 @@ def check_text(value: object) -> str:
     return value
 
 
+def check_id(value: object) -> str:
+    """A name of a row: text, or a whole number."""
+    return str(value) if type(value) is int else check_text(value)
+
+
 def score_check(
     score_range: tuple[float, float] | None,
     label_map: Mapping[str, float] | None,

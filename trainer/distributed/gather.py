@@ -133,18 +133,6 @@ def gather_columns(columns_BD: Sequence[Tensor], rows_per_rank: Sequence[int]) -
     return list(gather_rows(torch.cat(list(columns_BD), dim=1), rows_per_rank).split(width, dim=1))
 
 
-def gather_ragged(x_B: Tensor) -> Tensor:
-    """Rows of all ranks in rank order, no gradient, any number of rows per rank (0 included)."""
-    if world_size() == 1:
-        return x_B
-    count = torch.tensor([x_B.shape[0]], device=x_B.device)
-    counts = [torch.empty_like(count) for _ in range(world_size())]
-    with _collective("gather of row counts"):
-        dist.all_gather(counts, count)
-    with torch.no_grad():
-        return torch.cat(_all_gather_rows(x_B, [int(c) for c in counts]))
-
-
 def reduce_sum(x: Tensor) -> Tensor:
     """Sum over ranks, no gradient; x is not changed."""
     if world_size() == 1:

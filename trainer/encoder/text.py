@@ -100,6 +100,11 @@ def normalizes(spec: EncoderSpec) -> bool:
     return any(module["type"].endswith("Normalize") for module in _modules(spec))
 
 
+def read_prompts(spec: EncoderSpec) -> dict[str, str]:
+    """The prompts that come with a model, by name."""
+    return (_read_json(spec, "config_sentence_transformers.json") or {}).get("prompts") or {}
+
+
 def _modules(spec: EncoderSpec) -> list[dict[str, Any]]:
     return _read_json(spec, "modules.json") or [{"path": "", "type": _OWN_MODULES}]
 

@@ -83,7 +83,7 @@ def plan_rounds(lengths: Sequence[int], world_size: int, max_tokens: int) -> lis
     return rounds
 
 
-def _embed(encode: Encode, ids_U: Sequence[list[int]], rank: int, world_size: int, max_tokens: int) -> Tensor:
+def embed_texts(encode: Encode, ids_U: Sequence[list[int]], rank: int, world_size: int, max_tokens: int) -> Tensor:
     """Embeddings of all texts, (U, D) float32 on the CPU; only rank 0 keeps them, others return nothing."""
     parts, order = [], []
     for shares in plan_rounds([len(ids) for ids in ids_U], world_size, max_tokens):
@@ -147,5 +147,5 @@ def evaluate(
     for validation_set in sets:
         gather.enter(f"evaluation of {validation_set.name}")
         one = validation_set if isinstance(validation_set, TokenizedSet) else tokenize_set(validation_set)
-        metrics |= _score(one, _embed(encode, one.ids_U, rank, world_size, max_tokens), rank, world_size)
+        metrics |= _score(one, embed_texts(encode, one.ids_U, rank, world_size, max_tokens), rank, world_size)
     return metrics
