@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, Optional, cast
 
 import torch
@@ -99,6 +100,26 @@ class EmbeddingModule(LightningModule):
                 f"{did_you_mean(source.loss, list(self.losses))}"
             )
         return cast(Loss, self.losses[source.loss])
+
+    def classify(self, loss: Optional[str], columns: Sequence[Tensor]) -> Tensor:
+        """Logits (B, classes) that the head of a loss gives to columns of (B, D) embeddings.
+
+        Args:
+            loss: its name in model.losses; None: model.loss.
+
+        Raises:
+            ValueError: there is no such loss, or it has no head that tells classes.
+        """
+        if loss is not None and loss not in self.losses:
+            known = ", ".join(self.losses) or "nothing"
+            raise ValueError(f"LabelAccuracy: loss is '{loss}', but model.losses has {known}")
+        head: Any = self.loss if loss is None else self.losses[loss]
+        if not hasattr(head, "logits"):
+            raise ValueError(
+                f"LabelAccuracy asks {type(head).__name__} for classes, which it does not tell; train with Softmax, or "
+                "name the Softmax of model.losses: evaluator: {class_path: LabelAccuracy, init_args: {loss: ...}}"
+            )
+        return head.logits(columns)
 
     @property
     def data(self) -> PairData:

@@ -20,7 +20,7 @@ from trainer.batch import PackedBatch
 from trainer.data.batches import StepBatches
 from trainer.distributed import gather
 from trainer.distributed.strategies import keep_on_first_rank, whole_gradients, whole_weights
-from trainer.evaluation.sharded import evaluate
+from trainer.evaluation.scoring import evaluate
 from trainer.module import EmbeddingModule
 
 NUM_STEPS = 2
@@ -211,6 +211,7 @@ def _evaluate(trainer: Trainer, module: EmbeddingModule, rank: int, world_size: 
             rank,
             world_size,
             encoder.max_tokens,
+            module.classify,
         )
     module.train()
     return metrics

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from trainer.batch import PackedBatch
 from trainer.distributed import gather
-from trainer.evaluation.sharded import TokenizedSet, evaluate, tokenize_set
+from trainer.evaluation.scoring import evaluate
+from trainer.evaluation.sharded import TokenizedSet, tokenize_set
 from trainer.memory import explained_memory
 from trainer.module import EmbeddingModule
 from trainer.tracking.metrics import MetricsLog
@@ -125,7 +126,7 @@ class Evaluation(Callback):
                 return encoder.embed(batch.to(device))
 
         with _evaluation_mode(pl_module, device), trainer.precision_plugin.val_step_context():
-            return evaluate(encode, self.sets, gather.rank(), gather.world_size(), max_tokens)
+            return evaluate(encode, self.sets, gather.rank(), gather.world_size(), max_tokens, pl_module.classify)
 
     def _evaluate_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.sets:
