@@ -113,6 +113,11 @@ class TrainerCLI(LightningCLI):
         commands = LightningCLI.subcommands()
         return {name: commands[name] for name in ("fit", "validate", "test")}
 
+    def setup_parser(self, *args: Any, **kwargs: Any) -> None:
+        super().setup_parser(*args, **kwargs)
+        for command in ("validate", "test"):  # Lightning's table of the metrics, beside ours
+            self._parser(command).set_defaults(verbose=False)
+
     # -- parsing ------------------------------------------------------------------------------------------
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

@@ -154,8 +154,10 @@ def check_space(parts: Parts) -> str:
 
 
 def check_data(parts: Parts) -> str:
-    from trainer.data.files import data_files, is_hub_id
-    from trainer.data.sources import fingerprint
+    from trainer.data.files import is_hub_id
+    from trainer.data.layouts import source_files
+    from trainer.data.retrieval import collections_fingerprint
+    from trainer.data.sources import EvalSource, fingerprint
 
     num_files, num_bytes, num_hub = 0, 0, 0
     for source in (*parts.datamodule.train_sources, *parts.datamodule.validation_sources):
@@ -164,9 +166,10 @@ def check_data(parts: Parts) -> str:
         if "://" in source.path or is_hub_id(source.path):
             num_hub += 1
             if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
-                fingerprint(source)  # only the cache can have it
+                searches = isinstance(source, EvalSource) and source.searches
+                collections_fingerprint(source) if searches else fingerprint(source)  # only the cache can have it
             continue
-        for file in data_files(source.path, source.split):
+        for file in source_files(source):
             try:
                 with open(file, "rb") as opened:
                     opened.read(1)

@@ -1,7 +1,8 @@
-"""InformationRetrieval against pytrec-eval and sentence-transformers on the same neighbours; whole sets on 1 and 2 ranks."""
+"""InformationRetrieval against pytrec-eval and sentence-transformers on the same neighbours; sets on 1 and 2 ranks."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,6 @@ class Lookup:
     """Answers sentence-transformers' evaluator with ready-made embeddings instead of a model."""
 
     similarity_fn_name = "cosine"
-    model_card_data = None
 
     def __init__(self, embeddings: dict[str, torch.Tensor]) -> None:
         self.embeddings = embeddings
@@ -144,8 +144,6 @@ def run(
 
 def write_set(folder: Path, texts: list[str], num_documents: int = 60) -> None:
     """A set as BEIR has it: every document twice under another id, queries that share words with their documents."""
-    import json
-
     folder.mkdir(parents=True)
     (folder / "qrels").mkdir()
     corpus = [{"_id": f"d{i}", "title": "", "text": texts[i % (num_documents // 2)]} for i in range(num_documents)]

@@ -30,6 +30,8 @@ class Set:
     rows: Dataset
     evaluator: Evaluator
     text: TextPreparation
+    suite: str = ""
+    teacher: EncoderSpec | None = None
 
 
 @dataclass

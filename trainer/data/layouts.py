@@ -11,7 +11,7 @@ from typing import NamedTuple, Optional, Union
 from datasets import get_dataset_split_names
 
 from trainer.data.files import data_files, data_format, is_hub_id
-from trainer.data.sources import EvalSource
+from trainer.data.sources import EvalSource, Source
 
 
 class HubTable(NamedTuple):
@@ -71,6 +71,14 @@ def find_parts(source: EvalSource) -> list[Parts]:
             "folders corpus, queries and qrels with a table for each set; name three files: path, corpus, qrels"
         )
     return [one for one in nested if one is not None]
+
+
+def source_files(source: Source) -> list[Path]:
+    """The files that a source reads; none of the hub."""
+    if not isinstance(source, EvalSource) or not source.searches:
+        return data_files(source.path, source.split)
+    sets = [part for parts in find_parts(source) for part in (parts.queries, parts.corpus, parts.qrels)]
+    return [file for part in sets if not isinstance(part, HubTable) for file in part]
 
 
 def _hub_sets(path: str, revision: Optional[str]) -> list[str]:

@@ -178,7 +178,9 @@ class PairData(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Build the caches, once per node; the other ranks wait and open them."""
-        for source in self.train_sources:
+        # What only evaluates reads no training data: it may not even be there.
+        reads_training = self.trainer is None or self.trainer.state.fn in (None, "fit")
+        for source in self.train_sources if reads_training else ():
             if not source.streaming:
                 tokenize(source, self.text, self.cache_dir, verify=True)
             stop_if_asked()

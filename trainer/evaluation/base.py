@@ -5,7 +5,7 @@ Shape suffixes: N texts, B rows, D embedding.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Optional
 
 import torch
 from torch import Tensor
@@ -23,11 +23,14 @@ class Evaluator(ABC):
         columns: canonical columns the rows must have; those named in `text_columns` are embedded.
         text_columns: the columns with text, in the order of their embeddings.
         primary: the metric that stands for the whole, higher is better.
+        teacher_column: the column whose texts a teacher embeds; `score` finds its embeddings (B, D) in the rows, as
+            the column `teacher`. None: it compares with none.
     """
 
     columns: ClassVar[tuple[str, ...]]
     text_columns: ClassVar[tuple[str, ...]]
     primary: str
+    teacher_column: ClassVar[Optional[str]] = None
 
     def texts(self, rows: Rows) -> list[str]:
         """All texts to embed, column by column: (len(text_columns) * B,)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,11 +13,13 @@ from torch import Tensor, nn
 
 from trainer.batch import PackedBatch
 from trainer.distributed import gather
+from trainer.encoder import Encoder
 from trainer.evaluation.scoring import evaluate
-from trainer.evaluation.sharded import TokenizedSet, tokenize_set
+from trainer.evaluation.sharded import Encode, TokenizedSet, ask_teacher, tokenize_set
 from trainer.memory import explained_memory
 from trainer.module import EmbeddingModule
 from trainer.tracking.metrics import MetricsLog
+from trainer.tracking.results import print_results, write_results
 
 __all__ = ["Evaluation", "evaluate", "is_due"]
 
@@ -41,7 +44,8 @@ class Evaluation(Callback):
     each). `trainer.check_val_every_n_epoch` leaves out epochs, `trainer.limit_val_batches=0` everything.
     Lightning's own validation loop is off during `fit`, because its position does not survive a restart in
     the middle of an epoch. Metrics go to `trainer.callback_metrics`, where early stopping and checkpoints
-    find them, and to `MetricsLog`. `trainer.validate` and `trainer.test` return them.
+    find them, and to `MetricsLog`. `trainer.validate` and `trainer.test` return them, print them as a table and write
+    them to `metrics.json`.
 
     Place it behind `MetricsLog` and before checkpoint callbacks, so that a checkpoint holds the metrics of
     its own step.
@@ -119,14 +123,14 @@ class Evaluation(Callback):
 
     def _run(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
         assert isinstance(pl_module, EmbeddingModule)
-        encoder, device, max_tokens = pl_module.encoder, pl_module.device, pl_module.max_tokens
-
-        def encode(batch: PackedBatch) -> Tensor:
-            with explained_memory("evaluation", batch, max_tokens):
-                return encoder.embed(batch.to(device))
-
-        with _evaluation_mode(pl_module, device), trainer.precision_plugin.val_step_context():
-            return evaluate(encode, self.sets, gather.rank(), gather.world_size(), max_tokens, pl_module.classify)
+        device, max_tokens = pl_module.device, pl_module.max_tokens
+        encode = _encode_with(pl_module.encoder, device, max_tokens)
+        ranks = gather.rank(), gather.world_size()
+        with _evaluation_mode(pl_module, device):
+            # In float32 whatever the precision of the run, once: a teacher does not change.
+            self.sets = [_taught(one, device, *ranks, max_tokens) if one.teacher else one for one in self.sets]
+            with trainer.precision_plugin.val_step_context():
+                return evaluate(encode, self.sets, *ranks, max_tokens, pl_module.classify)
 
     def _evaluate_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.sets:
@@ -141,9 +145,32 @@ class Evaluation(Callback):
             log.record(self.last_metrics, self.last_step)
 
     def _evaluate_outside_fit(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, EmbeddingModule)
         if trainer.state.fn != "fit" and self.sets:
+            self.last_metrics = self._run(trainer, pl_module)
             # Equal on all ranks: sync_dist only keeps Lightning from warning that they might not be.
-            pl_module.log_dict(self._run(trainer, pl_module), sync_dist=True)
+            pl_module.log_dict(self.last_metrics, sync_dist=True)
+            if trainer.is_global_zero:
+                shown = {"model": pl_module.encoder_spec.backbone, "checkpoint": trainer.ckpt_path}
+                write_results(self.last_metrics, shown, Path(trainer.default_root_dir))
+                print_results(self.last_metrics, [one.name for one in self.sets])
+
+
+def _encode_with(encoder: Encoder, device: torch.device, max_tokens: int) -> Encode:
+    def encode(batch: PackedBatch) -> Tensor:
+        with explained_memory("evaluation", batch, max_tokens):
+            return encoder.embed(batch.to(device))
+
+    return encode
+
+
+def _taught(one: TokenizedSet, device: torch.device, rank: int, world_size: int, max_tokens: int) -> TokenizedSet:
+    """The set with its teacher's embeddings; the teacher is on the device as long as it embeds."""
+    assert one.teacher is not None
+    gather.enter(f"embeddings of the teacher of {one.name}")
+    teacher = Encoder(one.teacher, max_tokens).eval().to(device)
+    encode = _encode_with(teacher, device, max_tokens)
+    return ask_teacher(encode, teacher.text, one, rank, world_size, max_tokens)
 
 
 def is_due(step: int, interval: int | float, steps_per_epoch: int, every_n_epoch: int = 1) -> bool:

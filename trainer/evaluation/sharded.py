@@ -10,8 +10,8 @@ k neighbours of a query.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from trainer.batch import PackedBatch
 from trainer.data.collate import TokenSpans, pack_texts
 from trainer.distributed import gather
+from trainer.encoder.spec import EncoderSpec
 from trainer.encoder.text import TextPreparation
 from trainer.evaluation.base import Evaluator, Rows, num_not_finite
 from trainer.evaluation.search import Search
@@ -54,6 +55,7 @@ class TokenizedSet:
     Attributes:
         texts: what is embedded; of a search the queries, and ``documents`` apart.
         suite: of which it is one of several sets; empty for none.
+        teacher: that embeds the teacher's column of the rows; None for none, and when it has done so.
     """
 
     name: str
@@ -62,6 +64,7 @@ class TokenizedSet:
     texts: TokenizedTexts
     documents: TokenizedTexts | None = None
     suite: str = ""
+    teacher: EncoderSpec | None = None
 
 
 def tokenize_set(validation_set: ValidationSet) -> TokenizedSet:
@@ -71,10 +74,13 @@ def tokenize_set(validation_set: ValidationSet) -> TokenizedSet:
         ValueError: a column that the evaluator needs is not there, or there are no rows.
     """
     name, evaluator, rows = validation_set.name, validation_set.evaluator, validation_set.rows
-    suite = getattr(validation_set, "suite", "")
+    suite, teacher = validation_set.suite, validation_set.teacher
     if isinstance(evaluator, Search):
         queries, documents = (tokenize(texts, validation_set.text) for texts in (rows.queries, rows.documents))
         return TokenizedSet(name, evaluator, rows, queries, documents, suite)
+    if (evaluator.teacher_column is None) != (teacher is None):
+        what = "compares with no teacher: leave it out" if teacher else "compares with a teacher: name its `backbone`"
+        raise ValueError(f"Validation set '{name}': teacher: {type(evaluator).__name__} {what}.")
     found = list(rows) if isinstance(rows, Mapping) else list(rows.column_names)
     missing = [column for column in evaluator.columns if column not in found]
     if missing:
@@ -85,7 +91,7 @@ def tokenize_set(validation_set: ValidationSet) -> TokenizedSet:
     texts = evaluator.texts(rows)
     if not texts:
         raise ValueError(f"Validation set '{name}' has no rows. Remove it or check its path.")
-    return TokenizedSet(name, evaluator, rows, tokenize(texts, validation_set.text), suite=suite)
+    return TokenizedSet(name, evaluator, rows, tokenize(texts, validation_set.text), teacher=teacher)
 
 
 def tokenize(texts: Sequence[str], text: TextPreparation) -> TokenizedTexts:
@@ -151,6 +157,25 @@ def embed(
     embeddings_UD = torch.empty_like(gathered_UD)
     embeddings_UD[torch.tensor(order, device=gathered_UD.device)] = gathered_UD
     return embeddings_UD
+
+
+@torch.no_grad()
+def ask_teacher(
+    encode: Encode, text: TextPreparation, one: TokenizedSet, rank: int, world_size: int, max_tokens: int
+) -> TokenizedSet:
+    """The set with the teacher's embeddings in its rows (on rank 0, which scores). All ranks call it together.
+
+    Args:
+        encode, text: of the teacher.
+    """
+    evaluator = one.evaluator
+    assert evaluator.teacher_column is not None
+    texts = tokenize(one.rows[evaluator.teacher_column], text)
+    teacher_UD = embed(encode, texts.ids_U, rank, world_size, max_tokens)
+    columns: dict[str, Any] = {column: one.rows[column][:] for column in evaluator.columns}
+    if rank == 0:
+        columns["teacher"] = teacher_UD[texts.text_N]
+    return replace(one, rows=columns, teacher=None)
 
 
 # -- search -----------------------------------------------------------------------------------------------
