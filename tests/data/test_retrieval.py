@@ -15,7 +15,8 @@ import pytest
 from trainer.data.leaks import leak_facts
 from trainer.data.retrieval import load_collections
 from trainer.data.sources import EvalSource, Source
-from trainer.evaluation import STS, InformationRetrieval
+from trainer.encoder import EncoderSpec
+from trainer.evaluation import MSE, STS, InformationRetrieval, Triplet
 from trainer.evaluation.search import Collection
 
 QUERIES = [{"_id": f"q{i}", "text": f"what is thing {i} ?"} for i in range(4)]
@@ -168,6 +169,14 @@ def test_other_evaluators_have_no_corpus(tmp_path: Path) -> None:
         EvalSource("x.jsonl", columns, name="dev", evaluator=STS(), corpus="y.jsonl")
 
 
+def test_a_teacher_for_those_who_compare_with_one() -> None:
+    columns = {"anchor": "a", "positive": "b"}
+    with pytest.raises(ValueError, match="MSE compares with a teacher; name it"):
+        EvalSource("x.jsonl", columns, name="dev", evaluator=MSE())
+    with pytest.raises(ValueError, match="Triplet compares with no teacher; leave teacher out"):
+        EvalSource("x.jsonl", columns, name="dev", evaluator=Triplet(), teacher=EncoderSpec("x"))
+
+
 def test_what_is_no_set_is_said(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="neither a set"):
@@ -187,5 +196,5 @@ def test_queries_that_stand_in_training_are_leaks(tmp_path: Path) -> None:
         {"anchor": "a", "positive": "b"},
     )
     facts = leak_facts(source, [train], tmp_path / "cache")
-    assert (facts.num_rows, facts.num_known_rows) == (3, 2)
+    assert (facts.num_rows, facts.num_known_rows, facts.unit) == (3, 2, "queries")
     assert (facts.num_texts, facts.num_known_texts) == (11, 3)

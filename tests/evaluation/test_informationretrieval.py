@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -142,11 +143,12 @@ def run(
         return str(error), encode.seen
 
 
-def write_set(folder: Path, texts: list[str], num_documents: int = 60) -> None:
-    """A set as BEIR has it: every document twice under another id, queries that share words with their documents."""
+def write_set(folder: Path, texts: list[str], copies: int, num_documents: int = 60) -> None:
+    """A set as BEIR has it: every text ``copies`` times under other ids, queries that share words with documents."""
+    texts = list(dict.fromkeys(texts))
     folder.mkdir(parents=True)
     (folder / "qrels").mkdir()
-    corpus = [{"_id": f"d{i}", "title": "", "text": texts[i % (num_documents // 2)]} for i in range(num_documents)]
+    corpus = [{"_id": f"d{i}", "title": "", "text": texts[i % (num_documents // copies)]} for i in range(num_documents)]
     queries = [{"_id": f"q{i}", "text": texts[i] + " " + texts[i + 1]} for i in range(12)]
     lines = ["query-id\tcorpus-id\tscore"]
     lines += [f"q{i}\td{i}\t2" for i in range(12)] + [f"q{i}\td{i + 1}\t1" for i in range(12)]
@@ -159,7 +161,7 @@ def test_two_ranks_equal_one_process(
     two_ranks: TwoRanks, tiny_encoder: Path, demo_texts: list[str], tmp_path: Path
 ) -> None:
     """Each distinct text is embedded once on one of the ranks; texts that stand twice keep their places."""
-    write_set(tmp_path / "set", demo_texts)
+    write_set(tmp_path / "set", demo_texts, copies=2)
     source = EvalSource(str(tmp_path / "set"), name="set", evaluator=InformationRetrieval())
     alone, seen_alone = run(source, tiny_encoder, tmp_path / "cache", MAX_TOKENS)
     answers = two_ranks(run, source, tiny_encoder, tmp_path / "cache", MAX_TOKENS)
@@ -172,7 +174,15 @@ def test_two_ranks_equal_one_process(
     assert embedded == sorted(text for forward in seen_alone for text in forward)
     assert len(embedded) == 30 + 12
 
-    # The same as sentence-transformers' evaluator with its own encoding of the same folder.
+
+def test_metrics_equal_those_of_sentence_transformers_on_a_folder(
+    tiny_encoder: Path, demo_texts: list[str], tmp_path: Path
+) -> None:
+    """Through rounds, shards and merging no document changes its name: theirs encode the same folder by themselves."""
+    write_set(tmp_path / "set", demo_texts, copies=1)
+    source = EvalSource(str(tmp_path / "set"), name="set", evaluator=InformationRetrieval())
+    alone, _ = run(source, tiny_encoder, tmp_path / "cache", MAX_TOKENS)
+    assert isinstance(alone, dict)
     (one,) = open_validation(source, None, tmp_path / "cache")  # type: ignore[arg-type]
     names = one.rows.document_ids
     peer = InformationRetrievalEvaluator(
@@ -189,8 +199,42 @@ def test_two_ranks_equal_one_process(
 def test_all_ranks_raise_what_is_not_finite(
     two_ranks: TwoRanks, tiny_encoder: Path, demo_texts: list[str], tmp_path: Path
 ) -> None:
-    write_set(tmp_path / "set", demo_texts)
+    write_set(tmp_path / "set", demo_texts, copies=1)
     source = EvalSource(str(tmp_path / "set"), name="set", evaluator=InformationRetrieval())
     answers = two_ranks(run, source, tiny_encoder, tmp_path / "cache", MAX_TOKENS, float("nan"))
     assert answers[0][0] == answers[1][0]
     assert "embeddings are not finite" in answers[0][0]
+
+
+def cranfield(data_dir: Path, **fields: Any) -> EvalSource:
+    folder = data_dir / "retrieval"
+    return EvalSource(
+        str(folder / "cranfield.queries.jsonl.gz"),
+        name="cranfield",
+        corpus=str(folder / "cranfield.corpus.jsonl.gz"),
+        qrels=str(folder / "cranfield.qrels.jsonl.gz"),
+        on_bad_row="skip",  # two documents have no text
+        evaluator=InformationRetrieval(),
+        **fields,
+    )
+
+
+def test_cranfield_equals_pytrec_eval_on_two_ranks(
+    data_dir: Path, minilm: Path, two_ranks: TwoRanks, tmp_path: Path
+) -> None:
+    """A part of a real set with a real encoder: sentence-transformers embeds and pytrec-eval scores the same texts."""
+    source = cranfield(data_dir, max_rows=10, corpus_size=110)
+    (one,) = open_validation(source, None, tmp_path / "cache")  # type: ignore[arg-type]
+    found, names = one.rows, one.rows.document_ids
+    model = SentenceTransformer(str(minilm), device="cpu")
+    scores = model.encode(found.queries) @ model.encode(found.documents).T
+    relevance = zip(found.query_ids, found.relevance_Q, strict=True)
+    judge = pytrec_eval.RelevanceEvaluator(
+        {query: {names[d]: grade for d, grade in judged.items()} for query, judged in relevance}, {"ndcg_cut.10"}
+    )
+    rows = zip(found.query_ids, scores.tolist(), strict=True)
+    theirs = judge.evaluate({query: dict(zip(names, row, strict=True)) for query, row in rows})
+    expected = float(np.mean([theirs[query]["ndcg_cut_10"] for query in found.query_ids]))
+    for metrics, _ in two_ranks(run, source, minilm, tmp_path / "cache", 4096, timeout_s=240):
+        assert metrics["eval/cranfield/cosine_ndcg@10"] == pytest.approx(expected, abs=1e-6)
+    assert 0.3 < expected < 0.95

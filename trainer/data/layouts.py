@@ -113,9 +113,9 @@ def _judgement_files(path: Path, split: str) -> list[Path]:
         data_files(str(path), split)  # says what is not there
     files = sorted(f for f in path.iterdir() if f.is_file() and not f.name.startswith("."))
     if len(files) > 1:
-        # "train" is what a source that names no split has, and nobody evaluates on it where there is another.
+        # "train" is what a source that names no split has; who means it names the file under qrels.
         named = {f.name.split(".")[0]: f for f in files}
-        wanted = [split, "test", "dev"] if split == "train" else [split]
+        wanted = ["test", "dev", "train"] if split == "train" else [split]
         files = [named[one] for one in wanted if one in named][:1]
         if not files:
             raise ValueError(f"{path}: no judgements of split '{split}'; found: {', '.join(named)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
+from typing import Literal, Optional
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +28,7 @@ class LeakFacts:
         num_known_rows: rows whose texts (the first two columns) stand together in a training row; queries that stand
             anywhere in training.
         num_known_texts: texts that stand in training.
+        unit: what a row is.
     """
 
     name: str
@@ -35,6 +36,7 @@ class LeakFacts:
     num_texts: int
     num_known_rows: int
     num_known_texts: int
+    unit: Literal["rows", "queries"] = "rows"
 
 
 def leak_facts(
@@ -44,7 +46,7 @@ def leak_facts(
     whole = collections_fingerprint(validation) if validation.searches else fingerprint(validation)
     key = facts_key(whole, [fingerprint(source) for source in train], max_rows)
     counts = cached_facts(cache_dir, key, lambda: _leaks(validation, train, cache_dir, max_rows))
-    return LeakFacts(name=validation.name, **counts)
+    return LeakFacts(name=validation.name, unit="queries" if validation.searches else "rows", **counts)
 
 
 def _leaks(validation: EvalSource, train: Sequence[Source], cache_dir: Path, max_rows: Optional[int]) -> dict[str, int]:

@@ -227,6 +227,11 @@ class EvalSource(Source):
     def __post_init__(self) -> None:
         if not re.fullmatch(r"\w[\w.-]*", self.name):
             raise ValueError(f"validation set name '{self.name}': letters, digits, '.', '_' and '-' are allowed")
+        kind = type(self.evaluator).__name__
+        if self.evaluator.teacher_column is not None and self.teacher is None:
+            raise ValueError(f"{self.path}: {kind} compares with a teacher; name it: teacher: {{backbone: ...}}")
+        if self.evaluator.teacher_column is None and self.teacher is not None:
+            raise ValueError(f"{self.path}: {kind} compares with no teacher; leave teacher out")
         if self.searches:
             self._check_search()
             return
@@ -234,8 +239,7 @@ class EvalSource(Source):
         planned = {"corpus": self.corpus, "qrels": self.qrels, "corpus_size": self.corpus_size}
         if asked := [name for name, value in planned.items() if value is not None]:
             raise ValueError(
-                f"{self.path}: {asked[0]} is for an evaluator that searches (InformationRetrieval), "
-                f"{type(self.evaluator).__name__} does not"
+                f"{self.path}: {asked[0]} is for an evaluator that searches (InformationRetrieval), {kind} does not"
             )
 
     @property

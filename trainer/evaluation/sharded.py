@@ -78,9 +78,6 @@ def tokenize_set(validation_set: ValidationSet) -> TokenizedSet:
     if isinstance(evaluator, Search):
         queries, documents = (tokenize(texts, validation_set.text) for texts in (rows.queries, rows.documents))
         return TokenizedSet(name, evaluator, rows, queries, documents, suite)
-    if (evaluator.teacher_column is None) != (teacher is None):
-        what = "compares with no teacher: leave it out" if teacher else "compares with a teacher: name its `backbone`"
-        raise ValueError(f"Validation set '{name}': teacher: {type(evaluator).__name__} {what}.")
     found = list(rows) if isinstance(rows, Mapping) else list(rows.column_names)
     missing = [column for column in evaluator.columns if column not in found]
     if missing:
