@@ -39,6 +39,11 @@ def prepare(args: Sequence[str]) -> int:
     if data.stream is None:
         read_facts(data)
     for source in data.validation_sources:
+        if source.teacher is not None:
+            Encoder(source.teacher, parts.model.max_tokens)
+            teacher = backbone_folder(source.teacher)
+            assert teacher is not None
+            _say("teacher", source.teacher.backbone, "", teacher)
         if source.searches:
             for name, one in load_collections(source, data.cache_dir).items():
                 count = f"{len(one.queries):,} queries, {len(one.documents):,} documents"

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
+from tests.stub_hub import stub_hub
 from trainer.data.leaks import leak_facts
 from trainer.data.retrieval import load_collections
 from trainer.data.sources import EvalSource, Source
@@ -19,6 +24,7 @@ from trainer.encoder import EncoderSpec
 from trainer.evaluation import MSE, STS, InformationRetrieval, Triplet
 from trainer.evaluation.search import Collection
 
+ROOT = Path(__file__).parents[2]
 QUERIES = [{"_id": f"q{i}", "text": f"what is thing {i} ?"} for i in range(4)]
 CORPUS = [{"_id": f"d{i}", "title": f"Thing {i}" if i % 2 else "", "text": f"all about thing {i}"} for i in range(8)]
 JUDGED = [("q0", "d0", 2), ("q0", "d1", 1), ("q1", "d3", 1), ("q2", "d4", 0), ("q3", "d7", 3)]
@@ -114,6 +120,45 @@ def test_suites(tmp_path: Path) -> None:
     (tmp_path / "nano" / "qrels" / "NanoB-00000-of-00001.parquet").unlink()
     with pytest.raises(ValueError, match="qrels/ has no table of 'NanoB', which other folders have"):
         load_collections(nano, tmp_path / "cache")
+
+
+HUB = """
+import sys
+from trainer.data.retrieval import load_collections
+from trainer.data.sources import EvalSource
+from trainer.evaluation import InformationRetrieval
+found = load_collections(EvalSource("org/nano", name="nano", evaluator=InformationRetrieval()), sys.argv[1])
+print({name: (one.query_ids, len(one.documents), one.relevance_Q) for name, one in found.items()})
+"""
+
+
+def test_a_suite_of_the_hub_and_without_a_network_afterwards(tmp_path: Path) -> None:
+    """NanoBEIR's layout: three configurations, a split for each set. Processes of their own: whether there is a network
+    is read at import."""
+    parts = {"queries": QUERIES, "corpus": CORPUS, "qrels": [{"query-id": q, "corpus-id": d} for q, d, _ in JUDGED[:4]]}
+    configs = []
+    for kind, rows in parts.items():
+        files = []
+        for name in ("NanoA", "NanoB"):
+            write_lines(tmp_path / "nano" / kind / f"{name}.jsonl", rows)
+            files.append({"split": name, "path": f"{kind}/{name}.jsonl"})
+        configs.append({"config_name": kind, "data_files": files})
+    (tmp_path / "nano" / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': configs})}---\n")
+
+    def load(**environ: str) -> str:
+        home = {"HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT), "NO_PROXY": "127.0.0.1", **environ}
+        command = [sys.executable, "-c", HUB, str(tmp_path / f"cache-{environ['HF_HUB_OFFLINE']}")]
+        done = subprocess.run(
+            command, env={**os.environ, **home}, capture_output=True, text=True, timeout=200, check=False
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout.splitlines()[-1]
+
+    with stub_hub({}, {"org/nano": tmp_path / "nano"}) as hub:
+        online = load(HF_ENDPOINT=hub, HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1")
+    one = (["q0", "q1", "q2"], 8, [{0: 1, 1: 1}, {3: 1}, {4: 1}])
+    assert online == str({"nano/NanoA": one, "nano/NanoB": one})
+    assert load(HF_HUB_OFFLINE="1") == online
 
 
 def test_prompts_and_parts_of_a_set(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Optional, Union
 
-from datasets import get_dataset_split_names
+from datasets import load_dataset
 
 from trainer.data.files import data_files, data_format, is_hub_id
 from trainer.data.sources import EvalSource, Source
@@ -83,7 +83,8 @@ def source_files(source: Source) -> list[Path]:
 
 def _hub_sets(path: str, revision: Optional[str]) -> list[str]:
     try:
-        return list(get_dataset_split_names(path, "queries", revision=revision))
+        # Not their names alone: those can't be had from the cache, without a network.
+        return list(load_dataset(path, "queries", revision=revision))
     except Exception as error:  # the hub, the network, the format: each has its own type
         cause = (str(error) or "no reason given").splitlines()[0]
         raise ValueError(

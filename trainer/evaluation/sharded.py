@@ -204,7 +204,8 @@ def search(encode: Encode, one: TokenizedSet, rank: int, world_size: int, max_to
     place = {text: i for i, text in enumerate(held)}
     documents_BD = queries_UD.new_empty(len(held), queries_UD.shape[1])
     for embeddings_BD, shares in _rounds(encode, documents.ids_U, rounds, rank):
-        documents_BD[[place[text] for text in shares[rank]]] = embeddings_BD
+        places = torch.tensor([place[text] for text in shares[rank]], dtype=torch.int64)
+        documents_BD[places.to(documents_BD.device)] = embeddings_BD
     num_bad = torch.tensor([num_not_finite(documents_BD)], device=queries_UD.device)
     if world_size > 1:  # 1 does without any collective, whatever group there is
         num_bad = gather.reduce_sum(num_bad)
