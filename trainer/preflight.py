@@ -124,16 +124,17 @@ def check_run_directory(parts: Parts) -> str:
 
 
 def check_backbone(parts: Parts) -> str:
-    spec = parts.model.encoder_spec
-    folder = backbone_folder(spec)
-    if folder is None:
+    teachers = [source.teacher for source in parts.datamodule.validation_sources if source.teacher is not None]
+    for spec in (parts.model.encoder_spec, *teachers):
+        if backbone_folder(spec) is not None:
+            continue
         if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
             raise ValueError(
                 f"'{spec.backbone}' is no folder here and not in the cache, and HF_HUB_OFFLINE is set; "
                 "on a node with a network: trainer prepare"
             )
         return f"'{spec.backbone}' is not in the cache: the start downloads it (trainer prepare does so before)"
-    return f"{folder}: texts of up to {parts.datamodule.text.max_length} pieces"
+    return f"{backbone_folder(parts.model.encoder_spec)}: texts of up to {parts.datamodule.text.max_length} pieces"
 
 
 def check_space(parts: Parts) -> str:

@@ -223,7 +223,7 @@ def test_cranfield_equals_pytrec_eval_on_two_ranks(
     data_dir: Path, minilm: Path, two_ranks: TwoRanks, tmp_path: Path
 ) -> None:
     """A part of a real set with a real encoder: sentence-transformers embeds and pytrec-eval scores the same texts."""
-    source = cranfield(data_dir, max_rows=10, corpus_size=110)
+    source = cranfield(data_dir, max_rows=4, corpus_size=50)
     (one,) = open_validation(source, None, tmp_path / "cache")  # type: ignore[arg-type]
     found, names = one.rows, one.rows.document_ids
     model = SentenceTransformer(str(minilm), device="cpu")
