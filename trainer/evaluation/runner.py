@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,6 @@ from trainer.evaluation.sharded import Encode, TokenizedSet, ask_teacher, tokeni
 from trainer.memory import explained_memory
 from trainer.module import EmbeddingModule
 from trainer.tracking.metrics import MetricsLog
-from trainer.tracking.results import print_results, write_results
 
 __all__ = ["Evaluation", "evaluate", "is_due"]
 
@@ -44,8 +42,7 @@ class Evaluation(Callback):
     each). `trainer.check_val_every_n_epoch` leaves out epochs, `trainer.limit_val_batches=0` everything.
     Lightning's own validation loop is off during `fit`, because its position does not survive a restart in
     the middle of an epoch. Metrics go to `trainer.callback_metrics`, where early stopping and checkpoints
-    find them, and to `MetricsLog`. `trainer.validate` and `trainer.test` return them, print them as a table and write
-    them to `metrics.json`.
+    find them, and to `MetricsLog`. `trainer.validate` and `trainer.test` return them.
 
     Place it behind `MetricsLog` and before checkpoint callbacks, so that a checkpoint holds the metrics of
     its own step.
@@ -145,15 +142,10 @@ class Evaluation(Callback):
             log.record(self.last_metrics, self.last_step)
 
     def _evaluate_outside_fit(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, EmbeddingModule)
         if trainer.state.fn != "fit" and self.sets:
             self.last_metrics = self._run(trainer, pl_module)
             # Equal on all ranks: sync_dist only keeps Lightning from warning that they might not be.
             pl_module.log_dict(self.last_metrics, sync_dist=True)
-            if trainer.is_global_zero:
-                shown = {"model": pl_module.encoder_spec.backbone, "checkpoint": trainer.ckpt_path}
-                write_results(self.last_metrics, shown, Path(trainer.default_root_dir))
-                print_results(self.last_metrics, [one.name for one in self.sets])
 
 
 def _encode_with(encoder: Encoder, device: torch.device, max_tokens: int) -> Encode:
