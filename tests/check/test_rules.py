@@ -215,6 +215,12 @@ CASES: dict[str, list[tuple[str, str, dict[str, Any], dict[str, Any]]]] = {
             {"leak": LeakFacts("dev", 100, 200, 0, 200)},  # known texts in new pairs
         ),
         ("warning", "2 of 100 validation rows (2.0%)", {"leak": LeakFacts("dev", 100, 200, 2, 5)}, {}),
+        (
+            "warning",
+            "2 of 100 validation queries (2.0%) stand in training too",
+            {"leak": LeakFacts("dev", 100, 200, 2, 5, "queries")},
+            {},
+        ),
     ],
     "no_validation": [("warning", "there is no validation set", {"leaks": []}, {})],
 }

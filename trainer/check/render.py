@@ -136,8 +136,9 @@ def _targets(facts: SourceFacts) -> list[str]:
 
 
 def _leak(leak: LeakFacts) -> str:
+    share = leak.num_known_rows / leak.num_rows
     return (
-        f"{leak.num_rows:,} rows; {leak.num_known_rows:,} of them ({leak.num_known_rows / leak.num_rows:.1%}) and "
+        f"{leak.num_rows:,} {leak.unit}; {leak.num_known_rows:,} of them ({share:.1%}) and "
         f"{leak.num_known_texts:,} of {leak.num_texts:,} texts stand in training"
     )
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from trainer.check import memory
 from trainer.check.finding import Finding, Situation, name_of
-from trainer.check.rules import findings, unfit_columns
+from trainer.check.rules import findings, unfit_columns, unfit_validation
 from trainer.check.texts import num_negatives
 from trainer.data.facts import SourceFacts, source_facts
 from trainer.data.leaks import LeakFacts, leak_facts
@@ -136,6 +136,7 @@ def make_report(
     )
     unfit = [f for source, table in zip(data.train_sources, data.tables, strict=True)
              for f in unfit_columns(module.loss_of(source), source, table)]  # fmt: skip
+    unfit += [f for held_out in data.validation_sources for f in unfit_validation(held_out)]
     plan = _plan(situation, data, steps_per_epoch, num_steps, num_ranks)
     return Report(
         loss=" and ".join(dict.fromkeys(map(name_of, situation.losses))),

@@ -11,7 +11,7 @@ from trainer.check import labels, texts
 from trainer.check.finding import Finding, Situation
 from trainer.data.files import did_you_mean
 from trainer.data.opaque import OpaqueStream
-from trainer.data.sources import Source
+from trainer.data.sources import EvalSource, Source
 from trainer.data.streaming import StreamedTable
 from trainer.data.tokens import TokenTable
 from trainer.losses import Loss
@@ -53,6 +53,17 @@ def refuse_unknown(names: Sequence[str]) -> None:
         if name not in known:
             hint = did_you_mean(name, known) or f" There are: {', '.join(known)}"
             raise ValueError(f"check.allow: '{name}' is no finding.{hint}")
+
+
+def unfit_validation(source: EvalSource) -> Iterator[Finding]:
+    """Columns that the evaluator lacks: the run would stop at its first evaluation."""
+    missing = [name for name in source.evaluator.columns if name not in source.canonical_columns]
+    if missing and not source.searches:
+        kind = type(source.evaluator).__name__
+        columns = "columns" if len(missing) > 1 else "column"
+        cause = f"{kind} needs {columns} {', '.join(missing)}, {source.path} has {', '.join(source.canonical_columns)}"
+        remedy = "map it in data.validation columns, or choose another evaluator"
+        yield Finding("unfit_columns", "error", source.name, cause, remedy)
 
 
 def unfit_columns(loss: Loss, source: Source, table: TokenTable | StreamedTable | OpaqueStream) -> Iterator[Finding]:

@@ -146,7 +146,8 @@ def leak(situation: Situation) -> Iterator[Finding]:
             share = facts.num_known_rows / facts.num_rows
             yield Finding(
                 "leak", "error" if share >= 0.5 else "warning", facts.name,
-                f"{facts.num_known_rows:,} of {facts.num_rows:,} validation rows ({share:.1%}) are training rows too: "
+                f"{facts.num_known_rows:,} of {facts.num_rows:,} validation {facts.unit} ({share:.1%}) "
+                f"{'are training rows' if facts.unit == 'rows' else 'stand in training'} too: "
                 "its metrics measure memory",
                 "take them out of the training set",
             )  # fmt: skip

@@ -92,7 +92,7 @@ def _as_spans(columns: Sequence[Sequence[NDArray[np.integer]]]) -> TokenSpans:
     return TokenSpans(np.concatenate(texts), np.cumsum(lengths) - lengths, lengths)
 
 
-def pack_texts(ids: Sequence[Sequence[int]]) -> PackedBatch:
+def pack_texts(ids: Sequence[Sequence[int] | NDArray[np.integer]]) -> PackedBatch:
     """Texts without targets, one column: what evaluation and inference embed."""
     targets = Targets(rows_per_rank=(len(ids),), row_ids_B=torch.arange(len(ids)))
     return pack([[np.asarray(i, dtype=np.int64) for i in ids]], targets, num_rows=len(ids))

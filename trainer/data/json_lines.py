@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # Fields of a Source that `_parse` knows about; with any other one set, every line goes the general way.
 _KNOWN = {"path", "columns", "score_range", "label_map", "split", "subset", "revision", "on_bad_row", "max_bad_rows"}
-_NOT_OF_ROWS = {"name", "evaluator", "prompts", "loss", "weight", "streaming"}
+_NOT_OF_ROWS = {"name", "evaluator", "prompts", "loss", "weight", "streaming", "teacher"}
 _PEEK = 100  # JSON lines have no header: their first rows say which columns there are
 
 

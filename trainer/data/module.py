@@ -12,7 +12,6 @@ from typing import Any, Literal, Optional, Union
 
 import numpy as np
 import torch
-from datasets import Dataset as Rows
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Sampler
 
@@ -21,6 +20,7 @@ from trainer.data.batches import StepBatches
 from trainer.data.cache import default_cache_dir
 from trainer.data.opaque import OpaqueBatches, OpaqueStream
 from trainer.data.order import Order, steps_per_window
+from trainer.data.retrieval import load_collections
 from trainer.data.rowgroups import group_files
 from trainer.data.sources import EvalSource, Source, load
 from trainer.data.streaming import GIB, StreamedTable
@@ -28,7 +28,7 @@ from trainer.data.tokens import TokenTable, end_with, tokenize, worker_context
 from trainer.distributed import gather
 from trainer.encoder.spec import EncoderSpec
 from trainer.encoder.text import TextPreparation, load_text_preparation
-from trainer.evaluation.base import Evaluator
+from trainer.evaluation.base import Evaluator, Rows
 from trainer.interruption import shielded, stop_if_asked
 
 logger = logging.getLogger(__name__)
@@ -36,12 +36,36 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class ValidationSet:
-    """A set that an evaluator scores."""
+    """A set that an evaluator scores.
+
+    Attributes:
+        rows: or the `Collection` that it searches.
+        suite: name of the source, where it holds several sets.
+        teacher: of an evaluator that compares with one.
+    """
 
     name: str
     rows: Rows
     evaluator: Evaluator
     text: TextPreparation
+    suite: str = ""
+    teacher: Optional[EncoderSpec] = None
+
+    @property
+    def primary_metric(self) -> str:
+        """The metric that stands for the source, as it is logged: of a suite the mean over its sets."""
+        return f"eval/{self.suite or self.name}/{self.evaluator.primary}"
+
+
+def open_validation(source: EvalSource, text: TextPreparation, cache_dir: Path) -> list[ValidationSet]:
+    """The sets of a source: one, or those of a suite."""
+    if not source.searches:
+        rows = load(source, cache_dir)
+        return [ValidationSet(source.name, rows, source.evaluator, text, teacher=source.teacher)]
+    return [
+        ValidationSet(name, collection, source.evaluator, text, suite="" if name == source.name else source.name)
+        for name, collection in load_collections(source, cache_dir).items()
+    ]
 
 
 class StepSampler(Sampler[list[int]]):
@@ -154,12 +178,17 @@ class PairData(LightningDataModule):
 
     def prepare_data(self) -> None:
         """Build the caches, once per node; the other ranks wait and open them."""
-        for source in self.train_sources:
+        # What only evaluates reads no training data: it may not even be there.
+        reads_training = self.trainer is None or self.trainer.state.fn in (None, "fit")
+        for source in self.train_sources if reads_training else ():
             if not source.streaming:
                 tokenize(source, self.text, self.cache_dir, verify=True)
             stop_if_asked()
         for source in self.validation_sources:
-            load(source, self.cache_dir, verify=True)
+            if source.searches:
+                load_collections(source, self.cache_dir, verify=True)
+            else:
+                load(source, self.cache_dir, verify=True)
             stop_if_asked()
 
     def _open_training(self) -> None:
@@ -190,8 +219,7 @@ class PairData(LightningDataModule):
             self._open_training()
             self._check_sizes()
         self.validation_sets = [
-            ValidationSet(source.name, load(source, self.cache_dir), source.evaluator, self.text)
-            for source in self.validation_sources
+            one for source in self.validation_sources for one in open_validation(source, self.text, self.cache_dir)
         ]
 
     def _check_sizes(self) -> None:

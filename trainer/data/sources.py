@@ -24,7 +24,9 @@ from trainer.data.files import JSON_LINES, data_files, data_format, did_you_mean
 from trainer.data.json_lines import read_json_lines
 from trainer.data.rows import Rows, read_file, table_rows
 from trainer.data.values import rule
+from trainer.encoder.spec import EncoderSpec
 from trainer.evaluation.base import Evaluator
+from trainer.evaluation.search import Search
 from trainer.evaluation.sts import STS
 from trainer.files import sha256_of
 
@@ -32,6 +34,10 @@ _VERSION = 1  # of the cached rows: raise it when the same files and spec give o
 _TEXT = re.compile(r"text|anchor|positive|negative(_[1-9]\d*)?")
 _KNOWN = ("text", "anchor", "positive", "negative", "negative_1", "label", "score", "id")
 _BATCH_ROWS = 10_000
+# What a set that is searched has: of the queries, of the corpus, of the judgements.
+SEARCH_COLUMNS = (
+    "query_id", "query", "document_id", "title", "document", "judged_query", "judged_document", "relevance",
+)  # fmt: skip
 
 
 @dataclass
@@ -195,23 +201,79 @@ class Source:
 
 @dataclass(kw_only=True)
 class EvalSource(Source):
-    """A set to evaluate on.
+    """A set to evaluate on. Where its evaluator searches, path is the queries, or a folder or hub data set that holds
+    queries, corpus and qrels of one set or of many; columns names what is not found by its usual name.
 
     Attributes:
         name: of the set; its metrics are logged as eval/<name>/<metric>.
         evaluator: what to measure.
+        corpus: documents to search, where path is a file of queries.
+        qrels: which documents are relevant to which query: a table, or lines of TREC.
+        corpus_size: search this many documents only, the judged ones among them; for a quick look while training.
+        teacher: of an evaluator that compares with one.
     """
 
+    columns: dict[str, Union[int, str]] = field(default_factory=dict, kw_only=False)
     name: str
     # Lazy, because jsonargparse can write only such a default into config.yaml.
     evaluator: Evaluator = field(default_factory=lambda: lazy_instance(STS))
+    corpus: Optional[str] = None
+    qrels: Optional[str] = None
+    corpus_size: Optional[int] = None
+    teacher: Optional[EncoderSpec] = None
 
     keeps_holdout: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if not re.fullmatch(r"\w[\w.-]*", self.name):
             raise ValueError(f"validation set name '{self.name}': letters, digits, '.', '_' and '-' are allowed")
+        kind = type(self.evaluator).__name__
+        if self.evaluator.teacher_column is not None and self.teacher is None:
+            raise ValueError(f"{self.path}: {kind} compares with a teacher; name it: teacher: {{backbone: ...}}")
+        if self.evaluator.teacher_column is None and self.teacher is not None:
+            raise ValueError(f"{self.path}: {kind} compares with no teacher; leave teacher out")
+        if self.searches:
+            self._check_search()
+            return
+        super().__post_init__()
+        planned = {"corpus": self.corpus, "qrels": self.qrels, "corpus_size": self.corpus_size}
+        if asked := [name for name, value in planned.items() if value is not None]:
+            raise ValueError(
+                f"{self.path}: {asked[0]} is for an evaluator that searches (InformationRetrieval), {kind} does not"
+            )
+
+    @property
+    def searches(self) -> bool:
+        """Whether the set is queries, documents and judgements instead of rows of texts."""
+        return isinstance(self.evaluator, Search)
+
+    def _check_search(self) -> None:
+        for name in self.columns:
+            if name not in SEARCH_COLUMNS:
+                raise ValueError(
+                    f"{self.path}: columns has '{name}', which is none of {', '.join(SEARCH_COLUMNS)}."
+                    f"{did_you_mean(name, SEARCH_COLUMNS)}"
+                )
+        others = {f.name: f for f in fields(Source)}
+        for name in ("score_range", "label_map", "where", "triplets", "holdout", "holdout_by", "loss", "streaming"):
+            if getattr(self, name) != others[name].default:
+                raise ValueError(f"{self.path}: {name} does not go with an evaluator that searches; leave it out")
+        if (self.corpus is None) != (self.qrels is None):
+            lacking = "corpus" if self.corpus is None else "qrels"
+            raise ValueError(
+                f"{self.path}: {lacking} is missing; name queries (path), corpus and qrels, or a folder of them (path)"
+            )
+        for name, number in (("max_rows", self.max_rows), ("corpus_size", self.corpus_size)):
+            if number is not None and number < 1:
+                raise ValueError(f"{self.path}: {name} is {number}; it must be 1 or more")
+        for name in self.prompts or ():
+            if name not in self.text_columns:
+                raise ValueError(f"{self.path}: prompts names '{name}'; there are {', '.join(self.text_columns)}")
+
+    @property
+    def text_columns(self) -> tuple[str, ...]:
+        """Canonical names of the texts of a row, in their order; of a set that is searched, its two kinds of text."""
+        return Search.text_columns if self.searches else super().text_columns
 
 
 def load(source: Source, cache_dir: Path, verify: bool = False) -> Dataset:
@@ -310,9 +372,9 @@ def fingerprint(source: Source) -> str:
 
         return streamed(source)
     if is_hub_id(source.path):
-        contents = [_hub_rows(source.path, source.subset, source.split, source.revision)._fingerprint]
+        contents = [hub_rows(source.path, source.subset, source.split, source.revision)._fingerprint]
     else:
-        contents = [_hash_file(str(f), *_identity(f)) + data_format(f) for f in data_files(source.path, source.split)]
+        contents = [content_hash(file) for file in data_files(source.path, source.split)]
     columns = sorted(source.columns.items())
     maps = [
         source.score_range and list(source.score_range),
@@ -328,9 +390,10 @@ def _folder(source: Source, cache_dir: Path) -> Path:
     return Path(cache_dir) / "rows" / fingerprint(source)
 
 
-def _identity(file: Path) -> tuple[int, int]:
+def content_hash(file: Path) -> str:
+    """Of the bytes of a file and of how they are read."""
     stat = file.stat()
-    return stat.st_size, stat.st_mtime_ns
+    return _hash_file(str(file), stat.st_size, stat.st_mtime_ns) + data_format(file)
 
 
 @cache  # one process asks several times; size and time of change make a changed file a new one
@@ -342,7 +405,7 @@ def _hash_file(path: str, size: int, mtime_ns: int) -> str:
 
 
 @cache
-def _hub_rows(path: str, subset: Optional[str], split: str, revision: Optional[str]) -> Dataset:
+def hub_rows(path: str, subset: Optional[str], split: str, revision: Optional[str]) -> Dataset:
     try:
         return load_dataset(path, name=subset, split=split, revision=revision)
     except Exception as error:  # the hub, the network, the split, the format: each has its own type
@@ -411,7 +474,7 @@ def _open(source: Source, accept: Callable[[pa.RecordBatch], None]) -> Iterator[
     """The rows to check, file by file; ``accept`` gets those of JSON lines that Arrow has read and found good."""
     wanted = source.read_columns
     if is_hub_id(source.path):
-        rows = _hub_rows(source.path, source.subset, source.split, source.revision)
+        rows = hub_rows(source.path, source.subset, source.split, source.revision)
         here = rows.select_columns([c for c in rows.column_names if wanted is None or c in wanted])
         yield table_rows(source.path, rows.features.arrow_schema, here.with_format("arrow").iter(1000))
     else:
