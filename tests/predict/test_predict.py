@@ -221,6 +221,19 @@ def test_what_cannot_be_meant_is_one_sentence(
     assert not (tmp_path / "out").exists()
 
 
+def test_bad_rows_are_named_or_left_out(tiny_encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "bad.jsonl"
+    rows = [{"key": 1, "body": "a man"}, {"key": 2, "body": " "}, {"key": 3, "body": "a woman"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run(tiny_encoder, path, tmp_path / "out", "--id", "key", "--format", "npy") == 1
+    error = capsys.readouterr().err
+    assert "bad.jsonl:2: column 'body' is blank" in error
+    assert "1 bad row; mend them, or give --on-bad-row skip" in error
+    flags = ["--id", "key", "--format", "npy", "--on-bad-row", "skip"]
+    assert run(tiny_encoder, path, tmp_path / "out", *flags) == 0
+    assert np.load(tmp_path / "out/shard-00000.ids.npy").tolist() == ["1", "3"]
+
+
 def test_another_runs_shards_are_not_touched(
     tiny_encoder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
