@@ -14,9 +14,9 @@ from trainer.data.facts import ColumnFacts, LabelFacts, ScoreFacts, SourceFacts
 from trainer.data.leaks import LeakFacts
 from trainer.losses import BatchHardTriplet, CoSENT, CosineSimilarity, InfoNCE, Loss, Softmax
 
-COLUMN = ColumnFacts("anchor", 5, 12, 30, 70, [1, 2], 0, 0.01, 0.3, {"Latin": 1.0}, 1000)
+COLUMN = ColumnFacts("anchor", 1000, 5, 12, 30, 70, [1, 2], 0, 0.01, 0.3, {"Latin": 1.0}, 1000)
 SCORES = ScoreFacts(0.0, 1.0, [0.2, 0.5, 0.8], 40, None)
-LABELS = LabelFacts(0, 1, 2, 400, 600, 0, {"0": 400, "1": 600})
+LABELS = LabelFacts(0, 1, 2, 400, 600, 0, 0.52, {"0": 400, "1": 600})
 CLEAN = SourceFacts(1000, 1000, 0, [COLUMN, replace(COLUMN, name="positive")], 0, 0.0, None, None)
 
 
@@ -27,8 +27,9 @@ def look(loss: Loss, facts: SourceFacts = CLEAN, leak: LeakFacts | None = None, 
 
 
 def classes(*counts: int) -> LabelFacts:
-    single = sum(count == 1 for count in counts)
-    return LabelFacts(0, len(counts) - 1, len(counts), min(counts), max(counts), single, None)
+    single, rows = sum(count == 1 for count in counts), sum(counts)
+    pairs = sum(count * (count - 1) for count in counts) / (rows * (rows - 1))
+    return LabelFacts(0, len(counts) - 1, len(counts), min(counts), max(counts), single, pairs, None)
 
 
 def scores(*values: float) -> SourceFacts:

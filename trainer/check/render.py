@@ -95,7 +95,7 @@ def _source(path: str, facts: SourceFacts) -> Group:
             column.name,
             _bars(column.histogram),
             *(f"{n:,}" for n in (column.min, column.median, column.p95, column.max)),
-            f"{column.num_truncated / facts.num_looked_at:.1%}",
+            f"{column.num_truncated / max(1, column.num_texts):.1%}",
             f"{column.unknown_share:.1%}",
             f"{column.num_distinct:,}",
             _scripts(column.scripts, 3),
@@ -109,7 +109,7 @@ def _source(path: str, facts: SourceFacts) -> Group:
 
 
 def _bars(counts: Sequence[int]) -> str:
-    most = max(counts)
+    most = max(1, *counts)
     # A bin that holds anything at all shows.
     return "".join(_BARS[max(1, round(8 * count / most))] if count else " " for count in counts)
 

@@ -127,11 +127,11 @@ _MULTILINGUAL = "model:\n  encoder: {backbone: sentence-transformers/paraphrase-
 def truncated_texts(situation: Situation) -> Iterator[Finding]:
     for path, facts in situation.each():
         for column in facts.columns:
-            share = column.num_truncated / facts.num_looked_at
+            share = column.num_truncated / max(1, column.num_texts)
             if share >= _PER_CENT:
                 yield Finding(
                     "truncated_texts", "warning", path,
-                    f"{column.num_truncated} of {facts.num_looked_at} texts of column '{column.name}' ({share:.1%}) "
+                    f"{column.num_truncated} of {column.num_texts} texts of column '{column.name}' ({share:.1%}) "
                     f"are longer than max_length {situation.max_length} and lose their end",
                     "raise model.encoder.max_length as far as the backbone goes, or split the texts",
                 )  # fmt: skip

@@ -48,7 +48,7 @@ def _leaks(validation: EvalSource, train: Sequence[Source], cache_dir: Path, max
     rows = load(validation, cache_dir).with_format("arrow")[:]
     names = validation.text_columns
     row_keys = joined([rows[name].combine_chunks() for name in names[:2]])
-    texts = pc.unique(pa.chunked_array([chunk for name in names for chunk in rows[name].chunks]))
+    texts = pc.unique(pa.chunked_array([chunk for name in names for chunk in rows[name].chunks])).drop_null()
     known_texts = np.zeros(len(texts), dtype=bool)
     distinct_rows = pc.unique(row_keys)
     hit = np.zeros(len(distinct_rows), dtype=bool)
