@@ -40,6 +40,12 @@ def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return values ^ (values >> np.uint64(31))
 
 
+def mix_all(values: NDArray[np.integer], key: int) -> NDArray[np.uint64]:
+    """A well-mixed number for each value and this key."""
+    with np.errstate(over="ignore"):
+        return _mix(values.astype(np.uint64) ^ np.uint64(key))
+
+
 def hash_value(value: str) -> int:
     """A hash of a value as it is written, 0 or more; the same in every process."""
     return int.from_bytes(blake2b(value.encode(), digest_size=8).digest(), "little") >> 1

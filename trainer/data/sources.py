@@ -60,6 +60,8 @@ class Source:
         max_rows: most rows, drawn evenly over the whole source.
         max_negatives: most texts taken of a row's negatives, the first ones; a row may have fewer.
         prompts: text column -> what is put before each of its texts (query:, passage:); it is pooled like the text.
+        rows_per_label: a batch takes so many rows of each of its labels, for losses whose positives are the rows of a
+            label.
         loss: which of model.losses trains on this source; unset: model.loss.
         weight: share of the steps under data.mixing weighted.
         streaming: read while training instead of first. Parquet and Arrow files, here, on the hub or at an address of
@@ -82,6 +84,7 @@ class Source:
     max_rows: Optional[int] = None
     max_negatives: int = 7
     prompts: Optional[dict[str, str]] = None
+    rows_per_label: Optional[int] = None
     loss: Optional[str] = None
     keeps_holdout: ClassVar[bool] = False
     weight: float = 1.0
@@ -110,6 +113,8 @@ class Source:
             raise ValueError(f"{self.path}: max_bad_rows is {self.max_bad_rows}; it must be 0 or more")
         if self.max_rows is not None and self.max_rows < 1:
             raise ValueError(f"{self.path}: max_rows is {self.max_rows}; it must be 1 or more")
+        if self.rows_per_label is not None:
+            self._check_rows_per_label(self.rows_per_label)
         for values in (self.where or {}).values():
             rule(values)
         self._check_derivation()
@@ -125,6 +130,17 @@ class Source:
             raise ValueError(
                 f"{self.path}: positives does not go with streaming: true, for rows are numbered before they are read; "
                 "write a row for each positive, with a group, or set streaming: false"
+            )
+
+    def _check_rows_per_label(self, rows: int) -> None:
+        if rows < 2:
+            raise ValueError(f"{self.path}: rows_per_label is {rows}; a positive of a text takes 2 rows or more")
+        if "label" not in self.canonical_columns:
+            raise ValueError(f"{self.path}: rows_per_label needs a column label; columns has {', '.join(self.columns)}")
+        if self.streaming:
+            raise ValueError(
+                f"{self.path}: rows_per_label does not go with streaming: true, for the label of a row is known when "
+                "it is read; set streaming: false"
             )
 
     def _check_derivation(self) -> None:
