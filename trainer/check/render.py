@@ -170,6 +170,11 @@ def _plan_lines(plan: Plan) -> Iterator[tuple[str, str]]:
     known = [negatives for negatives in plan.num_negatives if negatives is not None]
     if known:
         yield "negatives", f"{' and '.join(f'{n:,}' for n in dict.fromkeys(known))} for each query"
+    if any(plan.false_negatives):
+        told = " and ".join(f"{share:.3g}" for share in plan.false_negatives if share is not None)
+        yield "", f"{told} of them right answers, for their texts stand in several rows"
+    if any(plan.num_left_out):
+        yield "left out", f"{sum(plan.num_left_out):,} rows of an epoch that no batch can hold"
     tokens = plan.tokens_per_step
     yield (
         "tokens",

@@ -235,9 +235,15 @@ class PairData(LightningDataModule):
                 f"data.mixing round_robin: {left_out:,} of {sum(self.sizes):,} rows are left out of an epoch, "
                 "others in each: the source with the fewest steps ends it",
             )
-        for number, part in enumerate(self.parts if gather.rank() == 0 else []):  # counting takes a moment
-            if left_out := self.order.rows_without_place(number):
-                logger.warning("%s: %s", self.train_sources[number].path, part.tell_left_out(left_out))
+        if gather.rank() == 0:  # counting takes a moment
+            for source, part, num_rows in zip(self.train_sources, self.parts, self.rows_without_place, strict=True):
+                if num_rows:
+                    logger.warning("%s: %s", source.path, part.tell_left_out(num_rows))
+
+    @cached_property
+    def rows_without_place(self) -> list[int]:
+        """For each source the rows that no batch of the first epoch can hold."""
+        return [self.order.rows_without_place(source) for source in range(len(self.parts))]
 
     @property
     def inputs(self) -> Sequence[TokenTable | StreamedTable | OpaqueStream]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _WINDOW_BATCHES = 64  # batches among which rows are exchanged
 _TRIES = 8  # partners that a row tries in a round
 _IDLE_ROUNDS = 4  # without an exchange, until the rows that are left are given up
-_COUNTED_WINDOWS = 64  # planned to count the rows that no batch takes
+_COUNTED_ROWS = 1 << 20  # planned, in whole windows, to count the rows that no batch takes
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,10 +72,10 @@ class DistinctTexts(Part):
         return [batch[batch >= 0] for batch in batches]
 
     def num_left_out(self, batch_size: int, key: int) -> int:
-        """Counted in up to 64 windows, and multiplied where there are more."""
+        """Counted in windows of a million rows together, and multiplied where there are more."""
         num_rows = batch_size * _batches_per_window(batch_size)
         num_windows = -(-self.size // num_rows)
-        stride = -(-num_windows // _COUNTED_WINDOWS)
+        stride = -(-num_windows // max(1, _COUNTED_ROWS // num_rows))
         placed = seen = 0
         for window in range(0, num_windows, stride):
             placed += sum(map(len, self._plan(window, batch_size, key)))
