@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 # Fields of a Source that `_parse` knows about; with any other one set, every line goes the general way.
 _KNOWN = {"path", "columns", "score_range", "label_map", "split", "subset", "revision", "on_bad_row", "max_bad_rows"}
-_NOT_OF_ROWS = {"name", "evaluator", "prompts", "loss", "weight", "streaming", "teacher"}
+_NOT_OF_ROWS = {
+    "name", "evaluator", "prompts", "loss", "weight", "streaming", "teacher", "max_negatives", "rows_per_label",
+}  # fmt: skip
 _PEEK = 100  # JSON lines have no header: their first rows say which columns there are
 
 
@@ -70,6 +72,8 @@ def read_json_lines(path: Path, source: Source, accept: Callable[[pa.RecordBatch
 
 def _types(source: Source, head: list[Record]) -> pa.Schema | None:
     """Types of the columns of the file, None where Arrow cannot do what the source asks for."""
+    if any(name in source.columns for name in ("positives", "negatives", "group")):
+        return None
     for field in fields(source):
         if field.name in _KNOWN | _NOT_OF_ROWS:
             continue

@@ -19,7 +19,8 @@ from trainer.batch import PackedBatch
 from trainer.data.batches import StepBatches
 from trainer.data.cache import default_cache_dir
 from trainer.data.opaque import OpaqueBatches, OpaqueStream
-from trainer.data.order import Order, steps_per_window
+from trainer.data.order import Order, Part, steps_per_window
+from trainer.data.plans import DistinctTexts, LabelBatches
 from trainer.data.retrieval import load_collections
 from trainer.data.rowgroups import group_files
 from trainer.data.sources import EvalSource, Source, load
@@ -116,6 +117,7 @@ class PairData(LightningDataModule):
         train: training sources; a step takes rows of one of them.
         validation: sets to evaluate on.
         batch_size: rows per optimizer step over all ranks.
+        no_duplicates: no text stands twice in a batch, in no column: it would be its own negative.
         mixing: of several sources, one per step: proportional to their rows, round_robin until the smallest is used up,
             or weighted by their weight.
         num_workers: loader processes per rank.
@@ -132,6 +134,7 @@ class PairData(LightningDataModule):
         encoder: EncoderSpec,
         validation: Optional[list[EvalSource]] = None,
         batch_size: int = 16,
+        no_duplicates: bool = False,
         mixing: Literal["proportional", "round_robin", "weighted"] = "proportional",
         num_workers: int = 0,
         max_rows: Optional[int] = None,
@@ -151,6 +154,16 @@ class PairData(LightningDataModule):
                     f"{source.path}: on_bad_row: skip does not go with streaming: true, for rows are numbered before "
                     "they are read; set on_bad_row: fail, or streaming: false"
                 )
+            if no_duplicates and source.streaming:
+                raise ValueError(
+                    f"{source.path}: data.no_duplicates does not go with streaming: true, for the texts of a batch are "
+                    "known when they are read; set one of them to false"
+                )
+            if no_duplicates and source.rows_per_label:
+                raise ValueError(
+                    f"{source.path}: data.no_duplicates does not go with rows_per_label: a batch is put together in "
+                    "one of the two ways; leave one out"
+                )
             if not (math.isfinite(source.weight) and source.weight > 0):
                 raise ValueError(f"{source.path}: weight is {source.weight:g}; it must be above 0")
         for held_out in validation or []:
@@ -159,6 +172,7 @@ class PairData(LightningDataModule):
                     f"{held_out.path}: streaming: true is for data.train; an evaluation takes all rows: set it to false"
                 )
         self.batch_size = batch_size
+        self.no_duplicates = no_duplicates
         self.mixing = mixing
         self.num_workers = num_workers
         self.max_rows = max_rows
@@ -166,6 +180,7 @@ class PairData(LightningDataModule):
         self.stream_cache_gib = stream_cache_gib
         self.seed = seed
         self.tables: list[TokenTable | StreamedTable] = []
+        self.parts: list[Part] = []
         self.stream: Optional[OpaqueStream] = None
         self._positions: dict[int, dict[str, Any]] = {}  # of this rank's readers of the stream
         self.validation_sets: list[ValidationSet] = []
@@ -203,6 +218,17 @@ class PairData(LightningDataModule):
             else tokenize(source, self.text, self.cache_dir)
             for source in self.train_sources
         ]
+        self.parts = [self._part(*both) for both in zip(self.train_sources, self.tables, strict=True)]
+
+    def _part(self, source: Source, table: TokenTable | StreamedTable) -> Part:
+        """Which rows form the batches of a source."""
+        if source.rows_per_label:
+            assert isinstance(table, TokenTable)
+            by_label = LabelBatches(table, source.rows_per_label, self.max_rows)
+            by_label.refuse_unfit(self.batch_size, source.path)
+            return by_label
+        shuffle = table.shuffle(self.max_rows)
+        return DistinctTexts(shuffle, table.hashes) if self.no_duplicates else shuffle
 
     def _open_stream(self, source: Source) -> None:
         what = f"{source.path}: a stream that is no Parquet or Arrow has no index and no length"
@@ -237,6 +263,15 @@ class PairData(LightningDataModule):
                 f"data.mixing round_robin: {left_out:,} of {sum(self.sizes):,} rows are left out of an epoch, "
                 "others in each: the source with the fewest steps ends it",
             )
+        if gather.rank() == 0:  # counting takes a moment
+            for source, part, num_rows in zip(self.train_sources, self.parts, self.rows_without_place, strict=True):
+                if num_rows:
+                    logger.warning("%s: %s", source.path, part.tell_left_out(num_rows))
+
+    @cached_property
+    def rows_without_place(self) -> list[int]:
+        """For each source the rows that no batch of the first epoch can hold."""
+        return [self.order.rows_without_place(source) for source in range(len(self.parts))]
 
     @property
     def inputs(self) -> Sequence[TokenTable | StreamedTable | OpaqueStream]:
@@ -246,15 +281,14 @@ class PairData(LightningDataModule):
     @property
     def sizes(self) -> list[int]:
         """Rows of each training source; none of a stream."""
-        return [table.shuffle(self.max_rows).size for table in self.tables]
+        return [part.size for part in self.parts]
 
     @property
     def order(self) -> Order:
         if self.stream is not None:
             raise ValueError(f"{self.stream.source.path}: the rows of a stream have no order that can be planned")
-        parts = [table.shuffle(self.max_rows) for table in self.tables]
         weights = tuple(source.weight for source in self.train_sources)
-        return Order(parts, self.batch_size, self.seed, self.mixing, weights)
+        return Order(self.parts, self.batch_size, self.seed, self.mixing, weights)
 
     @property
     def whole_steps_per_epoch(self) -> int:

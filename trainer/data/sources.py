@@ -32,7 +32,8 @@ from trainer.files import sha256_of
 
 _VERSION = 1  # of the cached rows: raise it when the same files and spec give other rows
 _TEXT = re.compile(r"text|anchor|positive|negative(_[1-9]\d*)?")
-_KNOWN = ("text", "anchor", "positive", "negative", "negative_1", "label", "score", "id")
+_LISTS = ("positives", "negatives")
+_KNOWN = ("text", "anchor", "positive", "negative", "negative_1", *_LISTS, "label", "score", "group", "id")
 _BATCH_ROWS = 10_000
 # What a set that is searched has: of the queries, of the corpus, of the judgements.
 SEARCH_COLUMNS = (
@@ -47,8 +48,10 @@ class Source:
     Attributes:
         path: file, glob or folder of JSON lines, CSV, TSV, Parquet or Arrow (also .gz), or a hub data set id.
         columns: canonical name -> column in the data: its name, its position from 0, or a field inside it
-            (translation.en, negatives.0). Texts are text, or anchor, positive, negative, negative_1, ...; targets
-            are label (class number) and score. id is kept beside the text, as text.
+            (translation.en, hits.0, passages.text). Texts are text, or anchor, positive, negative, negative_1, ...;
+            lists of texts are positives (each makes a row) and negatives; targets are label (class number), score and
+            group (rows with the same value: the positive of one is no negative of another). id is kept beside the
+            text, as text.
         score_range: lowest and highest score of the data, mapped linearly to 0..1; unset: left as they are.
         label_map: value in the data -> number; feeds score where columns has score, else label.
         split: of a hub data set, a saved DatasetDict, or a folder whose file names say train, dev, test.
@@ -62,7 +65,10 @@ class Source:
         holdout: share of the rows that a training source leaves out and a validation source of the same path keeps.
         holdout_by: text column whose hash decides, so that equal texts stay together; unset: the first.
         max_rows: most rows, drawn evenly over the whole source.
+        max_negatives: most texts taken of a row's negatives, the first ones; a row may have fewer.
         prompts: text column -> what is put before each of its texts (query:, passage:); it is pooled like the text.
+        rows_per_label: a batch takes so many rows of each of its labels, for losses whose positives are the rows of a
+            label.
         loss: which of model.losses trains on this source; unset: model.loss.
         weight: share of the steps under data.mixing weighted.
         streaming: read while training instead of first. Parquet and Arrow files, here, on the hub or at an address of
@@ -83,7 +89,9 @@ class Source:
     holdout: float = 0.0
     holdout_by: Optional[str] = None
     max_rows: Optional[int] = None
+    max_negatives: int = 7
     prompts: Optional[dict[str, str]] = None
+    rows_per_label: Optional[int] = None
     loss: Optional[str] = None
     keeps_holdout: ClassVar[bool] = False
     weight: float = 1.0
@@ -91,11 +99,12 @@ class Source:
 
     def __post_init__(self) -> None:
         for name in self.columns:
-            if not _TEXT.fullmatch(name) and name not in ("label", "score", "id"):
+            if not _TEXT.fullmatch(name) and name not in _KNOWN:
                 raise ValueError(
                     f"{self.path}: columns has '{name}', which is none of text, anchor, positive, negative, "
-                    f"negative_1, ..., label, score, id.{did_you_mean(name, _KNOWN)}"
+                    f"negative_1, ..., positives, negatives, label, score, group, id.{did_you_mean(name, _KNOWN)}"
                 )
+        self._check_lists()
         texts = self.text_columns
         if texts != ("text",) and texts[:2] != ("anchor", "positive"):
             raise ValueError(
@@ -111,9 +120,35 @@ class Source:
             raise ValueError(f"{self.path}: max_bad_rows is {self.max_bad_rows}; it must be 0 or more")
         if self.max_rows is not None and self.max_rows < 1:
             raise ValueError(f"{self.path}: max_rows is {self.max_rows}; it must be 1 or more")
+        if self.rows_per_label is not None:
+            self._check_rows_per_label(self.rows_per_label)
         for values in (self.where or {}).values():
             rule(values)
         self._check_derivation()
+
+    def _check_lists(self) -> None:
+        for plural in _LISTS:
+            single = [name for name in self.columns if name != plural and name.startswith(plural[:-1])]
+            if plural in self.columns and single:
+                raise ValueError(f"{self.path}: columns has {plural} and {single[0]}; name one of the two")
+        if self.max_negatives < 1:
+            raise ValueError(f"{self.path}: max_negatives is {self.max_negatives}; it must be 1 or more")
+        if "positives" in self.columns and self.streaming:
+            raise ValueError(
+                f"{self.path}: positives does not go with streaming: true, for rows are numbered before they are read; "
+                "write a row for each positive, with a group, or set streaming: false"
+            )
+
+    def _check_rows_per_label(self, rows: int) -> None:
+        if rows < 2:
+            raise ValueError(f"{self.path}: rows_per_label is {rows}; a positive of a text takes 2 rows or more")
+        if "label" not in self.canonical_columns:
+            raise ValueError(f"{self.path}: rows_per_label needs a column label; columns has {', '.join(self.columns)}")
+        if self.streaming:
+            raise ValueError(
+                f"{self.path}: rows_per_label does not go with streaming: true, for the label of a row is known when "
+                "it is read; set streaming: false"
+            )
 
     def _check_derivation(self) -> None:
         planned = {"where": self.where, "triplets": self.triplets, "holdout": self.holdout, "max_rows": self.max_rows}
@@ -137,7 +172,7 @@ class Source:
             ("prompts", self.prompts or []),
         ):
             for name in names:
-                if name not in self.text_columns:
+                if name not in self.text_columns and not (key == "prompts" and name in self.columns and name in _LISTS):
                     raise ValueError(
                         f"{self.path}: {key} names '{name}', which is no text column; there are "
                         f"{', '.join(self.text_columns)}"
@@ -170,13 +205,31 @@ class Source:
             base, _, number = name.partition("_")
             return ("text", "anchor", "positive", "negative").index(base), int(number or 0)
 
-        made = ("negative",) if self.triplets else ()
+        made = ["negative"] if self.triplets else []
+        if "positives" in self.columns:
+            made.append("positive")
+        if "negatives" in self.columns:
+            made += [f"negative_{number + 1}" for number in range(self.max_negatives)]
         return tuple(sorted((*(name for name in self.columns if _TEXT.fullmatch(name)), *made), key=place))
 
     @property
     def canonical_columns(self) -> tuple[str, ...]:
-        others = ("id",) if self.triplets else ("score", "label", "id")
-        return (*self.text_columns, *(name for name in others if name in self.columns))
+        targets = ("id",) if self.triplets else ("score", "label", "group", "id")
+        made = {"group"} if "positives" in self.columns else set()
+        return (*self.text_columns, *(name for name in targets if name in {*self.columns, *made}))
+
+    def key_of(self, name: str) -> str:
+        """The key of ``columns`` that a canonical column comes from: one of a list for the texts of lists."""
+        if name not in self.columns:
+            for plural in _LISTS:
+                if plural in self.columns and name.startswith(plural[:-1]):
+                    return plural
+        return name
+
+    @property
+    def may_lack_texts(self) -> bool:
+        """Whether a row may have no text in some column."""
+        return "negatives" in self.columns
 
     @property
     def mapped_column(self) -> Optional[str]:
@@ -185,9 +238,14 @@ class Source:
             return None
         return "score" if "score" in self.columns else "label"
 
+    def prompt_of(self, column: str) -> str:
+        """What is put before each text of a column."""
+        prompts = self.prompts or {}
+        return prompts.get(column, prompts.get(self.key_of(column), ""))
+
     def prompted(self, column: str, texts: Sequence[str]) -> list[str]:
         """Texts of a column behind its prompt."""
-        prompt = (self.prompts or {}).get(column, "")
+        prompt = self.prompt_of(column)
         return [prompt + text for text in texts]
 
     @property
@@ -225,6 +283,8 @@ class EvalSource(Source):
     keeps_holdout: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        if lists := [name for name in _LISTS if name in self.columns]:
+            raise ValueError(f"{self.path}: {lists[0]} is for data.train; name one text in a validation set")
         if not re.fullmatch(r"\w[\w.-]*", self.name):
             raise ValueError(f"validation set name '{self.name}': letters, digits, '.', '_' and '-' are allowed")
         kind = type(self.evaluator).__name__
@@ -345,8 +405,9 @@ def _derive(source: Source, base: Source, cache_dir: Path, folder: Path) -> None
     with pa.OSFile(str(folder / "rows.arrow"), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         for start in range(0, num_rows, _BATCH_ROWS):
             part = {name: columns[name].take(pa.array(n[start : start + _BATCH_ROWS])) for name, n in picked.items()}
-            for name, prompt in (source.prompts or {}).items():
-                part[name] = pc.binary_join_element_wise(large(prompt), part[name], large(""))
+            for name in source.text_columns:
+                if prompt := source.prompt_of(name):  # an absent text stays absent
+                    part[name] = pc.binary_join_element_wise(large(prompt), part[name], large(""))
             writer.write_table(pa.table(part, schema=schema).combine_chunks())
     report = {"source": source.path, "num_rows": num_rows, "num_skipped": skipped}
     (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
@@ -382,7 +443,8 @@ def fingerprint(source: Source) -> str:
         source.where and sorted(source.where.items()),
     ]
     budget = [source.on_bad_row, source.max_bad_rows]
-    spec = json.dumps([_VERSION, contents, columns, maps, budget], ensure_ascii=True)
+    lists = [source.max_negatives] if source.may_lack_texts else []
+    spec = json.dumps([_VERSION, contents, columns, maps, budget, *lists], ensure_ascii=True)
     return hashlib.sha256(spec.encode()).hexdigest()[:24]
 
 
@@ -435,7 +497,7 @@ class _RowsFile:
     """Checked rows on their way into an Arrow file, single ones and whole batches, in the order they come."""
 
     def __init__(self, source: Source, path: Path) -> None:
-        types = {"score": pa.float32(), "label": pa.int64()}
+        types = {"score": pa.float32(), "label": pa.int64(), "group": pa.int64()}
         self.schema = pa.schema([(name, types.get(name, pa.large_string())) for name in source.canonical_columns])
         self.path = path
         self.num_rows = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -59,6 +59,11 @@ class TextPreparation:
         ids = self([""])[0]
         # A trailing separator is not part of the prompt when text follows it.
         return len(ids) - (1 if ids and ids[-1] in self.tokenizer.all_special_ids else 0)
+
+    @cached_property
+    def no_text(self) -> list[int]:
+        """Pieces that stand where a row has no text: the special ones, or one where the tokenizer has none."""
+        return replace(self, prompt="")([""])[0] or [self.tokenizer.pad_token_id or 0]
 
     @cached_property
     def fingerprint(self) -> str:
