@@ -27,8 +27,8 @@ from trainer.encoder.vocabulary import CompactEmbedding
 
 logger = logging.getLogger(__name__)
 
-# Backbones whose attention goes through transformers' interface, with learned absolute positions.
-PACKED_MODEL_TYPES = frozenset({"bert", "roberta", "xlm-roberta"})
+# Backbones whose attention goes through transformers' interface and whose positions, learned or rotary, are told.
+PACKED_MODEL_TYPES = frozenset({"bert", "distilbert", "modernbert", "qwen3", "roberta", "xlm-roberta"})
 _ST_POOLING = {"mean": "mean", "cls": "cls", "max": "max", "last": "lasttoken"}
 
 
@@ -73,6 +73,8 @@ class Encoder(nn.Module):
         # Where a forward is a collective (ZeRO-3), all ranks must run the same number of them.
         self.lockstep = False
         self._position_offset = position_offset(self.backbone.config)
+        # Decoders would keep keys and values for a next token that never comes.
+        self._options = {"use_cache": False} if getattr(self.backbone.config, "use_cache", False) else {}
         self.packed = self.backbone.config.model_type in PACKED_MODEL_TYPES
         if self.packed:
             self.backbone.set_attn_implementation(PACKED_ATTENTION)
@@ -97,9 +99,13 @@ class Encoder(nn.Module):
 
     def set_dropout(self, rate: float) -> None:
         """Set every dropout of the encoder, attention included."""
-        for module in self.modules():
+        for module in list(self.modules()):
             if isinstance(module, nn.Dropout):
                 module.p = rate
+            # ModernBERT leaves out a dropout whose rate is 0.
+            for name, child in module.named_children():
+                if isinstance(child, nn.Identity) and "drop" in name:
+                    setattr(module, name, nn.Dropout(rate))
             # Some attentions keep their rate as a plain number.
             for name, value in list(vars(module).items()):
                 if "dropout" in name and isinstance(value, float):
@@ -164,6 +170,7 @@ class Encoder(nn.Module):
                 input_ids=input_ids_T[None],
                 position_ids=positions_T[None] + self._position_offset,
                 packing=plan_buckets(lengths, device),
+                **self._options,
             ).last_hidden_state[0]
         else:
             hidden_TH = self._padded_forward(input_ids_T, lengths)
@@ -183,7 +190,7 @@ class Encoder(nn.Module):
         input_ids = torch.full((mask.numel(),), pad, dtype=torch.int64, device=device)
         input_ids = input_ids.index_copy(0, real, input_ids_T).view(mask.shape)
         hidden = self.backbone(
-            input_ids=input_ids, attention_mask=mask.to(device=device, dtype=torch.int64)
+            input_ids=input_ids, attention_mask=mask.to(device=device, dtype=torch.int64), **self._options
         ).last_hidden_state
         return hidden.flatten(0, 1).index_select(0, real)
 
