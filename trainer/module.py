@@ -76,6 +76,7 @@ class EmbeddingModule(LightningModule):
         self.print_first_batch = print_first_batch
         self.last_grad_norm: Optional[Tensor] = None
         self.finite_steps = FiniteSteps()
+        self._base: Optional[str] = None
         self.encoder: Encoder
 
     # -- building -----------------------------------------------------------------------------------------
@@ -111,6 +112,8 @@ class EmbeddingModule(LightningModule):
         if hasattr(self, "encoder"):
             return
         self.encoder = Encoder(self.encoder_spec, self.max_tokens)
+        # Now, for a strategy may take the weights apart later.
+        self._base = self.encoder.base_checksum() if self.encoder.base_names else None
         for loss in self.all_losses:
             loss.build(self.encoder.embedding_dimension)
         strategy = self.trainer.strategy
@@ -255,6 +258,10 @@ class EmbeddingModule(LightningModule):
         vocabulary = self.encoder.vocabulary
         if vocabulary is not None:
             checkpoint["base_vocabulary"] = self._base_checksum()
+        if self._base is not None:  # the folder of the backbone has them
+            checkpoint["base_weights"] = self._base
+            for name in self.encoder.base_names:
+                checkpoint["state_dict"].pop(f"encoder.{name}", None)  # other ranks than the first may hold none
 
     def _base_checksum(self) -> str:
         vocabulary = self.encoder.vocabulary
@@ -264,8 +271,15 @@ class EmbeddingModule(LightningModule):
         return self._checksum
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Make the vocabulary fit the checkpoint's before its weights are loaded."""
+        """Make the vocabulary fit the checkpoint's, and fill in what its backbone has, before weights are loaded."""
         state = checkpoint["state_dict"]
+        if names := self.encoder.base_names:
+            if checkpoint.get("base_weights") != (self._base or self.encoder.base_checksum()):
+                raise ValueError(
+                    f"the frozen weights of '{self.encoder_spec.backbone}' are not those the checkpoint was trained "
+                    "with: restore the backbone folder or its revision, and freeze and lora of its run"
+                )
+            state.update({f"encoder.{name}": self.encoder.get_parameter(name).detach() for name in names})
         name = next((key for key in state if key.endswith(".used_ids")), None)
         if name is None:
             return

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 MAX_ROWS = 1_000_000
 STREAMED_ROWS = 4096  # the first of a streamed source
-_VERSION = 1  # of the files: raise it when the same source gives other facts
+_VERSION = 2  # of the files: raise it when the same source gives other facts
 CHUNK_ROWS = 50_000  # rows whose texts or ids are in memory at once
 _SCRIPT_TEXTS = 2000
 _BINS = 16
@@ -53,6 +53,7 @@ class ColumnFacts:
         pieces_per_character: of a sample of whole texts, blanks not counted.
         scripts: script -> share of the letters of that sample, the largest first.
         num_distinct: different texts.
+        max_length: pieces that are kept of a text.
     """
 
     name: str
@@ -66,6 +67,7 @@ class ColumnFacts:
     pieces_per_character: float
     scripts: dict[str, float]
     num_distinct: int
+    max_length: int
 
 
 @dataclass(frozen=True)
@@ -197,7 +199,7 @@ def _count(
         num_rows=num_rows,
         num_looked_at=len(places),
         num_skipped=getattr(table, "num_skipped", 0),
-        columns=[_column(name, texts[name], table, text, places) for name in table.columns],
+        columns=[_column(name, texts[name], table, text.of_column(name), places) for name in table.columns],
         num_duplicates=len(places) - pc.count_distinct(joined(keys)).as_py(),
         clash_share=_clash_share(list(texts.values())),
         scores=_scores(targets["score"]) if "score" in targets else None,
@@ -243,6 +245,7 @@ def _column(
         pieces_per_character=int((lengths[sample] - special).sum()) / max(1, num_characters),
         scripts=_scripts(letters),
         num_distinct=pc.count_distinct(texts).as_py(),
+        max_length=text.max_length,
     )
 
 

@@ -190,7 +190,7 @@ class Reader:
         bad.close()
         values: dict[str, Any] = dict(zip(source.canonical_columns, zip(*cells, strict=True), strict=True))
         for name in self.stream.columns:
-            ids = text(source.prompted(name, values[name]))
+            ids = text.of_column(name)(source.prompted(name, values[name]))
             if not all(ids):
                 row = rows.place(self._before + 1 + [bool(one) for one in ids].index(False))
                 raise ValueError(f"{row}: column '{source.columns[name]}': the text has no token")

@@ -57,6 +57,8 @@ class Source:
         holdout_by: text column whose hash decides, so that equal texts stay together; unset: the first.
         max_rows: most rows, drawn evenly over the whole source.
         prompts: text column -> what is put before each of its texts (query:, passage:); it is pooled like the text.
+        max_lengths: text column -> pieces kept of each of its texts while training, special ones included (anchor: 64);
+            unset: model.encoder.max_length.
         loss: which of model.losses trains on this source; unset: model.loss.
         weight: share of the steps under data.mixing weighted.
         streaming: read while training instead of first. Parquet and Arrow files, here, on the hub or at an address of
@@ -78,6 +80,7 @@ class Source:
     holdout_by: Optional[str] = None
     max_rows: Optional[int] = None
     prompts: Optional[dict[str, str]] = None
+    max_lengths: Optional[dict[str, int]] = None
     loss: Optional[str] = None
     keeps_holdout: ClassVar[bool] = False
     weight: float = 1.0
@@ -129,6 +132,7 @@ class Source:
         for key, names in (
             ("holdout_by", [self.holdout_by] if self.holdout_by else []),
             ("prompts", self.prompts or []),
+            ("max_lengths", self.max_lengths or []),
         ):
             for name in names:
                 if name not in self.text_columns:
@@ -242,7 +246,8 @@ def _base(source: Source) -> Optional[Source]:
     if not (source.triplets or source.holdout or source.max_rows or source.prompts):
         return None
     spec: dict[str, Any] = {f.name: getattr(source, f.name) for f in fields(Source)}
-    spec.update(triplets=None, holdout=0.0, holdout_by=None, max_rows=None, prompts=None, loss=None)
+    spec.update(triplets=None, holdout=0.0, holdout_by=None, max_rows=None, prompts=None, max_lengths=None)
+    spec.update(loss=None)
     if source.triplets:
         positive, negative = map(str, source.triplets)
         column = str(source.columns["label"])

@@ -225,7 +225,7 @@ class StreamedTable:
         values = dict(zip(self.source.canonical_columns, zip(*cells, strict=True), strict=True))
         arrays: dict[str, pa.Array] = {}
         for name in self.columns:
-            ids = self.text(self.source.prompted(name, values[name]))  # type: ignore[arg-type]
+            ids = self.text.of_column(name)(self.source.prompted(name, values[name]))  # type: ignore[arg-type]
             lengths = np.fromiter(map(len, ids), np.int64, len(ids))
             if not lengths.all():
                 place = numbered.place(before + int(np.argmin(lengths)) + 1)

@@ -104,7 +104,8 @@ class TokenTable:
     def text_ids(self, column: str) -> NDArray[np.int64]:
         """Number of each row's text, (N,), over all columns: rows with the same number have the same text.
 
-        The reverse holds among some million neighbouring rows: beyond that a text may get a second number.
+        The reverse holds among some million neighbouring rows, and columns of one max_length: beyond that a text may
+        get a second number.
         """
         return self._text_ids[column]
 
@@ -154,8 +155,20 @@ def _build(source: Source, text: TextPreparation, cache_dir: Path, folder: Path)
         num_texts = num_ids = 0
         what = f"{source.path}: tokenising {len(rows):,} rows"
         advance = stack.enter_context(shown_progress(what, len(rows), "rows", len(rows) >= _TEXTS_PER_PROCESS))
-        spans = _spans(rows, source.text_columns, numbers, advance)
-        for ids, pieces, cut in _tokenize_spans(spans, text, len(rows) * len(source.text_columns)):
+        # Columns of one length together, so that they share the texts that repeat.
+        by_length: dict[int, list[str]] = {}
+        for column in source.text_columns:
+            by_length.setdefault(text.of_column(column).max_length, []).append(column)
+        share = 1.0 / len(by_length)
+        tokens = (
+            _tokenize_spans(
+                _spans(rows, tuple(columns), numbers, lambda done: advance(share * done), first=num_texts),
+                text.of_column(columns[0]),
+                len(rows) * len(columns),
+            )
+            for columns in by_length.values()
+        )
+        for ids, pieces, cut in chain.from_iterable(tokens):
             if not pieces.all():
                 for file in numbers.values():
                     file.flush()
@@ -179,9 +192,12 @@ def _build(source: Source, text: TextPreparation, cache_dir: Path, folder: Path)
     (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
 
 
-def _spans(rows: Dataset, columns: tuple[str, ...], numbers: dict[str, Any], advance: Advance) -> Iterator[list[str]]:
-    """Distinct texts, some at a time; ``numbers`` are the files that get each row's number of its text."""
-    num_texts = 0
+def _spans(
+    rows: Dataset, columns: tuple[str, ...], numbers: dict[str, Any], advance: Advance, first: int
+) -> Iterator[list[str]]:
+    """Distinct texts, some at a time, numbered from ``first``; ``numbers`` are the files that get each row's number of
+    its text."""
+    num_texts = first
     for batches in _segments(rows, columns):
         texts = pa.concat_arrays([batch.column(c) for c in columns for batch in batches]).dictionary_encode()
         texts_of_column = num_texts + texts.indices.to_numpy().astype(np.int64).reshape(len(columns), -1)

@@ -74,8 +74,8 @@ def _bucket(lengths: Tensor, start: int, device: torch.device) -> Bucket:
     mask, real = padded_layout(lengths)
     slots = torch.zeros(num * longest, dtype=torch.int64)
     slots[real] = torch.arange(tokens)
-    to_device = [t.to(device, non_blocking=True) for t in (slots, real, mask[:, None, None, :])]
-    return Bucket(start, start + tokens, num, longest, *to_device)
+    slots, real, mask = (t.to(device, non_blocking=True) for t in (slots, real, mask[:, None, None, :]))
+    return Bucket(start, start + tokens, num, longest, slots, real, mask)
 
 
 def plan_buckets(lengths: Sequence[int], device: torch.device) -> list[Bucket]:
