@@ -141,6 +141,12 @@ class EmbeddingModule(LightningModule):
         for source, table in zip(self.data.train_sources, self.data.inputs, strict=True):
             for finding in unfit_columns(self.loss_of(source), source, table):
                 raise ValueError(str(finding))
+            if any((source.prompts or {}).values()) and not self.encoder.pools_prompt:
+                raise ValueError(
+                    f"{source.path}: prompts of columns are pooled like the text, but '{self.encoder_spec.backbone}' "
+                    "leaves its prompt out of the embedding: give one prompt as model.encoder.prompt, or set "
+                    "include_prompt to true in its 1_Pooling/config.json"
+                )
 
     @property
     def num_training_steps(self) -> int:

@@ -98,6 +98,11 @@ class Encoder(nn.Module):
         assert dimension is not None
         return dimension
 
+    @property
+    def pools_prompt(self) -> bool:
+        """Whether the pieces of a prompt are part of the embedding; the folder says it."""
+        return all(module.include_prompt for module in self.head if isinstance(module, Pooling))
+
     def set_dropout(self, rate: float) -> None:
         """Set every dropout of the encoder, attention included."""
         for module in list(self.modules()):
