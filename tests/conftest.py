@@ -8,6 +8,7 @@ import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -101,13 +102,13 @@ def demo_texts() -> list[str]:
 
 @pytest.fixture(scope="session")
 def tiny_encoders(tmp_path_factory: pytest.TempPathFactory, demo_texts: list[str]) -> dict[str, Path]:
-    """Sentence-transformers folders of 2 x 32 with random weights and dropout 0.1: bert, roberta, mpnet."""
-    from trainer.demo_encoder import write_encoder
+    """Sentence-transformers folders of 2 x 32 with random weights and dropout 0.1, one of each kind."""
+    from trainer.demo_encoder import Kind, write_encoder
 
     folder = tmp_path_factory.mktemp("encoders")
     return {
         kind: write_encoder(folder / kind, demo_texts, hidden=32, layers=2, heads=4, vocab=400, kind=kind)
-        for kind in ("bert", "roberta", "mpnet")
+        for kind in get_args(Kind)
     }
 
 

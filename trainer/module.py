@@ -78,6 +78,7 @@ class EmbeddingModule(LightningModule):
         self.print_first_batch = print_first_batch
         self.last_grad_norm: Optional[Tensor] = None
         self.finite_steps = FiniteSteps()
+        self._base: Optional[str] = None
         self.encoder: Encoder
 
     # -- building -----------------------------------------------------------------------------------------
@@ -137,6 +138,8 @@ class EmbeddingModule(LightningModule):
         if hasattr(self, "encoder"):
             return
         self.encoder = Encoder(self.encoder_spec, self.max_tokens)
+        # Now, for a strategy may take the weights apart later.
+        self._base = self.encoder.base_checksum() if self.encoder.base_names else None
         for loss in self.all_losses:
             loss.build(self.encoder.embedding_dimension)
         strategy = self.trainer.strategy
@@ -167,6 +170,12 @@ class EmbeddingModule(LightningModule):
         for source, table in zip(self.data.train_sources, self.data.inputs, strict=True):
             for finding in unfit_columns(self.loss_of(source), source, table):
                 raise ValueError(str(finding))
+            if any((source.prompts or {}).values()) and not self.encoder.pools_prompt:
+                raise ValueError(
+                    f"{source.path}: prompts of columns are pooled like the text, but '{self.encoder_spec.backbone}' "
+                    "leaves its prompt out of the embedding: give one prompt as model.encoder.prompt, or set "
+                    "include_prompt to true in its 1_Pooling/config.json"
+                )
 
     @property
     def num_training_steps(self) -> int:
@@ -284,6 +293,10 @@ class EmbeddingModule(LightningModule):
         vocabulary = self.encoder.vocabulary
         if vocabulary is not None:
             checkpoint["base_vocabulary"] = self._base_checksum()
+        if self._base is not None:  # the folder of the backbone has them
+            checkpoint["base_weights"] = self._base
+            for name in self.encoder.base_names:
+                checkpoint["state_dict"].pop(f"encoder.{name}", None)  # other ranks than the first may hold none
 
     def _base_checksum(self) -> str:
         vocabulary = self.encoder.vocabulary
@@ -293,8 +306,15 @@ class EmbeddingModule(LightningModule):
         return self._checksum
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Make the vocabulary fit the checkpoint's before its weights are loaded."""
+        """Make the vocabulary fit the checkpoint's, and fill in what its backbone has, before weights are loaded."""
         state = checkpoint["state_dict"]
+        if names := self.encoder.base_names:
+            if checkpoint.get("base_weights") != (self._base or self.encoder.base_checksum()):
+                raise ValueError(
+                    f"the frozen weights of '{self.encoder_spec.backbone}' are not those the checkpoint was trained "
+                    "with: restore the backbone folder or its revision, and freeze and lora of its run"
+                )
+            state.update({f"encoder.{name}": self.encoder.get_parameter(name).detach() for name in names})
         name = next((key for key in state if key.endswith(".used_ids")), None)
         if name is None:
             return

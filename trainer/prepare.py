@@ -32,7 +32,7 @@ def prepare(args: Sequence[str]) -> int:
         if source.streaming:
             print(f"train      {source.path}: is read while it trains; nothing to prepare")
             continue
-        table = tokenize(source, data.text, data.cache_dir)
+        table = tokenize(source, data.text_of(source), data.cache_dir)
         tokens = sum(int(table.lengths(column).sum()) for column in table.columns)
         _say("train", source.path, f"{table.num_rows:,} rows, {tokens:,} tokens", table.folder)
     data.setup("fit")

@@ -25,7 +25,7 @@ from trainer.losses import (
     WeightedSum,
 )
 
-COLUMN = ColumnFacts("anchor", 1000, 5, 12, 30, 70, [1, 2], 0, 0.01, 0.3, {"Latin": 1.0}, 1000)
+COLUMN = ColumnFacts("anchor", 1000, 5, 12, 30, 70, [1, 2], 0, 0.01, 0.3, {"Latin": 1.0}, 1000, 128)
 SCORES = ScoreFacts(0.0, 1.0, [0.2, 0.5, 0.8], 40, None)
 LABELS = LabelFacts(0, 1, 2, 400, 600, 0, 0.52, {"0": 400, "1": 600})
 CLEAN = SourceFacts(1000, 1000, 0, [COLUMN, replace(COLUMN, name="positive")], 0, 0.0, None, None)
@@ -33,7 +33,7 @@ CLEAN = SourceFacts(1000, 1000, 0, [COLUMN, replace(COLUMN, name="positive")], 0
 
 def look(loss: Loss, facts: SourceFacts = CLEAN, leak: LeakFacts | None = None, **settings: Any) -> list[Finding]:
     leaks = [leak or LeakFacts("dev", 100, 200, 0, 5)]
-    values = {"batch_size": 16, "epochs": 2.0, "max_length": 128, "normalized": True, "backbone": "base", **settings}
+    values = {"batch_size": 16, "epochs": 2.0, "normalized": True, "backbone": "base", **settings}
     return findings(Situation(["x.jsonl"], [facts], [loss], **{"leaks": leaks, **values}))
 
 

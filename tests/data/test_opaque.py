@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -98,6 +99,11 @@ def test_tables_of_text(kind: str, text: TextPreparation, tmp_path: Path) -> Non
     assert sorted(targets["score"]) == list(range(NUM_ROWS))
     assert numbers.tolist() == targets["score"].tolist()
     assert [ids.tolist() for ids in columns[1]] == text(["NA"] * NUM_ROWS)
+    cut = OpaqueStream(write(tmp_path / "set", kind=kind), replace(text, max_lengths={"anchor": 3}), 0)
+    short, whole = Reader(cut, 0, 1).take(NUM_ROWS)[0]
+    assert {len(ids) for ids in short} == {3}
+    assert min(len(ids) for ids in columns[0]) > 3
+    assert [ids.tolist() for ids in whole] == [ids.tolist() for ids in columns[1]]
 
 
 def make_data(source: Source, encoder: Path, workers: int, cache: Path) -> PairData:

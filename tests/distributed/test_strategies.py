@@ -32,7 +32,7 @@ from trainer.data.sources import EvalSource, Source
 from trainer.distributed import gather
 from trainer.distributed.exact import check_exact
 from trainer.distributed.strategies import ZeRO, keep_on_first_rank, whole_gradients, whole_weights
-from trainer.encoder.spec import EncoderSpec
+from trainer.encoder.spec import EncoderSpec, LoRA
 from trainer.evaluation import InformationRetrieval, LabelAccuracy
 from trainer.evaluation.runner import Evaluation
 from trainer.losses import CosineSimilarity, InfoNCE, Softmax
@@ -59,6 +59,8 @@ class Run:
     learning_rate: float = 1e-3
     dropout: float = 0.0
     precision: str = "32-true"
+    freeze: int | None = None
+    lora: int = 0
     save_at: int = 0
     save_to: str = ""
     resume: str = ""
@@ -120,7 +122,8 @@ class Scores(Evaluation):
 def build(run: Run, callbacks: list[Callback], **options: Any) -> tuple[EmbeddingModule, PairData, Trainer]:
     columns = {name: name for name in ("anchor", "positive")}
     wanted = {"CosineSimilarity": {"score": "score"}, "Softmax": {"label": "label"}, "InfoNCE": {}}[run.loss]
-    spec = EncoderSpec(f"{run.folder}/encoder", dropout=run.dropout)
+    lora = LoRA(r=run.lora, dropout=run.dropout) if run.lora else None
+    spec = EncoderSpec(f"{run.folder}/encoder", dropout=run.dropout, freeze=run.freeze, lora=lora)
     rows = f"{run.folder}/rows.jsonl"
     dev = f"{run.folder}/dev.jsonl"
     validation = [EvalSource(name="dev", path=dev, columns=columns | {"score": "score"})]
@@ -247,6 +250,38 @@ def test_every_stage_computes_what_ddp_computes(
         ours, theirs = ({str(n): state[key] for n, state in all.items()} for all in (states, others))
         assert relative_error(ours, theirs) < 1e-4, key
         assert {n: v.dtype for n, v in ours.items()} == {n: v.dtype for n, v in theirs.items()}
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("trained", [{"freeze": 1}, {"lora": 4}], ids=["freeze", "lora"])
+def test_frozen_weights_in_chunks(
+    ranks: TwoRanks, result_of: Any, folder: Path, tmp_path: Path, trained: dict[str, Any], stage: int
+) -> None:
+    """Frozen layers, and adapters beside a frozen backbone, under activation checkpointing: what one process computes
+    in one forward. A checkpoint leaves out what is frozen, and is gone on with under another strategy, bit for bit
+    under its own, with dropout on."""
+    run = Run(str(folder), **trained)
+    expected = train(replace(run, max_tokens=WHOLE))
+    result = result_of(replace(run, stage=stage))
+    for ours in (result, result_of(run)):
+        assert ours.gradients.keys() == expected.gradients.keys()
+        assert relative_error(ours.gradients, expected.gradients) < 1e-5
+        assert ours.norms == pytest.approx(expected.norms, rel=1e-5)
+        assert weight_error(ours, expected) < 1e-5
+        assert [scores["eval/dev/spearman_cosine"] for scores in ours.metrics] == pytest.approx(
+            [scores["eval/dev/spearman_cosine"] for scores in expected.metrics], abs=1e-4
+        )
+    path = str(tmp_path / "step-00000008")
+    noisy = replace(run, stage=stage, dropout=0.1)
+    undisturbed, _ = ranks(train, replace(noisy, save_at=8, save_to=path))
+    saved = read_state(Path(path))
+    heads = {name for name in saved["state_dict"] if not name.startswith("encoder.")}
+    assert saved["state_dict"].keys() - heads == expected.gradients.keys()
+    resumed, _ = ranks(train, replace(noisy, resume=path))
+    assert resumed.norms == undisturbed.norms[8:]
+    assert all(torch.equal(resumed.weights[name], value) for name, value in undisturbed.weights.items())
+    other, _ = ranks(train, replace(noisy, stage=0, resume=path))
+    assert other.norms == pytest.approx(undisturbed.norms[8:], rel=1e-3)
 
 
 def test_ranks_with_few_chunks_wait_for_those_with_more(results_of: Any, folder: Path) -> None:

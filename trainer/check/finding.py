@@ -56,7 +56,6 @@ class Situation:
         leaks: of each validation set.
         batch_size: rows of a global batch.
         epochs: passes over the data, a fraction where max_steps ends them.
-        max_length: pieces kept of a text.
         normalized: whether embeddings have length 1.
         backbone: hub id, or name of the folder.
         no_duplicates: whether batches are put together without texts that stand twice.
@@ -70,7 +69,6 @@ class Situation:
     leaks: Sequence[LeakFacts]
     batch_size: int
     epochs: float
-    max_length: int
     normalized: bool
     backbone: str
     no_duplicates: bool = False

@@ -136,7 +136,6 @@ def make_report(
         leaks=leaks,
         batch_size=data.batch_size,
         epochs=num_steps / steps_per_epoch,
-        max_length=data.text.max_length,
         normalized=normalizes(module.encoder_spec),
         backbone=backbone.name if backbone.is_dir() else str(backbone),  # a cause may stand in a model card
         no_duplicates=data.no_duplicates,
@@ -162,7 +161,7 @@ def make_report(
 def read_facts(data: PairData) -> tuple[list[SourceFacts], list[LeakFacts]]:
     """Facts of all sets of a run; counted at the first call, read from the cache later."""
     sources = [
-        source_facts(source, table, data.text, data.cache_dir, data.max_rows)
+        source_facts(source, table, data.text_of(source), data.cache_dir, data.max_rows)
         for source, table in zip(data.train_sources, data.tables, strict=True)
     ]
     # To look for a text in a streamed source would be to read all of it.

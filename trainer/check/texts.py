@@ -152,8 +152,9 @@ def truncated_texts(situation: Situation) -> Iterator[Finding]:
                 yield Finding(
                     "truncated_texts", "warning", path,
                     f"{column.num_truncated} of {column.num_texts} texts of column '{column.name}' ({share:.1%}) "
-                    f"are longer than max_length {situation.max_length} and lose their end",
-                    "raise model.encoder.max_length as far as the backbone goes, or split the texts",
+                    f"are longer than max_length {column.max_length} and lose their end",
+                    "raise it (max_lengths of the source, or model.encoder.max_length) as far as the backbone goes, or "
+                    "split the texts",
                 )  # fmt: skip
 
 

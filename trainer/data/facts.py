@@ -55,6 +55,7 @@ class ColumnFacts:
         pieces_per_character: of a sample of whole texts, blanks not counted.
         scripts: script -> share of the letters of that sample, the largest first.
         num_distinct: different texts.
+        max_length: pieces that are kept of a text.
     """
 
     name: str
@@ -69,6 +70,7 @@ class ColumnFacts:
     pieces_per_character: float
     scripts: dict[str, float]
     num_distinct: int
+    max_length: int
 
 
 @dataclass(frozen=True)
@@ -206,7 +208,7 @@ def _count(
         num_rows=num_rows,
         num_looked_at=len(places),
         num_skipped=getattr(table, "num_skipped", 0),
-        columns=[_column(name, texts[name], table, text, places) for name in table.columns],
+        columns=[_column(name, texts[name], table, text.of_column(name), places) for name in table.columns],
         num_duplicates=len(places) - pc.count_distinct(joined(keys)).as_py(),
         clash_share=_clash_share(list(texts.values())),
         scores=_scores(targets["score"]) if "score" in targets else None,
@@ -227,7 +229,7 @@ def _column(
 ) -> ColumnFacts:
     places, texts = places[texts.is_valid().to_numpy(zero_copy_only=False)], texts.drop_null()
     if not len(places):
-        return ColumnFacts(name, 0, 0, 0, 0, 0, [0] * _BINS, 0, 0.0, 0.0, {}, 0)
+        return ColumnFacts(name, 0, 0, 0, 0, 0, [0] * _BINS, 0, 0.0, 0.0, {}, 0, text.max_length)
     unknown_id, num_unknown = text.tokenizer.unk_token_id, 0
     parts = []
     for start in range(0, len(places), CHUNK_ROWS):
@@ -257,6 +259,7 @@ def _column(
         pieces_per_character=int((lengths[sample] - special).sum()) / max(1, num_characters),
         scripts=_scripts(letters),
         num_distinct=pc.count_distinct(texts).as_py(),
+        max_length=text.max_length,
     )
 
 

@@ -4,7 +4,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
@@ -171,6 +171,11 @@ class PairData(LightningDataModule):
                 raise ValueError(
                     f"{held_out.path}: streaming: true is for data.train; an evaluation takes all rows: set it to false"
                 )
+            if held_out.max_lengths:
+                raise ValueError(
+                    f"{held_out.path}: max_lengths is for data.train; an evaluation embeds as the exported model will, "
+                    "with model.encoder.max_length: leave it out"
+                )
         self.batch_size = batch_size
         self.no_duplicates = no_duplicates
         self.mixing = mixing
@@ -191,13 +196,27 @@ class PairData(LightningDataModule):
         """Of the encoder; reading a vocabulary of 250,000 pieces takes a second, so it is read once."""
         return load_text_preparation(self.encoder_spec)
 
+    def text_of(self, source: Source) -> TextPreparation:
+        """That of the encoder, with the shorter lengths of a source's columns.
+
+        Raises:
+            ValueError: one is no length, or longer than the encoder's.
+        """
+        for column, length in (source.max_lengths or {}).items():
+            if not self.text.shortest < length <= self.text.max_length:
+                raise ValueError(
+                    f"{source.path}: max_lengths gives '{column}' {length} pieces; give {self.text.shortest + 1} to "
+                    f"{self.text.max_length}, which is model.encoder.max_length"
+                )
+        return replace(self.text, max_lengths=source.max_lengths or {})
+
     def prepare_data(self) -> None:
         """Build the caches, once per node; the other ranks wait and open them."""
         # What only evaluates reads no training data: it may not even be there.
         reads_training = self.trainer is None or self.trainer.state.fn in (None, "fit")
         for source in self.train_sources if reads_training else ():
             if not source.streaming:
-                tokenize(source, self.text, self.cache_dir, verify=True)
+                tokenize(source, self.text_of(source), self.cache_dir, verify=True)
             stop_if_asked()
         for source in self.validation_sources:
             if source.searches:
@@ -213,9 +232,9 @@ class PairData(LightningDataModule):
             return
         max_bytes = int(self.stream_cache_gib * GIB)
         self.tables = [
-            StreamedTable(source, self.text, self.cache_dir, max_bytes)
+            StreamedTable(source, self.text_of(source), self.cache_dir, max_bytes)
             if source.streaming
-            else tokenize(source, self.text, self.cache_dir)
+            else tokenize(source, self.text_of(source), self.cache_dir)
             for source in self.train_sources
         ]
         self.parts = [self._part(*both) for both in zip(self.train_sources, self.tables, strict=True)]
@@ -236,7 +255,7 @@ class PairData(LightningDataModule):
             raise ValueError(f"{what}, so it can't be mixed with other sources; convert it to Parquet")
         if self.trainer is not None and self.trainer.max_steps < 1:
             raise ValueError(f"{what}; set trainer.max_steps")
-        self.stream = OpaqueStream(source, self.text, self.seed, self.max_rows)
+        self.stream = OpaqueStream(source, self.text_of(source), self.seed, self.max_rows)
 
     def setup(self, stage: Optional[str] = None) -> None:
         if self.validation_sets or self.inputs:

@@ -69,6 +69,8 @@ class Source:
         prompts: text column -> what is put before each of its texts (query:, passage:); it is pooled like the text.
         rows_per_label: a batch takes so many rows of each of its labels, for losses whose positives are the rows of a
             label.
+        max_lengths: text column -> pieces kept of each of its texts while training, special ones included (anchor: 64);
+            unset: model.encoder.max_length.
         loss: which of model.losses trains on this source; unset: model.loss.
         weight: share of the steps under data.mixing weighted.
         streaming: read while training instead of first. Parquet and Arrow files, here, on the hub or at an address of
@@ -92,6 +94,7 @@ class Source:
     max_negatives: int = 7
     prompts: Optional[dict[str, str]] = None
     rows_per_label: Optional[int] = None
+    max_lengths: Optional[dict[str, int]] = None
     loss: Optional[str] = None
     keeps_holdout: ClassVar[bool] = False
     weight: float = 1.0
@@ -170,6 +173,7 @@ class Source:
         for key, names in (
             ("holdout_by", [self.holdout_by] if self.holdout_by else []),
             ("prompts", self.prompts or []),
+            ("max_lengths", self.max_lengths or []),
         ):
             for name in names:
                 if name not in self.text_columns and not (key == "prompts" and name in self.columns and name in _LISTS):
@@ -364,7 +368,8 @@ def _base(source: Source) -> Optional[Source]:
     if not (source.triplets or source.holdout or source.max_rows or source.prompts):
         return None
     spec: dict[str, Any] = {f.name: getattr(source, f.name) for f in fields(Source)}
-    spec.update(triplets=None, holdout=0.0, holdout_by=None, max_rows=None, prompts=None, loss=None)
+    spec.update(triplets=None, holdout=0.0, holdout_by=None, max_rows=None, prompts=None, max_lengths=None)
+    spec.update(loss=None)
     if source.triplets:
         positive, negative = map(str, source.triplets)
         column = str(source.columns["label"])

@@ -70,7 +70,7 @@ class ColumnTokens:
 
 def tokenize_column(source: Source, name: str, texts: Sequence[str | None], text: TextPreparation) -> ColumnTokens:
     """The texts of a column of ``source`` behind its prompt."""
-    ids = text(source.prompted(name, [one or "" for one in texts]))
+    ids = text.of_column(name)(source.prompted(name, [one or "" for one in texts]))
     is_absent = np.fromiter((one is None for one in texts), bool, len(texts))
     for place in np.flatnonzero(is_absent).tolist():
         ids[place] = text.no_text

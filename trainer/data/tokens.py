@@ -115,8 +115,8 @@ class TokenTable:
     def text_ids(self, column: str) -> NDArray[np.int64]:
         """Number of each row's text, (N,), over all columns: rows with the same number have the same text.
 
-        Where rows may lack texts, 0 is that of none.
-        The reverse holds among some million neighbouring rows: beyond that a text may get a second number.
+        Where rows may lack texts, 0 is that of none. The reverse holds among some million neighbouring rows, and
+        columns of one max_length: beyond that a text may get a second number.
         """
         return self._text_ids[column]
 
@@ -167,9 +167,21 @@ def _build(source: Source, text: TextPreparation, cache_dir: Path, folder: Path)
         num_texts = num_ids = 0
         what = f"{source.path}: tokenising {len(rows):,} rows"
         advance = stack.enter_context(shown_progress(what, len(rows), "rows", len(rows) >= _TEXTS_PER_PROCESS))
-        spans = _spans(rows, source.text_columns, numbers, advance, first=int(source.may_lack_texts))
-        tokens = _tokenize_spans(spans, text, len(rows) * len(source.text_columns))
-        for ids, pieces, cut, digests in chain([_no_text(text)] if source.may_lack_texts else [], tokens):
+        # Columns of one length together, so that they share the texts that repeat.
+        by_length: dict[int, list[str]] = {}
+        for column in source.text_columns:
+            by_length.setdefault(text.of_column(column).max_length, []).append(column)
+        share = 1.0 / len(by_length)
+        tokens = (
+            _tokenize_spans(
+                _spans(rows, tuple(columns), numbers, lambda done: advance(share * done), first=num_texts),
+                text.of_column(columns[0]),
+                len(rows) * len(columns),
+            )
+            for columns in by_length.values()
+        )
+        nothing = [_no_text(text)] if source.may_lack_texts else []
+        for ids, pieces, cut, digests in chain(nothing, chain.from_iterable(tokens)):
             if not pieces.all():
                 for file in numbers.values():
                     file.flush()

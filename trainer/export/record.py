@@ -95,6 +95,8 @@ def hyperparameters(run: Run) -> dict[str, Any]:
         "normalize": spec.normalize,
         "prompt": None if spec.prompt is None else repr(spec.prompt),
         "dropout": spec.dropout,
+        "freeze": spec.freeze,
+        "lora": None if spec.lora is None else vars(spec.lora),
         "compact_vocabulary": spec.compact_vocabulary,
     }
 
