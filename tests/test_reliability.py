@@ -22,6 +22,7 @@ def test_the_document_shows_what_was_measured() -> None:
         "preempt",
         "preempt-steps",
         "preempt-saving",
+        "preempt-validation",
         "ranks",
     }
     document = reliability.DOCUMENT.read_text(encoding="utf-8")
