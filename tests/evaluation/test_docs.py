@@ -41,7 +41,8 @@ def write_source(folder: Path, source: dict[str, Any], texts: list[str], backbon
         row: dict[str, Any] = {}
         for name, column in source["columns"].items():
             text = texts[i // 4 if name == "anchor" else 3 * i + len(row)]
-            row[column] = {"score": i % 6, "label": labels[i % len(labels)]}.get(name, text)
+            lists = {"positives": [text], "negatives": texts[3 * i + 9 : 3 * i + 10 + i % 3]}
+            row[column] = {"score": i % 6, "label": labels[i % len(labels)], **lists}.get(name, text)
         rows.append(row)
     write_lines(folder / source["path"], rows)
 

@@ -1,5 +1,9 @@
 """Reranking against sentence-transformers' evaluator and scikit-learn, on the same embeddings."""
 
+import json
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +12,7 @@ from sentence_transformers.sentence_transformer.evaluation import RerankingEvalu
 from sklearn.metrics import ndcg_score
 
 from tests.evaluation.test_scores import Lookup
+from trainer.data.sources import EvalSource, load
 from trainer.evaluation import Reranking
 
 
@@ -42,6 +47,29 @@ def test_equals_sentence_transformers(at: int) -> None:
     assert ours == pytest.approx(theirs, abs=1e-6)
     assert Reranking(at=at).primary in ours
     assert 0.3 < ours["map"] < 0.99
+
+
+def test_lists_of_positives_and_negatives(tmp_path: Path) -> None:
+    """The records that sentence-transformers takes: lists of unlike length, of which a source makes rows."""
+    rows, model, _ = make_candidates(grades=1)
+    samples: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        empty = {"query": row["anchor"], "positive": [], "negative": []}
+        samples.setdefault(row["anchor"], empty)["positive" if row["label"] else "negative"].append(row["positive"])
+    records = [sample for sample in samples.values() if sample["positive"] and sample["negative"]]
+    assert len({len(record["negative"]) for record in records}) > 3
+    (tmp_path / "lists.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    columns = {"anchor": "query", "positives": "positive", "negatives": "negative"}
+    source = EvalSource(str(tmp_path / "lists.jsonl"), columns, name="lists", max_negatives=20, evaluator=Reranking())
+    loaded = load(source, tmp_path / "cache")
+    embeddings = torch.from_numpy(model.encode(Reranking().texts(loaded)))
+    theirs = RerankingEvaluator(records, write_csv=False)(model)
+    assert Reranking().score(embeddings, loaded) == pytest.approx(theirs, abs=1e-6)
+
+
+def test_neither_labels_nor_negatives() -> None:
+    with pytest.raises(ValueError, match=r"needs a label that says which .*; the set has anchor, positive"):
+        Reranking().score(torch.randn(4, 3), {"anchor": ["q"] * 2, "positive": ["a", "b"]})
 
 
 def test_grades_are_gains() -> None:
