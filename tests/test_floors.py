@@ -22,7 +22,7 @@ FLOORS = {
           trainer.preflight trainer.prepare trainer.config_errors trainer.config_files trainer.config_migration
           trainer.config_values
           trainer.cache_command trainer.check.command trainer.demo trainer.demo_data trainer.demo_encoder
-          trainer.export trainer.export.* trainer.mine.command trainer.predict.command
+          trainer.export trainer.export.* trainer.mine.columns trainer.mine.command trainer.predict.command
           trainer.predict.flags""",
     3: """trainer.module trainer.checkpoint trainer.data.module trainer.evaluation.runner trainer.evaluation.scoring
           trainer.evaluation.sharded

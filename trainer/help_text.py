@@ -155,7 +155,7 @@ writes JSON lines to train on. Never a positive of the anchor, nor its own text.
     --positive answer --relative-margin 0.05 --out mined.jsonl.gz
 """
 MINE_TAIL = """\
-and --precision, --max-tokens, --devices, ... of trainer predict --help.
+and --precision, --max-tokens, --devices, ...: see trainer predict --help
 """
 HEADS = {
     "fit": """\

@@ -6,9 +6,10 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +17,7 @@ from trainer import interruption
 from trainer.config_files import ConfigError
 from trainer.mine.select import Rules
 from trainer.predict.command import (
-    begin,
     choose_prompt,
-    embed,
     encoder_spec,
     end,
     on_first_rank,
@@ -27,19 +26,16 @@ from trainer.predict.command import (
     start,
 )
 from trainer.predict.flags import Flags, add_encoder, add_place, add_reading, at_least
+from trainer.run_lock import take_lock
 
 if TYPE_CHECKING:
     import torch
-    from datasets import Dataset
 
     from trainer.encoder import Encoder, EncoderSpec
     from trainer.mine.pairs import Pairs
-    from trainer.mine.search import Vectors
-    from trainer.predict.shards import Shards
 
 # Kind of text -> names that models give the prompt for it, as sentence-transformers looks for them.
 _PROMPT_NAMES = {"query": ("query",), "corpus": ("document", "passage", "corpus")}
-_SHARD_ROWS = 10_000
 
 
 def flags() -> Flags:
@@ -88,6 +84,7 @@ def mine(args: Sequence[str]) -> int:
     options = flags().read(args)
     _refuse(options)
     from trainer.distributed import gather
+    from trainer.mine.columns import embed_columns, read_columns
     from trainer.mine.pairs import number_pairs
     from trainer.mine.search import CHUNK_ANCHORS, search
 
@@ -98,21 +95,27 @@ def mine(args: Sequence[str]) -> int:
         specs = _specs(options)
     encoder, device = _start(options, specs)
     work = options.out.with_name(options.out.name + ".work")
-    vectors, about = _embed_columns(options, columns, specs, encoder, device, work)
-    del encoder
-    tables = {name: column.rows.data.table for name, column in columns.items()}
-    corpus = tables.get("corpus")
-    pairs = number_pairs(
-        tables["anchor"]["anchor"], tables["positive"]["positive"], None if corpus is None else corpus["text"]
-    )
-    facts = json.dumps([dataclasses.asdict(rules), about, CHUNK_ANCHORS], sort_keys=True)
-    parts = work / f"parts-{hashlib.sha256(facts.encode()).hexdigest()[:12]}"
-    with said_once():
-        rules.resolved(pairs.most_positives)
-    with said_when_stopped():
-        search(pairs, vectors, rules, parts, device)
-    if gather.rank() == 0:
-        _finish(options, pairs, tables, parts, work)
+    on_first_rank(lambda: take_lock(work, os.environ))
+    try:
+        vectors, about = embed_columns(options, columns, specs, encoder, device, work)
+        del encoder
+        tables = {name: column.rows.data.table for name, column in columns.items()}
+        corpus = tables.get("corpus")
+        pairs = number_pairs(
+            tables["anchor"]["anchor"], tables["positive"]["positive"], None if corpus is None else corpus["text"]
+        )
+        facts = json.dumps([dataclasses.asdict(rules), about, CHUNK_ANCHORS], sort_keys=True)
+        parts = work / f"parts-{hashlib.sha256(facts.encode()).hexdigest()[:12]}"
+        with said_once():
+            rules.resolved(pairs.most_positives)
+        with said_when_stopped():
+            search(pairs, vectors, rules, parts, device)
+        if gather.rank() == 0:
+            _finish(options, pairs, tables, parts, work)
+    finally:
+        end(work)
+        with suppress(OSError):
+            work.rmdir()  # where there is nothing to go on with
     return 0
 
 
@@ -127,53 +130,6 @@ def _refuse(options: argparse.Namespace) -> None:
     lacking = [name for name in wanted if getattr(options, f"{name}_embeddings") is None]
     if lacking and options.model is None:
         raise ConfigError(f"trainer mine also needs --model, or --{lacking[0]}-embeddings; see trainer mine --help")
-
-
-# -- texts ------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class TextColumn:
-    """A column to embed.
-
-    Attributes:
-        rows: with the column, under this name.
-        column: its canonical name.
-        fingerprint: of its texts alone, as trainer predict notes it.
-        kind: whose prompt stands before its texts: query or corpus.
-    """
-
-    rows: Dataset
-    column: str
-    fingerprint: str
-    kind: str
-
-
-def read_columns(options: argparse.Namespace) -> dict[str, TextColumn]:
-    """The anchors, the positives, and the corpus if there is one."""
-    from trainer.data.cache import default_cache_dir
-    from trainer.data.sources import Source, fingerprint, load
-
-    cache = options.cache_dir or default_cache_dir()
-    source = Source(
-        options.data,
-        {"anchor": options.anchor, "positive": options.positive},
-        split=options.split,
-        on_bad_row=options.on_bad_row,
-    )
-    rows = load(source, cache)
-
-    def alone(name: str) -> str:
-        return fingerprint(replace(source, columns={"text": name}))
-
-    columns = {
-        "anchor": TextColumn(rows, "anchor", alone(options.anchor), "query"),
-        "positive": TextColumn(rows, "positive", alone(options.positive), "corpus"),
-    }
-    if options.corpus:
-        more = replace(source, path=options.corpus, columns={"text": options.text})
-        columns["corpus"] = TextColumn(load(more, cache), "text", fingerprint(more), "corpus")
-    return columns
 
 
 def _specs(options: argparse.Namespace) -> dict[str, EncoderSpec]:
@@ -192,9 +148,6 @@ def _specs(options: argparse.Namespace) -> dict[str, EncoderSpec]:
     return specs
 
 
-# -- embeddings -------------------------------------------------------------------------------------------
-
-
 def _start(options: argparse.Namespace, specs: dict[str, EncoderSpec]) -> tuple[Encoder | None, torch.device]:
     from trainer.distributed.launch import start_ranks
 
@@ -202,77 +155,6 @@ def _start(options: argparse.Namespace, specs: dict[str, EncoderSpec]) -> tuple[
         return start(options, specs["query"])
     with said_once():
         return None, start_ranks(options.accelerator, options.devices, options.nodes)
-
-
-def _embed_columns(
-    options: argparse.Namespace,
-    columns: dict[str, TextColumn],
-    specs: dict[str, EncoderSpec],
-    encoder: Encoder | None,
-    device: torch.device,
-    work: Path,
-) -> tuple[Vectors, dict[str, dict[str, Any]]]:
-    """Embeddings of all columns, those that were given and those that are made here, and what their manifests say."""
-    from trainer.mine.search import Vectors
-    from trainer.predict.shards import open_shards
-
-    said: dict[str, dict[str, Any]] = {}
-    opened: dict[str, Shards] = {}
-    for name, column in columns.items():
-        folder = getattr(options, f"{name}_embeddings")
-        if folder is None:
-            assert encoder is not None
-            folder = work / name
-            _embed_column(options, column, specs[column.kind], encoder, device, folder)
-        opened[name], said[name] = on_first_rank(lambda folder=folder: open_shards(folder))  # type: ignore[misc]
-    on_first_rank(lambda: _match(options, columns, opened, said))
-    return Vectors(opened["anchor"], opened["positive"], opened.get("corpus")), said
-
-
-def _embed_column(
-    options: argparse.Namespace,
-    column: TextColumn,
-    spec: EncoderSpec,
-    encoder: Encoder,
-    device: torch.device,
-    folder: Path,
-) -> None:
-    from trainer.encoder.text import load_text_preparation
-    from trainer.predict.embed import Settings
-    from trainer.predict.shards import Shards
-
-    encoder.text = load_text_preparation(spec)
-    settings = Settings(options.precision, max_tokens=options.max_tokens)
-    dimension = encoder.embedding_dimension
-    shards = Shards(folder, "npy", len(column.rows), _SHARD_ROWS, dimension, "float32", has_ids=False)
-    begin(shards, encoder, settings, {"data": column.fingerprint})
-    try:
-        embed(encoder, column.rows, column.column, shards, settings, device)
-    finally:
-        end(folder)
-
-
-def _match(
-    options: argparse.Namespace,
-    columns: dict[str, TextColumn],
-    opened: dict[str, Shards],
-    said: dict[str, dict[str, Any]],
-) -> None:
-    """Refuse embeddings of other texts, or of different models."""
-    for name, column in columns.items():
-        if said[name].get("data") != column.fingerprint or opened[name].num_rows != len(column.rows):
-            file, key = (options.corpus, options.text) if name == "corpus" else (options.data, getattr(options, name))
-            raise ValueError(
-                f"{opened[name].folder} holds {opened[name].num_rows:,} embeddings of other texts than column '{key}' "
-                f"of {file} ({len(column.rows):,} rows); make them: trainer predict --data {file} --text {key}"
-            )
-    for key in ("model", "dimension"):
-        if len({saved[key] for saved in said.values()}) > 1:
-            listed = ", ".join(f"{shards.folder}: {said[name][key]}" for name, shards in opened.items())
-            raise ValueError(f"the embeddings differ in their {key} ({listed}); embed all with one model")
-
-
-# -- the end ----------------------------------------------------------------------------------------------
 
 
 def _finish(options: argparse.Namespace, pairs: Pairs, tables: dict[str, Any], parts: Path, work: Path) -> None:

@@ -71,7 +71,7 @@ def search(pairs: Pairs, vectors: Vectors, rules: Rules, folder: Path, device: t
     """Write the chunks that are not in ``folder`` yet. All ranks call it together.
 
     Raises:
-        ValueError: the rules leave too few candidates.
+        ValueError: the rules leave too few candidates, or the folder can't be written.
         Interrupted: a rank was asked to stop; finished chunks are kept.
     """
     range_max = rules.resolved(pairs.most_positives)
@@ -157,11 +157,16 @@ def _is_whole(path: Path) -> bool:
 def _write(path: Path, chunk: Chunk) -> None:
     negatives = chunk.negatives
     removed = {f"removed-{rule}": np.array(count) for rule, count in negatives.removed.items()}
-    with whole_file(path) as file:
-        np.savez(
-            file,
-            scores=negatives.scores_Qn,
-            ids=negatives.ids_Qn,
-            positive_scores=chunk.positive_scores_K,
-            **removed,  # type: ignore[arg-type]
-        )
+    try:
+        with whole_file(path) as file:
+            np.savez(
+                file,
+                scores=negatives.scores_Qn,
+                ids=negatives.ids_Qn,
+                positive_scores=chunk.positive_scores_K,
+                **removed,  # type: ignore[arg-type]
+            )
+    except OSError as error:
+        raise ValueError(
+            f"{path} can't be written: {error.strerror}; make room, and the same command goes on from there"
+        ) from error

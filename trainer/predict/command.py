@@ -114,7 +114,7 @@ def on_first_rank(function: Callable[[], Value]) -> Value:
     if gather.rank() == 0:
         try:
             found = function()
-        except (ConfigError, ValueError) as error:
+        except (ConfigError, ValueError, OSError) as error:  # whatever it is, nobody may wait for this rank
             refused = in_flags(str(error))
     found, refused = gather.broadcast_object((found, refused))
     if refused:
