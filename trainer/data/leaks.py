@@ -81,7 +81,8 @@ def _held_out(validation: EvalSource, cache_dir: Path) -> tuple[pa.Array, pa.Arr
     rows = load(validation, cache_dir).with_format("arrow")[:]
     names = validation.text_columns
     row_keys = joined([rows[name].combine_chunks() for name in names[:2]])
-    return row_keys, pc.unique(pa.chunked_array([chunk for name in names for chunk in rows[name].chunks])), len(names)
+    texts = pa.chunked_array([chunk for name in names for chunk in rows[name].chunks])
+    return row_keys, pc.unique(texts).drop_null(), len(names)
 
 
 def _chunks(train: Sequence[Source], cache_dir: Path, max_rows: Optional[int]) -> Iterator[list[pa.Array]]:

@@ -287,11 +287,14 @@ class EvalSource(Source):
     keeps_holdout: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if lists := [name for name in _LISTS if name in self.columns]:
-            raise ValueError(f"{self.path}: {lists[0]} is for data.train; name one text in a validation set")
+        kind = type(self.evaluator).__name__
+        lists = [name for name in _LISTS if name in self.columns]
+        if lists and not self.evaluator.takes_lists:
+            raise ValueError(
+                f"{self.path}: {lists[0]} is for data.train and Reranking; {kind} takes one text in a column"
+            )
         if not re.fullmatch(r"\w[\w.-]*", self.name):
             raise ValueError(f"validation set name '{self.name}': letters, digits, '.', '_' and '-' are allowed")
-        kind = type(self.evaluator).__name__
         if self.evaluator.teacher_column is not None and self.teacher is None:
             raise ValueError(f"{self.path}: {kind} compares with a teacher; name it: teacher: {{backbone: ...}}")
         if self.evaluator.teacher_column is None and self.teacher is not None:

@@ -25,12 +25,14 @@ class Evaluator(ABC):
         primary: the metric that stands for the whole, higher is better.
         teacher_column: the column whose texts a teacher embeds; `score` finds its embeddings (B, D) in the rows, as
             the column `teacher`. None: it compares with none.
+        takes_lists: whether a row may have fewer texts than columns (None), as lists of positives and negatives give.
     """
 
     columns: ClassVar[tuple[str, ...]]
     text_columns: ClassVar[tuple[str, ...]]
     primary: str
     teacher_column: ClassVar[Optional[str]] = None
+    takes_lists: ClassVar[bool] = False
 
     def texts(self, rows: Rows) -> list[str]:
         """All texts to embed, column by column: (len(text_columns) * B,)."""

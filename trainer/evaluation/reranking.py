@@ -26,6 +26,7 @@ class Reranking(Evaluator):
 
     columns = ("anchor", "positive")
     text_columns = ("anchor", "positive")
+    takes_lists = True
 
     def __init__(self, at: int = 10) -> None:
         if at < 1:
