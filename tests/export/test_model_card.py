@@ -16,7 +16,7 @@ import yaml
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.model_card import SentenceTransformerModelCardData
 
-from tests.data.test_retrieval import write_beir
+from tests.data.test_retrieval import write_beir, write_lines
 from trainer.demo_data import read_pairs
 from trainer.encoder import EncoderSpec
 from trainer.export.model_card import _set_base
@@ -308,4 +308,20 @@ def test_a_set_that_is_searched(bench: Any, tmp_path: Path) -> None:
     assert re.search(r"\| dot_map@100 +\| 0\.3125 +\|", card)
     assert "* Evaluator: <code>trainer.evaluation.informationretrieval.InformationRetrieval</code>" in card
     assert "what is thing 0 ?" in card
+    assert str(bench.folder) not in card
+
+
+def test_lists_of_negatives(bench: Any, tmp_path: Path) -> None:
+    """Of training and of a validation set: the columns that every row has are shown."""
+    records = [
+        {"query": pair.sentence1, "pos": [pair.sentence2], "neg": [pair.sentence1] * (1 + i % 3)}
+        for i, pair in enumerate(bench.pairs[:12])
+    ]
+    write_lines(bench.folder / "lists.jsonl", records)
+    columns = {"anchor": "query", "positives": "pos", "negatives": "neg"}
+    source = {"path": str(bench.folder / "lists.jsonl"), "columns": columns, "max_negatives": 3}
+    validation = {"name": "lists", **source, "evaluator": {"class_path": "trainer.evaluation.Reranking"}}
+    card = export(bench.write_run("lists", data={"train": [source], "validation": [validation]}), tmp_path / "out")
+    assert "<code>negative_1</code>" in card
+    assert "<code>negative_2</code>" not in card
     assert str(bench.folder) not in card

@@ -120,7 +120,9 @@ def _read(source: Source, cache_dir: Path) -> Dataset | None:
         if isinstance(source, EvalSource) and source.searches:
             sets = load_collections(source, cache_dir).values()
             return Dataset.from_dict({"query": [text for one in sets for text in one.queries]})
-        return load(source, cache_dir)
+        rows = load(source, cache_dir)
+        # Of lists: sentence-transformers counts no texts that are not there.
+        return rows.select_columns([name for name in rows.column_names if not rows.data.column(name).null_count])
     except Exception as error:
         # Data may have moved since the training; the model is worth more than its samples.
         logger.warning(f"the model card shows no samples of {source.path}: {error}")
