@@ -33,8 +33,8 @@ FLOORS = {
           trainer.check.texts trainer.data.ahead trainer.data.batches trainer.data.cache trainer.data.checks
           trainer.data.collate trainer.data.columns trainer.data.derived trainer.data.facts trainer.data.files
           trainer.data.json_lines trainer.data.leaks trainer.data.opaque trainer.data.order trainer.data.progress
-          trainer.data.rowgroups trainer.data.rows trainer.data.sources trainer.data.streaming trainer.data.tokens
-          trainer.data.values
+          trainer.data.rowgroups trainer.data.rows trainer.data.sources trainer.data.streaming trainer.data.teacher
+          trainer.data.teaching trainer.data.tokens trainer.data.values
           trainer.evaluation trainer.evaluation.base trainer.evaluation.sts trainer.evaluation.triplet""",
     1: """trainer trainer.batch trainer.data trainer.distributed trainer.distributed.gather
           trainer.files trainer.interruption""",

@@ -296,7 +296,7 @@ PAIR = {"anchor": "sentence1", "positive": "sentence2"}
         (
             MarginMSE,
             PAIR | {"negative": "sentence1"},
-            "MarginMSE needs a column 'scores' or 'score', {path} has anchor, negative, positive; map it in",
+            "MarginMSE needs a column 'score_1' or 'score', {path} has anchor, negative, positive; map it in",
         ),
     ],
 )

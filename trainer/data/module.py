@@ -24,6 +24,7 @@ from trainer.data.order import Order, steps_per_window
 from trainer.data.rowgroups import group_files
 from trainer.data.sources import EvalSource, Source, load
 from trainer.data.streaming import GIB, StreamedTable
+from trainer.data.teacher import TeacherTable
 from trainer.data.tokens import TokenTable, end_with, tokenize, worker_context
 from trainer.distributed import gather
 from trainer.encoder.spec import EncoderSpec
@@ -143,6 +144,7 @@ class PairData(LightningDataModule):
         self.seed = seed
         self.tables: list[TokenTable | StreamedTable] = []
         self.stream: Optional[OpaqueStream] = None
+        self.teachers: dict[int, TeacherTable] = {}  # of the training sources that have one, by their number
         self._positions: dict[int, dict[str, Any]] = {}  # of this rank's readers of the stream
         self.validation_sets: list[ValidationSet] = []
         self.allow_zero_length_dataloader_with_multiple_devices = True
@@ -268,7 +270,7 @@ class PairData(LightningDataModule):
                 dict(self._positions),
             )
         else:
-            batches = StepBatches(self.tables, self.order, self.steps_per_epoch, rank, world_size)
+            batches = StepBatches(self.tables, self.order, self.steps_per_epoch, rank, world_size, self.teachers)
         return StepLoader(
             batches,
             batch_sampler=StepSampler(self),

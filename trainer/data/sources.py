@@ -30,7 +30,8 @@ from trainer.files import sha256_of
 
 _VERSION = 1  # of the cached rows: raise it when the same files and spec give other rows
 _TEXT = re.compile(r"text|anchor|positive|negative(_[1-9]\d*)?")
-_KNOWN = ("text", "anchor", "positive", "negative", "negative_1", "label", "score")
+_CANDIDATE_SCORE = re.compile(r"score_[1-9]\d*")
+_KNOWN = ("text", "anchor", "positive", "negative", "negative_1", "label", "score", "score_1")
 _BATCH_ROWS = 10_000
 
 
@@ -42,7 +43,7 @@ class Source:
         path: file, glob or folder of JSON lines, CSV, TSV, Parquet or Arrow (also .gz), or a hub data set id.
         columns: canonical name -> column in the data: its name, its position from 0, or a field inside it
             (translation.en, negatives.0). Texts are text, or anchor, positive, negative, negative_1, ...; targets
-            are label (class number) and score.
+            are label (class number), score, and score_1, score_2, ...: a teacher's of each candidate (scores.0, ...).
         score_range: lowest and highest score of the data, mapped linearly to 0..1; unset: left as they are.
         label_map: value in the data -> number; feeds score where columns has score, else label.
         split: of a hub data set, a saved DatasetDict, or a folder whose file names say train, dev, test.
@@ -85,11 +86,16 @@ class Source:
 
     def __post_init__(self) -> None:
         for name in self.columns:
-            if not _TEXT.fullmatch(name) and name not in ("label", "score"):
+            if not _TEXT.fullmatch(name) and name not in _KNOWN and not _CANDIDATE_SCORE.fullmatch(name):
                 raise ValueError(
                     f"{self.path}: columns has '{name}', which is none of text, anchor, positive, negative, "
-                    f"negative_1, ..., label, score.{did_you_mean(name, _KNOWN)}"
+                    f"negative_1, ..., label, score, score_1, ....{did_you_mean(name, _KNOWN)}"
                 )
+        expected = tuple(f"score_{number + 1}" for number in range(len(self.candidate_scores)))
+        if self.candidate_scores != expected:
+            raise ValueError(
+                f"{self.path}: columns has {', '.join(self.candidate_scores)}; number them {', '.join(expected)}"
+            )
         texts = self.text_columns
         if texts != ("text",) and texts[:2] != ("anchor", "positive"):
             raise ValueError(
@@ -111,6 +117,7 @@ class Source:
 
     def _check_derivation(self) -> None:
         planned = {"where": self.where, "triplets": self.triplets, "holdout": self.holdout, "max_rows": self.max_rows}
+        planned |= dict.fromkeys(self.candidate_scores, True)
         if self.streaming and (asked := [name for name, value in planned.items() if value]):
             raise ValueError(
                 f"{self.path}: {asked[0]} does not go with streaming: true, for rows are numbered before they are "
@@ -168,8 +175,14 @@ class Source:
         return tuple(sorted((*(name for name in self.columns if _TEXT.fullmatch(name)), *made), key=place))
 
     @property
+    def candidate_scores(self) -> tuple[str, ...]:
+        """The columns score_1, score_2, ... in their order."""
+        names = (name for name in self.columns if _CANDIDATE_SCORE.fullmatch(name))
+        return tuple(sorted(names, key=lambda name: int(name.partition("_")[2])))
+
+    @property
     def canonical_columns(self) -> tuple[str, ...]:
-        targets = () if self.triplets else ("score", "label")
+        targets = () if self.triplets else ("score", "label", *self.candidate_scores)
         return (*self.text_columns, *(name for name in targets if name in self.columns))
 
     @property
@@ -372,7 +385,7 @@ class _RowsFile:
     """Checked rows on their way into an Arrow file, single ones and whole batches, in the order they come."""
 
     def __init__(self, source: Source, path: Path) -> None:
-        types = {"score": pa.float32(), "label": pa.int64()}
+        types = {"score": pa.float32(), "label": pa.int64(), **dict.fromkeys(source.candidate_scores, pa.float32())}
         self.schema = pa.schema([(name, types.get(name, pa.large_string())) for name in source.canonical_columns])
         self.path = path
         self.num_rows = 0

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 2  # of the files: raise it when the same source and tokenizer give another folder
+_VERSION = 3  # of the files: raise it when the same source and tokenizer give another folder
 _SPAN = 2000  # texts per task
 _TEXTS_PER_PROCESS = 20_000  # fewer are tokenised before another process has started
 # Rows among which a text that repeats is found; memory is bounded by the bytes of their texts.
@@ -61,6 +61,7 @@ class TokenTable:
         labels: class numbers, int64 (N,), or None.
         scores: float32 (N,), or None.
         num_skipped: bad rows of the source that were left out.
+        candidate_scores: of each candidate, float32 (N,), or none.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -77,6 +78,8 @@ class TokenTable:
             file.stem: _map(file) for file in (folder / "label.int64", folder / "score.float32") if file.exists()
         }
         self.labels: NDArray[np.int64] | None = targets.get("label")
+        names = [f"score_{number + 1}" for number in range(report["num_candidate_scores"])]
+        self.candidate_scores = [_map(folder / f"{name}.float32") for name in names]
         self.scores: NDArray[np.float32] | None = targets.get("score")
 
     def __reduce__(self) -> tuple[type[TokenTable], tuple[Path]]:
@@ -107,6 +110,10 @@ class TokenTable:
         The reverse holds among some million neighbouring rows: beyond that a text may get a second number.
         """
         return self._text_ids[column]
+
+    def distinct_texts(self) -> TokenSpans:
+        """Token ids of all distinct texts, in the order of their numbers."""
+        return TokenSpans(self._values, self._offsets[:-1], np.diff(self._offsets))
 
     def num_truncated(self, column: str) -> int:
         """Texts that were longer than the encoder's max_length and lost their end."""
@@ -173,6 +180,7 @@ def _build(source: Source, text: TextPreparation, cache_dir: Path, folder: Path)
         "source": source.path,
         "num_rows": len(rows),
         "num_skipped": num_skipped_rows,
+        "num_candidate_scores": len(source.candidate_scores),
         "num_truncated": {c: _count_truncated(folder, c) for c in source.text_columns},
     }
     (folder / "truncated.bool").unlink()
@@ -208,7 +216,8 @@ def _segments(rows: Dataset, columns: tuple[str, ...]) -> Iterator[list[pa.Recor
 
 
 def _write_targets(rows: Dataset, folder: Path) -> None:
-    for target, suffix in (("score", "float32"), ("label", "int64")):
+    scores = [name for name in rows.column_names if name.partition("_")[0] == "score"]
+    for target, suffix in (*((name, "float32") for name in scores), ("label", "int64")):
         if target in rows.column_names:
             with (folder / f"{target}.{suffix}").open("wb") as file:
                 for batch in rows.data.table.select([target]).to_batches():
