@@ -1,7 +1,8 @@
 """Time and memory of InfoNCE on large batches, in tiles and whole: python benchmarks/loss_memory.py
 
 Each size runs in a fresh process: forward and backward of the loss on B pairs of 384 dimensions, float32. Memory is the
-highest resident set of that process above what it has once the embeddings are there; their gradients are included.
+highest resident set of that process above what it has once the embeddings are there; their gradients are included. CPU
+seconds are the sum over threads: they mean the same on a machine that others use too.
 """
 
 from __future__ import annotations
@@ -33,11 +34,19 @@ def measure(num_rows: int, tiled: bool) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     columns = [torch.randn(num_rows, DIMENSION, generator=generator).requires_grad_() for _ in range(2)]
     before = _resident_bytes()
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     value = _step(num_rows, tiled, columns)
-    seconds = time.perf_counter() - start
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"rows": num_rows, "tiled": tiled, "seconds": seconds, "bytes_above": peak - before, "loss": value}
+    return {
+        "rows": num_rows,
+        "tiled": tiled,
+        "threads": torch.get_num_threads(),
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+        "bytes_above": peak - before,
+        "loss": value,
+    }
 
 
 def _step(num_rows: int, tiled: bool, columns: list[torch.Tensor] | None = None) -> float:
@@ -47,7 +56,7 @@ def _step(num_rows: int, tiled: bool, columns: list[torch.Tensor] | None = None)
     loss.max_whole = 0 if tiled else 2**62
     value = loss(columns, Targets((num_rows,), torch.arange(num_rows)))
     value.backward()
-    return float(value)
+    return float(value.detach())
 
 
 def _resident_bytes() -> int:
@@ -65,8 +74,8 @@ def plot(runs: list[dict[str, Any]], path: Path) -> None:
         chosen = [run for run in runs if run["tiled"] == tiled]
         rows = [run["rows"] for run in chosen]
         axes[0].plot(rows, [run["bytes_above"] / 2**30 for run in chosen], "o-", label=name)
-        axes[1].plot(rows, [run["seconds"] for run in chosen], "o-", label=name)
-    for axis, unit in zip(axes, ("GiB above the embeddings", "seconds, forward and backward"), strict=True):
+        axes[1].plot(rows, [run["cpu_seconds"] for run in chosen], "o-", label=name)
+    for axis, unit in zip(axes, ("GiB above the embeddings", "CPU seconds, forward and backward"), strict=True):
         axis.set(xscale="log", yscale="log", xlabel=f"pairs in the batch (D = {DIMENSION}, float32)", ylabel=unit)
         axis.set_xticks(TILED, [f"{size // 1024}k" for size in TILED])
         axis.minorticks_off()

@@ -117,9 +117,11 @@ def train(folder: str, cache_dir: str, num_workers: int = 0) -> tuple[dict[str, 
     return {name: p.detach().clone() for name, p in module.named_parameters()}, seen
 
 
-def test_two_ranks_and_loader_workers_learn_the_same(two_ranks: TwoRanks, folder: Path, tmp_path: Path) -> None:
-    alone, seen = train(str(folder), str(tmp_path / "one"))
-    (weights, first), (others, second) = two_ranks(train, str(folder), str(tmp_path / "two"), 1)
+def test_two_ranks_learn_what_one_process_with_a_loader_worker_learns(
+    two_ranks: TwoRanks, folder: Path, tmp_path: Path
+) -> None:
+    alone, seen = train(str(folder), str(tmp_path / "one"), 1)
+    (weights, first), (others, second) = two_ranks(train, str(folder), str(tmp_path / "two"))
     assert len(seen) == 2 * 7
     assert [a + b for a, b in zip(first, second, strict=True)] == pytest.approx(seen, abs=1e-4)
     assert all(torch.equal(weights[name], value) for name, value in others.items())
