@@ -117,7 +117,7 @@ def train(folder: str, cache_dir: str, num_workers: int = 0) -> tuple[dict[str, 
     return {name: p.detach().clone() for name, p in module.named_parameters()}, seen
 
 
-def test_two_ranks_learn_what_one_process_with_a_loader_worker_learns(
+def test_two_ranks_learn_what_one_with_a_loader_worker_learns(
     two_ranks: TwoRanks, folder: Path, tmp_path: Path
 ) -> None:
     alone, seen = train(str(folder), str(tmp_path / "one"), 1)
