@@ -36,7 +36,7 @@ class EmbeddingModule(LightningModule):
         teacher: frozen encoder whose embeddings a loss wants (MSE, EmbedDistill; the guide of GISTEmbed); it embeds
             every training text once, before the training.
         learning_rate: peak of the schedule.
-        weight_decay: of AdamW; never on biases and norms unless decay_all.
+        weight_decay: of AdamW; never on biases, norms and single numbers unless decay_all.
         warmup_ratio: share of the steps in which the learning rate rises from 0.
         schedule: course of the learning rate after the warm-up.
         optimizer: AdamW, or plain SGD (no momentum).
@@ -188,7 +188,9 @@ class EmbeddingModule(LightningModule):
         norms = {id(p) for m in self.modules() if _is_norm(m) for p in m.parameters(recurse=False)}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
-                exempt = not self.decay_all and (id(parameter) in norms or name.endswith("bias"))
+                # A single number is a scale or an offset, as a norm's weights and biases are.
+                single = parameter.dim() == 0 or id(parameter) in norms or name.endswith("bias")
+                exempt = single and not self.decay_all
                 (plain if exempt else decayed).append(parameter)
         groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": plain, "weight_decay": 0.0}]
         groups = [group for group in groups if group["params"]]
