@@ -37,8 +37,8 @@ FLOORS = {
           trainer.data.checks trainer.data.collate trainer.data.columns trainer.data.derived trainer.data.facts
           trainer.data.files trainer.data.hashes trainer.data.json_lines trainer.data.layouts trainer.data.leaks
           trainer.data.opaque trainer.data.order trainer.data.plans trainer.data.progress trainer.data.retrieval
-          trainer.data.rowgroups trainer.data.rows trainer.data.sources trainer.data.streaming trainer.data.tokens
-          trainer.data.values
+          trainer.data.rowgroups trainer.data.rows trainer.data.sources trainer.data.streaming trainer.data.teacher
+          trainer.data.teaching trainer.data.tokens trainer.data.values
           trainer.evaluation trainer.evaluation.base trainer.evaluation.binaryclassification
           trainer.evaluation.classification trainer.evaluation.informationretrieval trainer.evaluation.labelaccuracy
           trainer.evaluation.mse trainer.evaluation.reranking trainer.evaluation.search trainer.evaluation.sts

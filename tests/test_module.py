@@ -23,7 +23,7 @@ from trainer.data.module import PairData
 from trainer.data.sources import Source
 from trainer.demo_data import MAX_SCORE, read_pairs, write_pairs
 from trainer.encoder import EncoderSpec
-from trainer.losses import BatchHardTriplet, Contrastive, CosineSimilarity, InfoNCE, MarginMSE, Softmax
+from trainer.losses import BatchHardTriplet, Contrastive, CosineSimilarity, InfoNCE, MarginMSE, SigLIP, Softmax
 from trainer.module import EmbeddingModule
 
 ROWS, BATCH = 44, 8  # 6 steps an epoch, the last of 4 rows
@@ -210,6 +210,14 @@ def test_heads_are_trained(tiny_encoder: Path, pairs: Path) -> None:
     assert float(run.trainer.optimizers[0].state[head]["exp_avg"].abs().max()) > 0.0
 
 
+def test_scale_and_bias_of_a_loss_are_trained_without_decay(tiny_encoder: Path, pairs: Path) -> None:
+    module, data = _parts(tiny_encoder, pairs, {"loss": SigLIP()}, PAIR)
+    run = _fit(module, data, max_steps=3)
+    trained = {name for name, p in run.module.named_parameters() if p.requires_grad}
+    assert {"loss.log_scale", "loss.logit_bias"} <= trained - _decayed(run.module, run.trainer)
+    assert float(run.module.loss.logit_bias.detach()) != -10.0
+
+
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
@@ -296,7 +304,7 @@ PAIR = {"anchor": "sentence1", "positive": "sentence2"}
         (
             MarginMSE,
             PAIR | {"negative": "sentence1"},
-            "MarginMSE needs a column 'scores' or 'score', {path} has anchor, negative, positive; map it in",
+            "MarginMSE needs a column 'score_1' or 'score', {path} has anchor, negative, positive; map it in",
         ),
     ],
 )
