@@ -7,12 +7,12 @@ to read a block stands between two records.
 from __future__ import annotations
 
 import csv
-import re
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 
@@ -25,11 +25,6 @@ from trainer.data.values import is_word
 if TYPE_CHECKING:
     from trainer.data.sources import Source
 
-# A cell in quotes, from one delimiter or end of a line to the next.
-_QUOTED = {
-    delimiter: re.compile(rb'(?<![^%b\n])"[^"\n]*(?:""[^"\n]*)*"(?=[%b\n])' % (delimiter.encode(), delimiter.encode()))
-    for delimiter in (",", "\t")
-}
 # Cells of a record with the number of its first line, or the reason why there are none.
 _Cells = tuple[int, "list[str] | str"]
 
@@ -179,9 +174,9 @@ def _parse(
 ) -> pa.RecordBatch | None:
     """The checked rows of a block; None where any row is not plainly good."""
     lines = block.lines.replace(b"\r\n", b"\n") if b"\r" in block.lines else block.lines
-    if b"\r" in lines or b"\0" in lines or max(map(len, lines.split(b"\n"))) > MAX_TEXT_CHARS:
-        return None
-    if b'"' in lines and b'"' in _QUOTED[delimiter].sub(b"", lines if lines.endswith(b"\n") else lines + b"\n"):
+    if not lines.endswith(b"\n"):
+        lines += b"\n"
+    if b"\r" in lines or b"\0" in lines or not _is_regular(lines, delimiter):
         return None
     used = list(dict.fromkeys(columns.values()))
     try:
@@ -202,3 +197,23 @@ def _parse(
     except pa.ArrowInvalid:
         return None
     return checked_batch(source, cells)
+
+
+def _is_regular(lines: bytes, delimiter: str) -> bool:
+    """Whether each quote opens a cell, closes it in the same line, or is one of two inside it; and no line is too long.
+
+    Quotes open and close in turn, for of two inside a cell the first closes and the second opens it again.
+    """
+    data = np.frombuffer(lines, np.uint8)
+    ends = np.flatnonzero(data == ord("\n"))
+    if np.diff(ends, prepend=-1).max() > MAX_TEXT_CHARS:
+        return False
+    quotes = np.flatnonzero(data == ord('"'))
+    if len(quotes) % 2:
+        return False
+    opening, closing = quotes[::2], quotes[1::2]
+    before, after = np.where(opening > 0, data[opening - 1], ord("\n")), data[closing + 1]
+    beside = [ord(delimiter), ord("\n"), ord('"')]
+    if not (np.isin(before, beside).all() and np.isin(after, beside).all()):
+        return False
+    return bool((np.searchsorted(ends, opening) == np.searchsorted(ends, closing)).all())
