@@ -19,6 +19,7 @@ from jsonargparse import lazy_instance
 
 from trainer.data.cache import use
 from trainer.data.checks import BadRows, checked_rows
+from trainer.data.delimited import read_delimited
 from trainer.data.derived import draw, held_out, triplets
 from trainer.data.files import JSON_LINES, data_files, data_format, did_you_mean, is_hub_id
 from trainer.data.json_lines import read_json_lines
@@ -555,7 +556,7 @@ class _RowsFile:
 
 
 def _open(source: Source, accept: Callable[[pa.RecordBatch], None]) -> Iterator[Rows]:
-    """The rows to check, file by file; ``accept`` gets those of JSON lines that Arrow has read and found good."""
+    """The rows to check, file by file; ``accept`` gets those of text files that Arrow has read and found good."""
     wanted = source.read_columns
     if is_hub_id(source.path):
         rows = hub_rows(source.path, source.subset, source.split, source.revision)
@@ -565,5 +566,7 @@ def _open(source: Source, accept: Callable[[pa.RecordBatch], None]) -> Iterator[
         for file in data_files(source.path, source.split):
             if data_format(file) in JSON_LINES:
                 yield read_json_lines(file, source, accept)
+            elif data_format(file) in (".csv", ".tsv"):
+                yield read_delimited(file, source, accept)
             else:
                 yield read_file(file, wanted)
