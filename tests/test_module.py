@@ -151,7 +151,7 @@ def test_prompts_of_columns_need_a_pooling_that_takes_them(tiny_encoder: Path, p
     path.write_text(json.dumps({**json.loads(path.read_text()), "include_prompt": False}))
     module, data = _parts(folder, pairs)
     data.train_sources[0].prompts = {"anchor": "query: "}
-    with pytest.raises(ValueError, match="'.*instructor' leaves its prompt out of the embedding: give one prompt"):
+    with pytest.raises(ValueError, match=r"'.*instructor' leaves its prompt out of the embedding: give one prompt"):
         _fit(module, data)
 
 
