@@ -2,6 +2,7 @@
 # One training run on a Slurm cluster. Nodes and devices come from Slurm: one task per GPU, or per node without GPUs.
 #
 #   sbatch --nodes 2 --gpus-per-node 4 --cpus-per-gpu 8 slurm/train.sh configs/X.yaml [configs/hardware/Y.yaml] [--key value ...]
+#   sbatch --nodes 2 --gpus-per-node 4 --cpus-per-gpu 8 slurm/train.sh predict|mine --flag value ...
 #
 # Config files first, then overrides; relative paths start at the folder in which sbatch was called.
 #   TRAINER_ENV           where Python lives: folder of a virtual environment, conda:NAME_OR_PATH, or a container image
@@ -34,6 +35,11 @@ cd "$SLURM_SUBMIT_DIR" # sbatch runs a copy of this file from its spool folder, 
 
 # ------------------------------------------------------------------------------------------- what to run
 
+command=fit
+if [[ ${1:-} == predict || ${1:-} == mine ]]; then # these take no config, and go on by what they find in --out
+    command=$1
+    shift
+fi
 configs=()
 while [[ ${1:-} == *.yaml || ${1:-} == *.yml ]] && [[ $1 != --* ]]; do
     [[ -f $1 ]] || refuse "there is no config file $1 in $SLURM_SUBMIT_DIR"
@@ -41,7 +47,7 @@ while [[ ${1:-} == *.yaml || ${1:-} == *.yml ]] && [[ $1 != --* ]]; do
     shift
 done
 [[ $# -eq 0 || $1 == --* ]] || refuse "'$1' is neither a .yaml file nor a --key; usage: $usage"
-[[ ${#configs[@]} -gt 0 || " $* " == *" --config"[\ =]* ]] || refuse "no config file given; usage: $usage"
+[[ $command != fit || ${#configs[@]} -gt 0 || " $* " == *" --config"[\ =]* ]] || refuse "no config file given; usage: $usage"
 arguments=("${configs[@]}" "$@")
 
 # ------------------------------------------------------------------------------------------- where Python lives
@@ -130,8 +136,12 @@ done
 # The strategy stands before the config files, for they may know better (DeepSpeed); what Slurm decides stands after
 # them; what the user typed stands last and wins.
 options=()
-if ((nodes * tasks > 1)); then options+=(--trainer.strategy ddp); fi
-options+=("${configs[@]}" --trainer.accelerator "$accelerator" --trainer.num_nodes "$nodes" --trainer.devices "$tasks" "$@")
+if [[ $command != fit ]]; then
+    options+=(--accelerator "$accelerator" "$@") # the ranks are counted by the program
+else
+    if ((nodes * tasks > 1)); then options+=(--trainer.strategy ddp); fi
+    options+=("${configs[@]}" --trainer.accelerator "$accelerator" --trainer.num_nodes "$nodes" --trainer.devices "$tasks" "$@")
+fi
 
 # ------------------------------------------------------------------------------------------- its run directory
 
@@ -212,7 +222,7 @@ finish() {
     if [[ $code == 0 && -n $folder ]]; then echo "job $SLURM_JOB_ID, $(date -Is)" >"$folder/.done"; fi
     echo # a progress bar may have left its line open
     echo "train.sh: job $SLURM_JOB_ID on $SLURM_JOB_NODELIST ended with exit code $code$first"
-    echo "train.sh: run directory: ${folder:-none yet}; last checkpoint: ${checkpoint:-none}"
+    [[ $command != fit ]] || echo "train.sh: run directory: ${folder:-none yet}; last checkpoint: ${checkpoint:-none}"
     if [[ $code == 85 ]] && requeue; then return 0; fi
     if [[ $code != [02] && -n $checkpoint ]]; then say_how_to_go_on "$folder"; fi
 }
@@ -238,7 +248,7 @@ trap finish EXIT
 
 export by_usr1=138 # status of a program that USR1 ended, before it could listen: nothing to save, and as good as 85
 
-if [[ ${TRAINER_PREFLIGHT:-1} != 0 ]]; then
+if [[ $command == fit && ${TRAINER_PREFLIGHT:-1} != 0 ]]; then
     # In the shape of the run itself, so that a task sees the devices it will get; the first one of each node speaks for it.
     # shellcheck disable=SC2016  # to be expanded in the task
     srun "${srun_options[@]}" --kill-on-bad-exit=0 bash -c '[[ $SLURM_LOCALID != 0 ]] || exec "$@"' preflight \
@@ -264,6 +274,6 @@ if ((nodes * tasks == 1)) && [[ -t 0 && -t 1 ]]; then srun_options+=(--pty); fi 
 rm -f "$exit_file"
 code=0
 TRAINER_EXIT_FILE=$exit_file srun "${srun_options[@]}" --kill-on-bad-exit=1 bash -c "$task" task \
-    "${run_in[@]}" "$python" -m trainer fit "${options[@]}" || code=$?
+    "${run_in[@]}" "$python" -m trainer "$command" "${options[@]}" || code=$?
 if [[ -s $exit_file ]]; then code=$(cut -d ' ' -f 1 "$exit_file"); fi
 exit "$code"

@@ -24,14 +24,34 @@ if str(ROOT) not in sys.path:
 
 from tests.two_ranks import TwoRanks  # noqa: E402
 
+# Groups of tests that take minutes, first of all: begun last, one of them would keep a worker busy on its own.
+LONG = (
+    "clusters",
+    "tests/test_resume.py",
+    "tests/distributed/test_strategies.py",
+    "tests/distributed/test_preemption.py",
+    "tests/distributed/test_watch.py",
+    "tests/test_configs.py",
+)
+
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Under ``-n``: the tests of a file share what the file has set up; those that start a cluster go one by one."""
+    groups = {}
     for item in items:
         file = item.path.relative_to(ROOT).as_posix()
-        clusters = file.startswith("tests/slurm/") or file in ("tests/test_readme.py", "tests/test_reliability.py")
-        item.add_marker(pytest.mark.xdist_group("clusters" if clusters else file))
+        clusters = file.startswith("tests/slurm/") or file in ("tests/test_readme.py", "tests/slow/test_reliability.py")
+        groups[item] = "clusters" if clusters else file
+        item.add_marker(pytest.mark.xdist_group(groups[item]))
+    items.sort(key=lambda item: LONG.index(groups[item]) if groups[item] in LONG else len(LONG))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """xdist groups by what it appends to the ids of tests, and would say nothing if pytest no longer let it."""
+    loadgroup = hasattr(session.config, "workerinput") and session.config.getvalue("loadgroup")
+    if loadgroup and not all("@" in item.nodeid for item in session.items):
+        raise pytest.UsageError("pytest-xdist does not group tests with this pytest: two clusters would meet")
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,8 @@ import pytest
 
 from trainer.cli import COMMANDS, main
 from trainer.help_text import FOLDER, HEIGHT, KEYS, WIDTH, live_parsers, screens
+from trainer.mine.command import flags as mine_flags
+from trainer.predict.command import flags as predict_flags
 
 ALL = {path.stem: path.read_text(encoding="utf-8") for path in sorted(FOLDER.glob("*.txt"))}
 
@@ -53,7 +55,20 @@ def test_flags_and_defaults_are_live(command: str, parsers: Mapping[str, Any]) -
 
 def test_every_flag_in_an_example_exists(parsers: Mapping[str, Any]) -> None:
     known = {option for parser in parsers.values() for option in parser._option_string_actions}
-    known |= {"--KEY", "--help-all", "--debug", "--exact", "--json", "--probe", "--nodes", "--all", "--older-than"}
+    for parser in (predict_flags(), mine_flags()):
+        known |= parser._option_string_actions.keys()
+    known |= {
+        "--FLAG",
+        "--KEY",
+        "--help-all",
+        "--debug",
+        "--exact",
+        "--json",
+        "--probe",
+        "--nodes",
+        "--all",
+        "--older-than",
+    }
     for name, text in ALL.items():
         for flag in re.findall(r"--[A-Za-z][\w.-]*", text):
             assert flag in known or flag == "--help", f"{name}.txt: {flag}"

@@ -25,7 +25,7 @@ from trainer.data.module import PairData
 from trainer.data.sources import Source
 from trainer.demo_data import MAX_SCORE, read_pairs, write_pairs
 from trainer.encoder import EncoderSpec
-from trainer.losses import BatchHardTriplet, CosineSimilarity, InfoNCE, Softmax
+from trainer.losses import BatchHardTriplet, Contrastive, CosineSimilarity, InfoNCE, MarginMSE, Softmax
 from trainer.module import EmbeddingModule
 
 ROWS, BATCH = 44, 8  # 6 steps an epoch, the last of 4 rows
@@ -299,6 +299,16 @@ PAIR = {"anchor": "sentence1", "positive": "sentence2"}
             lambda: Softmax(num_labels=3),
             PAIR | {"label": "score"},
             "{path} has labels 0 to 5, but Softmax has 3 classes 0 to 2; set num_labels or a label_map",
+        ),
+        (
+            Contrastive,
+            PAIR | {"label": "score"},
+            "{path} has labels 0 to 5, but Contrastive has 2 classes 0 to 1; set a label_map",
+        ),
+        (
+            MarginMSE,
+            PAIR | {"negative": "sentence1"},
+            "MarginMSE needs a column 'scores' or 'score', {path} has anchor, negative, positive; map it in",
         ),
     ],
 )

@@ -13,18 +13,20 @@ from trainer import interruption
 from trainer.config_files import ConfigError, read_command
 from trainer.run_dir import is_first_rank, rank_name
 
-COMMANDS = ("fit", "validate", "test", "export", "check", "prepare", "preflight", "cache", "demo")
+COMMANDS = ("fit", "validate", "test", "predict", "mine", "export", "check", "prepare", "preflight", "cache", "demo")
+
+_STOPPABLE = ("fit", "predict", "mine")  # what they have done is kept, and the same command goes on
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command line (default: this process's) and returns its exit status.
 
-    0 done; 1 the work failed; 2 the command line or a config file is wrong. A fit that was asked to stop has saved
-    where it stood: 85 by USR1 (start me again), 143 by TERM, 130 by Ctrl-C.
+    0 done; 1 the work failed; 2 the command line or a config file is wrong. A fit, predict or mine that was asked to
+    stop has saved where it stood: 85 by USR1 (start me again), 143 by TERM, 130 by Ctrl-C.
     ``--debug`` or ``TRAINER_DEBUG=1`` shows the traceback of every failure.
     """
     args = list(sys.argv[1:] if argv is None else argv)
-    if argv is None and args[:1] == ["fit"]:
+    if argv is None and args[:1] and args[0] in _STOPPABLE:
         interruption.listen()
     debug = "--debug" in args or os.environ.get("TRAINER_DEBUG") == "1"
     # The loss of a rank is said in one sentence, which 30 lines of C++ would hide.
@@ -75,6 +77,14 @@ def _dispatch(args: list[str]) -> int:
         return _export(rest)
     if command == "check":
         return _check(rest)
+    if command == "predict":
+        from trainer.predict.command import predict
+
+        return predict(rest)
+    if command == "mine":
+        from trainer.mine.command import mine
+
+        return mine(rest)
     if command == "prepare":
         from trainer.prepare import prepare
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,8 @@ commands:
   fit        train, evaluate, write a folder that sentence-transformers loads
   validate   evaluate a model or a checkpoint on data.validation
   test       the same, logged as test
+  predict    embed a corpus into Parquet or npy files, on any number of ranks
+  mine       find hard negatives for pairs, by the embeddings of a model
   export     write a sentence-transformers folder from a run or a checkpoint
   check      what is wrong with the data; --exact: do ranks equal one process?
   prepare    download and tokenise, so that compute nodes need no network
@@ -133,6 +135,28 @@ in data.cache_dir; unset: $TRAINER_CACHE or ~/.cache/siamese-trainer.
 What a running process on this machine builds or uses is left. Everything is
 made again when it is needed.
 """
+PREDICT = """\
+usage: trainer predict --model M --data FILE --text COLUMN --out DIR [--FLAG]
+
+Embeds a column of texts into numbered files, rows in their order, the same on
+any number of ranks. Finished files stay: after a stop or a kill the same
+command goes on; a folder with another run's files is refused.
+
+  trainer predict --model runs/qa --data docs.jsonl --text body --out vectors
+  sbatch --nodes 2 slurm/train.sh predict --model runs/qa ...     on a cluster
+"""
+MINE = """\
+usage: trainer mine --model M --data PAIRS --anchor A --positive P --out FILE
+
+Finds hard negatives for pairs by exact search, on any number of ranks, and
+writes JSON lines to train on. Never a positive of the anchor, nor its own text.
+
+  trainer mine --model runs/qa --data qa.jsonl --anchor question \\
+    --positive answer --relative-margin 0.05 --out mined.jsonl.gz
+"""
+MINE_TAIL = """\
+and --precision, --max-tokens, --devices, ... of trainer predict --help.
+"""
 HEADS = {
     "fit": """\
 usage: trainer fit --config RECIPE.yaml [--config HARDWARE.yaml] [--KEY VALUE]
@@ -164,10 +188,20 @@ def render(command: str, parser: Any) -> str:
     return "\n".join([*lines, "--help-all lists every key, --model.loss.help NAME what a loss takes."]) + "\n"
 
 
+def render_flags(head: str, flags: Any, without: Container[str] = (), tail: str = "") -> str:
+    """The screen of a subcommand that takes no config, from its parser."""
+    lines = [head.rstrip("\n"), "flags, with defaults (* must be given):"]
+    for action in flags._actions:
+        key = action.option_strings[0].removeprefix("--")
+        if key not in without:
+            lines += _line(key, action)
+    return "\n".join(lines) + "\n" + tail
+
+
 def _line(key: str, action: Any) -> list[str]:
-    default = "" if action.default is None else f" {action.default}"
+    default = "" if action.default is None or action.default is False else f" {action.default}"
     sentence = OTHER_SENTENCES.get(key) or re.split(r"[;:.](?:\s|$)", action.help or "")[0]
-    flag = f"{'*' if key in REQUIRED else ' '} --{key}{default}"
+    flag = f"{'*' if key in REQUIRED or action.required else ' '} --{key}{default}"
     texts = textwrap.wrap(sentence, WIDTH - KEY_WIDTH - 1, break_on_hyphens=False)
     return [f"{flag:<{KEY_WIDTH}} {texts[0]}"] + [" " * (KEY_WIDTH + 1) + text for text in texts[1:]]
 
@@ -199,6 +233,12 @@ def live_parsers() -> Mapping[str, Any]:
 
 def screens() -> dict[str, str]:
     """File stem -> text of every screen."""
+    from trainer.mine.command import flags as mine_flags
+    from trainer.predict.command import flags as predict_flags
+
+    predict, mine = predict_flags(), mine_flags()
+    said_there = {option.removeprefix("--") for option in predict._option_string_actions}
+    said_there -= {"model", "data", "text", "out"}  # which mean something else
     parsers = live_parsers()
     rendered = {command: render(command, parsers[command]) for command in KEYS}
     texts = {
@@ -208,6 +248,8 @@ def screens() -> dict[str, str]:
         "prepare": PREPARE,
         "preflight": PREFLIGHT,
         "cache": CACHE,
+        "predict": render_flags(PREDICT, predict),
+        "mine": render_flags(MINE, mine, said_there, MINE_TAIL),
     }
     return {**texts, **rendered}
 

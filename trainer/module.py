@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, Optional, cast
 
 import torch
@@ -18,6 +19,7 @@ from trainer.data.sources import Source
 from trainer.distributed import gather
 from trainer.distributed.strategies import ZeRO
 from trainer.encoder import Encoder, EncoderSpec
+from trainer.evaluation.classification import Classification
 from trainer.finite import FiniteSteps
 from trainer.losses import Loss
 from trainer.memory import explained_memory
@@ -101,6 +103,30 @@ class EmbeddingModule(LightningModule):
             )
         return cast(Loss, self.losses[source.loss])
 
+    def classifier_of(self, loss: Optional[str]) -> Any:
+        """The loss whose head tells classes.
+
+        Args:
+            loss: its name in model.losses; None: model.loss.
+
+        Raises:
+            ValueError: there is no such loss, or it has no such head.
+        """
+        if loss is not None and loss not in self.losses:
+            known = ", ".join(self.losses) or "nothing"
+            raise ValueError(f"LabelAccuracy: loss is '{loss}', but model.losses has {known}")
+        head: Any = self.loss if loss is None else self.losses[loss]
+        if not hasattr(head, "logits"):
+            raise ValueError(
+                f"LabelAccuracy asks {type(head).__name__} for classes, which it does not tell; train with Softmax, or "
+                "name the Softmax of model.losses: evaluator: {class_path: LabelAccuracy, init_args: {loss: ...}}"
+            )
+        return head
+
+    def classify(self, loss: Optional[str], columns: Sequence[Tensor]) -> Tensor:
+        """Logits (B, classes) that the head of a loss gives to columns of (B, D) embeddings."""
+        return self.classifier_of(loss).logits(columns)
+
     @property
     def data(self) -> PairData:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -119,6 +145,9 @@ class EmbeddingModule(LightningModule):
         strategy = self.trainer.strategy
         self.encoder.lockstep = isinstance(strategy, ZeRO) and strategy.stage == 3
         self.train()  # transformers loads in evaluation mode, in which dropout is off
+        for held_out in self.data.validation_sources:
+            if isinstance(held_out.evaluator, Classification):
+                self.classifier_of(held_out.evaluator.loss)  # refused now, not after hours
         if self.trainer.training:
             self._check_columns()
             # The loss scaler of fp16 leaves out steps, and would not tell us to leave out their decay.

@@ -124,16 +124,17 @@ def check_run_directory(parts: Parts) -> str:
 
 
 def check_backbone(parts: Parts) -> str:
-    spec = parts.model.encoder_spec
-    folder = backbone_folder(spec)
-    if folder is None:
+    teachers = [source.teacher for source in parts.datamodule.validation_sources if source.teacher is not None]
+    for spec in (parts.model.encoder_spec, *teachers):
+        if backbone_folder(spec) is not None:
+            continue
         if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
             raise ValueError(
                 f"'{spec.backbone}' is no folder here and not in the cache, and HF_HUB_OFFLINE is set; "
                 "on a node with a network: trainer prepare"
             )
         return f"'{spec.backbone}' is not in the cache: the start downloads it (trainer prepare does so before)"
-    return f"{folder}: texts of up to {parts.datamodule.text.max_length} pieces"
+    return f"{backbone_folder(parts.model.encoder_spec)}: texts of up to {parts.datamodule.text.max_length} pieces"
 
 
 def check_space(parts: Parts) -> str:
@@ -154,8 +155,10 @@ def check_space(parts: Parts) -> str:
 
 
 def check_data(parts: Parts) -> str:
-    from trainer.data.files import data_files, is_hub_id
-    from trainer.data.sources import fingerprint
+    from trainer.data.files import is_hub_id
+    from trainer.data.layouts import source_files
+    from trainer.data.retrieval import collections_fingerprint
+    from trainer.data.sources import EvalSource, fingerprint
 
     num_files, num_bytes, num_hub = 0, 0, 0
     for source in (*parts.datamodule.train_sources, *parts.datamodule.validation_sources):
@@ -164,9 +167,10 @@ def check_data(parts: Parts) -> str:
         if "://" in source.path or is_hub_id(source.path):
             num_hub += 1
             if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
-                fingerprint(source)  # only the cache can have it
+                searches = isinstance(source, EvalSource) and source.searches
+                collections_fingerprint(source) if searches else fingerprint(source)  # only the cache can have it
             continue
-        for file in data_files(source.path, source.split):
+        for file in source_files(source):
             try:
                 with open(file, "rb") as opened:
                     opened.read(1)

@@ -15,6 +15,7 @@ def prepare(args: Sequence[str]) -> int:
         ValueError: as fit, before it trains.
     """
     from trainer.check.report import read_facts
+    from trainer.data.retrieval import load_collections
     from trainer.data.sources import load
     from trainer.data.tokens import tokenize
     from trainer.encoder import Encoder
@@ -38,6 +39,16 @@ def prepare(args: Sequence[str]) -> int:
     if data.stream is None:
         read_facts(data)
     for source in data.validation_sources:
+        if source.teacher is not None:
+            Encoder(source.teacher, parts.model.max_tokens)
+            teacher = backbone_folder(source.teacher)
+            assert teacher is not None
+            _say("teacher", source.teacher.backbone, "", teacher)
+        if source.searches:
+            for name, one in load_collections(source, data.cache_dir).items():
+                count = f"{len(one.queries):,} queries, {len(one.documents):,} documents"
+                print(f"{'validation':<10} {name}: {count}")
+            continue
         rows = load(source, data.cache_dir)
         _say("validation", source.name, f"{len(rows):,} rows", Path(rows.cache_files[0]["filename"]).parent)
     print(

@@ -130,6 +130,20 @@ def test_text_columns_come_in_canonical_order(tmp_path: Path) -> None:
     assert list(rows[0].values()) == ["A", "P", "N", "N2", "N10", 3]
 
 
+@pytest.mark.parametrize("kind", [".jsonl", ".csv"])
+def test_ids_are_text_whatever_they_were(kind: str, tmp_path: Path) -> None:
+    """JSON lines may give numbers; blocks of many rows are read by Arrow, if all are text."""
+    named = Source(save_as(pd.DataFrame({"a": ["x", "y"], "key": [7, 12]}), tmp_path, kind), {"text": "a", "id": "key"})
+    assert load(named, tmp_path / "cache").to_dict() == {"text": ["x", "y"], "id": ["7", "12"]}
+    path = write_lines(tmp_path / "text.jsonl", *({"a": f"t {i}", "key": f"k{i}"} for i in range(200)))
+    source = Source(path, {"id": "key", "text": "a"})
+    assert load(source, tmp_path / "cache")["id"] == [f"k{i}" for i in range(200)]
+    fraction = write_lines(tmp_path / "fraction.jsonl", {"a": "x", "key": 0.5})
+    assert "fraction.jsonl:1: column 'key' holds a number (0.5), not text" in failure(
+        Source(fraction, {"text": "a", "id": "key"}), tmp_path / "none"
+    )
+
+
 def test_bom_crlf_and_blank_lines_are_accepted(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_bytes(b'\xef\xbb\xbf{"a": "1", "b": "2"}\r\n\r\n{"a": "3", "b": "4"}\r\n\n')
     (tmp_path / "x.csv").write_bytes(b'\xef\xbb\xbfa,b\r\n1,2\r\n\r\n"3",4\r\n')

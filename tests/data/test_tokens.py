@@ -125,8 +125,8 @@ def test_processes_build_the_same_table_as_one(
     other = tokenize(source, make_text(), tmp_path)
     assert other.folder.parent != table.folder.parent
     files = {path.name for path in table.folder.iterdir()}
-    arrays = {"ids.int32", "offsets.int64", "anchor.int64", "positive.int64", "label.int64", "score.float32"}
-    assert files == arrays | {"used_ids.npy", "report.json"}
+    texts = {"ids.int32", "offsets.int64", "hashes.int64", "anchor.int64", "positive.int64"}
+    assert files == texts | {"label.int64", "score.float32", "used_ids.npy", "report.json"}
     for name in files:
         assert (other.folder / name).read_bytes() == (table.folder / name).read_bytes()
 

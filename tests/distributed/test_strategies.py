@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.batches import norm_of, relative_error
+from tests.evaluation.test_informationretrieval import write_set
 from tests.tracking.small_run import LiveGroup, make_trainer
 from tests.two_ranks import RankError, TwoRanks
 from trainer.checkpoint import DirectoryCheckpointIO
@@ -32,6 +33,7 @@ from trainer.distributed import gather
 from trainer.distributed.exact import check_exact
 from trainer.distributed.strategies import ZeRO, keep_on_first_rank, whole_gradients, whole_weights
 from trainer.encoder.spec import EncoderSpec, LoRA
+from trainer.evaluation import InformationRetrieval, LabelAccuracy
 from trainer.evaluation.runner import Evaluation
 from trainer.losses import CosineSimilarity, InfoNCE, Softmax
 from trainer.manifest import read_state
@@ -123,10 +125,16 @@ def build(run: Run, callbacks: list[Callback], **options: Any) -> tuple[Embeddin
     lora = LoRA(r=run.lora, dropout=run.dropout) if run.lora else None
     spec = EncoderSpec(f"{run.folder}/encoder", dropout=run.dropout, freeze=run.freeze, lora=lora)
     rows = f"{run.folder}/rows.jsonl"
+    dev = f"{run.folder}/dev.jsonl"
+    validation = [EvalSource(name="dev", path=dev, columns=columns | {"score": "score"})]
+    if run.loss == "Softmax":  # what else an evaluation is: neighbours, and the classes of the head
+        search = EvalSource(name="set", path=f"{run.folder}/set", evaluator=InformationRetrieval())
+        classes = EvalSource(name="nli", path=dev, columns=columns | {"label": "label"}, evaluator=LabelAccuracy())
+        validation += [search, classes]
     data = PairData(
         [Source(rows, columns | wanted)],
         spec,
-        validation=[EvalSource(name="dev", path=f"{run.folder}/dev.jsonl", columns=columns | {"score": "score"})],
+        validation=validation,
         batch_size=BATCH,
         seed=1,
     )
@@ -180,6 +188,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, demo_texts: list[str]) -> P
                 anchor = f"{anchor} {positive}"  # so that the ranks differ in tokens, and in chunks
             lines.append(json.dumps({"anchor": anchor, "positive": positive, "score": i % 8 / 8, "label": i % 3}))
         (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    write_set(folder / "set", demo_texts[:100], copies=1, num_documents=40)
     return folder
 
 
@@ -227,6 +236,7 @@ def test_every_stage_computes_what_ddp_computes(
     assert max(expected.norms) > CLIP
     assert result.rates == expected.rates
     assert len(expected.metrics) == 1 + STEPS // 10
+    assert ("eval/nli/accuracy" in expected.metrics[0]) == (loss == "Softmax")
     for ours, theirs in zip(result.metrics, expected.metrics, strict=True):
         assert ours == pytest.approx(theirs, abs=1e-4)
     assert weight_error(result, expected) < 1e-5

@@ -58,6 +58,9 @@ class Situation:
         epochs: passes over the data, a fraction where max_steps ends them.
         normalized: whether embeddings have length 1.
         backbone: hub id, or name of the folder.
+        no_duplicates: whether batches are put together without texts that stand twice.
+        by_label: for each source whether batches take some rows of each of their labels.
+        left_out: for each source the rows of an epoch that no batch can hold, and what is told of them.
     """
 
     paths: Sequence[str]
@@ -68,6 +71,9 @@ class Situation:
     epochs: float
     normalized: bool
     backbone: str
+    no_duplicates: bool = False
+    by_label: Sequence[bool] = ()
+    left_out: Sequence[tuple[int, str]] = ()
 
     def each(self) -> Iterator[tuple[str, SourceFacts]]:
         """Path and facts of the sources."""

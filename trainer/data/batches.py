@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-import torch
 from torch.utils.data import Dataset
 
-from trainer.batch import PackedBatch, Targets
-from trainer.data.collate import pack
+from trainer.batch import PackedBatch
+from trainer.data.collate import pack, targets_of
 from trainer.data.order import SLICE_ROWS, WINDOW_SLICES, Order, split_rows
 from trainer.data.streaming import StreamedTable
 from trainer.data.tokens import TokenTable
@@ -43,13 +41,8 @@ class StepBatches(Dataset[PackedBatch]):
         # A rank without rows embeds one placeholder, so that every rank runs the same graph; it counts for nothing.
         embedded = rows if len(rows) else plan.rows[:1]
         table = self.tables[plan.source]
-        found = table.targets(rows)
-        targets = Targets(
-            rows_per_rank=rows_per_rank,
-            row_ids_B=torch.from_numpy(rows),
-            labels_B=torch.from_numpy(found["label"].astype(np.int64)) if "label" in found else None,
-            scores_B=torch.from_numpy(found["score"].astype(np.float32)) if "score" in found else None,
-            rank=self.rank,
+        targets = targets_of(
+            rows, table.targets(rows), table.hashes(rows), table.may_lack_texts, rows_per_rank, self.rank
         )
         columns = [table.ids(column, embedded) for column in table.columns]
         if self.streamed:

@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from trainer.data.cache import build_once
+from trainer.data.hashes import NO_TEXT
 from trainer.data.sources import Source, fingerprint, load
 from trainer.data.streaming import StreamedTable
 from trainer.data.tokens import TokenTable
@@ -46,6 +47,7 @@ class ColumnFacts:
 
     Attributes:
         name: canonical.
+        num_texts: rows that have a text here; the numbers below are of these.
         min, median, p95, max: pieces of a text, special tokens included.
         histogram: texts in bins of equal width between 0 and ``max`` pieces.
         num_truncated: texts that lose their end; where not all rows are looked at, that fill max_length.
@@ -57,6 +59,7 @@ class ColumnFacts:
     """
 
     name: str
+    num_texts: int
     min: int
     median: int
     p95: int
@@ -97,6 +100,7 @@ class LabelFacts:
         num_classes: different ones.
         smallest, largest: rows of the smallest and of the largest class.
         num_single: classes with one row.
+        pair_share: probability that two rows have the same class.
         counts: class -> rows, where there are few; else None.
     """
 
@@ -106,6 +110,7 @@ class LabelFacts:
     smallest: int
     largest: int
     num_single: int
+    pair_share: float
     counts: Optional[dict[str, int]]
 
 
@@ -192,7 +197,11 @@ def _count(
     else:  # streamed: to read all of it would take as long as an epoch, and its texts are known as pieces alone
         places = np.arange(min(num_rows, STREAMED_ROWS))
         decode: Any = partial(text.tokenizer.batch_decode, skip_special_tokens=True)
-        texts = {name: pa.array(decode(table.ids(name, places)), pa.large_string()) for name in table.columns}
+        absent = table.hashes(places) == NO_TEXT
+        texts = {
+            name: pa.array(decode(table.ids(name, places)), pa.large_string(), mask=absent[:, i])
+            for i, name in enumerate(table.columns)
+        }
         targets = table.targets(places)
     keys = [*texts.values(), *(pa.array(values).cast(pa.large_string()) for values in targets.values())]
     return SourceFacts(
@@ -211,12 +220,16 @@ def joined(columns: Sequence[pa.Array]) -> pa.Array:
     """One string a row."""
     if len(columns) == 1:
         return columns[0]
-    return pc.binary_join_element_wise(*columns, pa.scalar(_SEPARATOR, pa.large_string()))
+    separator = pa.scalar(_SEPARATOR, pa.large_string())
+    return pc.binary_join_element_wise(*columns, separator, null_handling="replace", null_replacement="")
 
 
 def _column(
     name: str, texts: pa.Array, table: TokenTable | StreamedTable, text: TextPreparation, places: NDArray[np.int64]
 ) -> ColumnFacts:
+    places, texts = places[texts.is_valid().to_numpy(zero_copy_only=False)], texts.drop_null()
+    if not len(places):
+        return ColumnFacts(name, 0, 0, 0, 0, 0, [0] * _BINS, 0, 0.0, 0.0, {}, 0, text.max_length)
     unknown_id, num_unknown = text.tokenizer.unk_token_id, 0
     parts = []
     for start in range(0, len(places), CHUNK_ROWS):
@@ -235,6 +248,7 @@ def _column(
     num_characters = sum(count for letter, count in letters.items() if not letter.isspace())
     return ColumnFacts(
         name=name,
+        num_texts=len(places),
         min=int(lengths.min()),
         median=int(np.median(lengths)),
         p95=int(np.quantile(lengths, 0.95)),
@@ -308,5 +322,6 @@ def _labels(labels: NDArray[np.int64]) -> LabelFacts:
         smallest=int(counts.min()),
         largest=int(counts.max()),
         num_single=int(np.count_nonzero(counts == 1)),
+        pair_share=float((counts * (counts - 1)).sum() / max(1, len(labels) * (len(labels) - 1))),
         counts={str(k): int(c) for k, c in zip(classes, counts, strict=True)} if few else None,
     )

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 # Fields of a Source that `_parse` knows about; with any other one set, every line goes the general way.
 _KNOWN = {"path", "columns", "score_range", "label_map", "split", "subset", "revision", "on_bad_row", "max_bad_rows"}
-_NOT_OF_ROWS = {"name", "evaluator", "prompts", "loss", "weight", "streaming"}
+_NOT_OF_ROWS = {
+    "name", "evaluator", "prompts", "loss", "weight", "streaming", "teacher", "max_negatives", "rows_per_label",
+}  # fmt: skip
 _PEEK = 100  # JSON lines have no header: their first rows say which columns there are
 
 
@@ -70,6 +72,8 @@ def read_json_lines(path: Path, source: Source, accept: Callable[[pa.RecordBatch
 
 def _types(source: Source, head: list[Record]) -> pa.Schema | None:
     """Types of the columns of the file, None where Arrow cannot do what the source asks for."""
+    if any(name in source.columns for name in ("positives", "negatives", "group")):
+        return None
     for field in fields(source):
         if field.name in _KNOWN | _NOT_OF_ROWS:
             continue
@@ -83,7 +87,7 @@ def _types(source: Source, head: list[Record]) -> pa.Schema | None:
         if not isinstance(column, str):
             return None
         value = row.get(column)
-        if isinstance(value, str) and (mapped or name in source.text_columns):
+        if isinstance(value, str) and (mapped or name == "id" or name in source.text_columns):
             kind = pa.large_string()
         elif type(value) in (int, float) and not mapped and name in ("score", "label"):
             kind = pa.float64()
@@ -119,7 +123,8 @@ def _parse(block: Block, source: Source, types: pa.Schema) -> pa.RecordBatch | N
     arrays: dict[str, pa.Array] = {}
     for name in source.canonical_columns:
         values = table.column(source.columns[name]).combine_chunks()
-        array = _text(values) if name in source.text_columns else _number(values, name, source)
+        is_text = name == "id" or name in source.text_columns
+        array = _text(values) if is_text else _number(values, name, source)
         if array is None:
             return None
         arrays[name] = array

@@ -72,6 +72,11 @@ class TextPreparation:
         return self.tokenizer.num_special_tokens_to_add(pair=False)
 
     @cached_property
+    def no_text(self) -> list[int]:
+        """Pieces that stand where a row has no text: the special ones, or one where the tokenizer has none."""
+        return replace(self, prompt="")([""])[0] or [self.tokenizer.pad_token_id or 0]
+
+    @cached_property
     def fingerprint(self) -> str:
         """Changes whenever the ids of some text could change."""
         backend = json.loads(self.tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
@@ -109,6 +114,11 @@ def normalizes(spec: EncoderSpec) -> bool:
     if isinstance(spec.normalize, bool):
         return spec.normalize
     return any(module["type"].endswith("Normalize") for module in _modules(spec))
+
+
+def read_prompts(spec: EncoderSpec) -> dict[str, str]:
+    """The prompts that come with a model, by name."""
+    return (_read_json(spec, "config_sentence_transformers.json") or {}).get("prompts") or {}
 
 
 def _modules(spec: EncoderSpec) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ from sentence_transformers.util import fullname
 
 from trainer.data.files import is_hub_id
 from trainer.data.order import Order, Permutation
+from trainer.data.retrieval import load_collections
 from trainer.data.sources import EvalSource, Source, load
 from trainer.encoder import EncoderSpec
 from trainer.export.record import Run, evaluations, hyperparameters, non_default, training_logs
@@ -116,6 +117,9 @@ def _read(source: Source, cache_dir: Path) -> Dataset | None:
     if source.streaming:  # reading all of it for a few samples is no bargain
         return None
     try:
+        if isinstance(source, EvalSource) and source.searches:
+            sets = load_collections(source, cache_dir).values()
+            return Dataset.from_dict({"query": [text for one in sets for text in one.queries]})
         return load(source, cache_dir)
     except Exception as error:
         # Data may have moved since the training; the model is worth more than its samples.

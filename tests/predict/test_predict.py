@@ -1,0 +1,277 @@
+"""`trainer predict`: the embeddings of sentence-transformers, in order, whatever the ranks and the kills."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.testing import assert_allclose
+from sentence_transformers import SentenceTransformer
+
+from tests.two_ranks import TwoRanks
+from trainer.cli import main
+from trainer.data.sources import Source, load
+from trainer.encoder import Encoder, EncoderSpec
+from trainer.predict.embed import Settings, embed_rows
+from trainer.predict.shards import Shards, open_shards, start_shards
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory, demo_texts: list[str]) -> Path:
+    """250 rows; some texts come twice, in one shard and in two."""
+    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    texts = [*demo_texts[:240], *demo_texts[:5], *demo_texts[235:240]]
+    path.write_text("".join(json.dumps({"key": f"d{i}", "body": text}) + "\n" for i, text in enumerate(texts)))
+    return path
+
+
+def texts_of(corpus: Path) -> list[str]:
+    return [json.loads(line)["body"] for line in corpus.read_text().splitlines()]
+
+
+def run(model: Path, corpus: Path, out: Path, *flags: str) -> int:
+    where = ["--model", str(model), "--data", str(corpus), "--text", "body", "--out", str(out), "--accelerator", "cpu"]
+    return main(["predict", *where, "--shard-rows", "100", *flags])
+
+
+def test_values_and_order_are_those_of_sentence_transformers(
+    tiny_encoder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tiny_encoder, corpus, tmp_path / "out", "--max-tokens", "300", "--id", "key") == 0
+    from datasets import load_dataset
+
+    rows = load_dataset("parquet", data_files=str(tmp_path / "out/*.parquet"), split="train", cache_dir=str(tmp_path))
+    expected = SentenceTransformer(str(tiny_encoder), device="cpu").encode(texts_of(corpus))
+    assert rows["id"] == [f"d{i}" for i in range(250)]
+    assert_allclose(np.array(rows["embedding"]), expected, atol=1e-5)
+    said = capsys.readouterr().out
+    assert re.match(r"250 texts, [\d,]+ tokens in [\d.]+ s on 1 rank: [\d,]+ texts/s, [\d,]+ tokens/s\n", said)
+    assert said.endswith("250 rows of 32 float32 numbers in 3 parquet files\n")
+
+
+def test_prompt_truncation_length_and_npy(tiny_encoder: Path, corpus: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_encoder, tmp_path / "model")
+    config = json.loads((folder / "config_sentence_transformers.json").read_text())
+    config["prompts"] = {"query": "look for: ", "document": ""}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(config))
+    flags = ["--prompt-name", "query", "--truncate-dim", "20", "--normalize", "--max-length", "12", "--format", "npy"]
+    assert run(folder, corpus, tmp_path / "out", *flags, "--dtype", "float16", "--id", "key") == 0
+    shards = sorted((tmp_path / "out").glob("shard-?????.npy"))
+    found = np.concatenate([np.load(path) for path in shards])
+    peer = SentenceTransformer(str(folder), device="cpu")
+    peer.max_seq_length = 12
+    texts = texts_of(corpus)
+    expected = peer.encode(texts, prompt_name="query", truncate_dim=20, normalize_embeddings=True)
+    assert found.dtype == np.float16
+    assert_allclose(found, expected, atol=1e-3)
+    assert_allclose(np.linalg.norm(found.astype(np.float32), axis=1), 1.0, atol=2e-3)
+    assert np.load(tmp_path / "out/shard-00002.ids.npy").tolist() == [f"d{i}" for i in range(200, 250)]
+
+
+def embed_here(model: str, corpus: str, out: str, cache: str) -> int:
+    """One rank's part of a corpus, into npy shards of 30 rows."""
+    rows = load(Source(corpus, {"text": "body"}), Path(cache))
+    encoder = Encoder(EncoderSpec(model), 300).eval()
+    shards = Shards(Path(out), "npy", len(rows), 30, 32, "float32", has_ids=False)
+    if not shards.folder.exists():
+        start_shards(shards, {})
+    return embed_rows(encoder, rows, "text", shards, Settings(max_tokens=300), torch.device("cpu")).num_texts
+
+
+def test_two_ranks_write_what_one_writes(
+    two_ranks: TwoRanks, tiny_encoder: Path, corpus: Path, cache: Path, tmp_path: Path
+) -> None:
+    assert embed_here(str(tiny_encoder), str(corpus), str(tmp_path / "one"), str(cache)) == 250
+    start_shards(Shards(tmp_path / "two", "npy", 250, 30, 32, "float32", has_ids=False), {})
+    totals = two_ranks(embed_here, str(tiny_encoder), str(corpus), str(tmp_path / "two"), str(cache))
+    assert totals == [250, 250], "each shard once, and both ranks know the sum"
+    one, two = open_shards(tmp_path / "one")[0], open_shards(tmp_path / "two")[0]
+    assert_allclose(np.concatenate(list(one.pieces())), np.concatenate(list(two.pieces())), atol=1e-6)
+    some = np.array([249, 0, 31, 31])
+    assert (one.take(some) == np.concatenate(list(one.pieces()))[some]).all()
+
+
+@pytest.fixture(scope="module")
+def long_corpus(tmp_path_factory: pytest.TempPathFactory, demo_texts: list[str]) -> Path:
+    path = tmp_path_factory.mktemp("long") / "corpus.jsonl"
+    lines = (json.dumps({"body": f"{text} {i}"}) + "\n" for i in range(40) for text in demo_texts)
+    path.write_text("".join(lines))
+    return path
+
+
+class Started:
+    """A `trainer predict` in a process of its own, for it is to be killed."""
+
+    def __init__(self, model: Path, corpus: Path, out: Path, *flags: str) -> None:
+        words = ["--model", str(model), "--data", str(corpus), "--text", "body", "--out", str(out), "--format", "npy"]
+        command = [sys.executable, "-m", "trainer", "predict", *words, "--accelerator", "cpu", *flags]
+        environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+        self.out = out
+        self.process = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def wait_for_more(self) -> None:
+        """Until two shards more than now are there."""
+        before, deadline = len(self.shards()), time.monotonic() + 240
+        while len(self.shards()) < before + 2:
+            assert self.process.poll() is None, self.process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    def shards(self) -> dict[str, int]:
+        return {path.name: path.stat().st_mtime_ns for path in self.out.glob("shard-*.npy")}
+
+    def children(self) -> list[int]:
+        return [int(n) for n in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()]
+
+    def ended(self) -> tuple[int, str, str]:
+        out, err = self.process.communicate(timeout=200)
+        return self.process.returncode, out, err
+
+
+def test_a_kill_costs_no_finished_shard(tiny_encoder: Path, long_corpus: Path, tmp_path: Path) -> None:
+    """Asked to stop on one of two ranks; rank 1 killed; the only rank killed. Then as if nothing had happened."""
+    args = (tiny_encoder, long_corpus, tmp_path / "out", "--shard-rows", "150")
+    first = Started(*args, "--devices", "2")
+    first.wait_for_more()
+    first.process.send_signal(signal.SIGTERM)
+    code, out, err = first.ended()
+    assert (code, out) == (143, "stopped by SIGTERM; the same command goes on (exit 143)\n"), err
+    kept = first.shards()
+    assert 2 <= len(kept) < 160
+
+    second = Started(*args, "--devices", "2")
+    second.wait_for_more()
+    os.kill(second.children()[-1], signal.SIGKILL)
+    code, _, err = second.ended()
+    assert code == 1
+    assert "error: rank 1 was ended by SIGKILL; what is finished is kept" in err
+
+    third = Started(*args)
+    third.wait_for_more()
+    third.process.kill()
+    third.ended()
+    kept |= second.shards()
+    assert len(kept) < 160
+
+    words = [str(word) for word in args[2:]]
+    command = ["predict", "--model", str(args[0]), "--data", str(args[1]), "--text", "body", "--out", *words]
+    assert main([*command, "--format", "npy", "--accelerator", "cpu"]) == 0
+    assert kept.items() <= third.shards().items(), "a finished shard was written again"
+    assert not list((tmp_path / "out").glob(".*.partial"))
+    command[command.index(words[0])] = str(tmp_path / "straight")
+    assert main([*command, "--format", "npy", "--accelerator", "cpu"]) == 0
+    resumed, straight = (np.concatenate(list(open_shards(tmp_path / n)[0].pieces())) for n in ("out", "straight"))
+    assert_allclose(resumed, straight, atol=1e-6)
+
+
+def test_a_damaged_shard_is_written_again(tiny_encoder: Path, corpus: Path, tmp_path: Path) -> None:
+    for kind in ("parquet", "npy"):
+        out = tmp_path / kind
+        assert run(tiny_encoder, corpus, out, "--format", kind) == 0
+        whole = (out / f"shard-00001.{kind}").read_bytes()
+        (out / f"shard-00001.{kind}").write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(ValueError, match=r"1 of 3 shards are missing, the first is shard-00001"):
+            open_shards(out)
+        assert run(tiny_encoder, corpus, out, "--format", kind) == 0
+        assert (out / f"shard-00001.{kind}").read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "said"),
+    [
+        (["--text", "bod"], 1, "no column 'bod' (columns.text); found: key, body. Did you mean 'body'?"),
+        (["--data", "nowhere.jsonl"], 1, "nowhere.jsonl: no such file or folder."),
+        (["--model", "no/where"], 1, "--model 'no/where' is neither a model folder nor a reachable hub id: "),
+        (["--prompt-name", "queri"], 1, "has no prompt 'queri'; it has document, query. Did you mean 'query'?"),
+        (["--truncate-dim", "33"], 1, "--truncate-dim is 33, but the model's embeddings have 32"),
+        (["--max-length", "999"], 1, "--max-length is 999, but "),
+        (["--accelerator", "gpu"], 1, "--accelerator gpu: torch "),
+        (["--normalise"], 2, "'--normalise' is no flag of trainer predict. Did you mean '--normalize'?"),
+        (["--devices", "0"], 2, "--devices: is '0'; it must be a whole number, 1 or more"),
+        (["--precision", "int8"], 2, "--precision: invalid choice: 'int8'"),
+    ],
+)
+def test_what_cannot_be_meant_is_one_sentence(
+    flags: list[str],
+    code: int,
+    said: str,
+    tiny_encoder: Path,
+    corpus: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if "gpu" in flags and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert run(tiny_encoder, corpus, tmp_path / "out", *flags) == code
+    error = capsys.readouterr().err
+    assert said in error, error
+    assert error.count("\n") <= 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_rows_are_named_or_left_out(tiny_encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "bad.jsonl"
+    rows = [{"key": 1, "body": "a man"}, {"key": 2, "body": " "}, {"key": 3, "body": "a woman"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run(tiny_encoder, path, tmp_path / "out", "--id", "key", "--format", "npy") == 1
+    error = capsys.readouterr().err
+    assert "bad.jsonl:2: column 'body' is blank" in error
+    assert "1 bad row; mend them, or give --on-bad-row skip" in error
+    flags = ["--id", "key", "--format", "npy", "--on-bad-row", "skip"]
+    assert run(tiny_encoder, path, tmp_path / "out", *flags) == 0
+    assert np.load(tmp_path / "out/shard-00000.ids.npy").tolist() == ["1", "3"]
+
+
+def test_another_runs_shards_are_not_touched(
+    tiny_encoder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tiny_encoder, corpus, tmp_path / "out") == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    assert run(tiny_encoder, corpus, tmp_path / "out", "--normalize", "--prompt", "query: ") == 1
+    error = capsys.readouterr().err
+    assert "holds the embeddings of another run: normalize was False, now True; prompt was , now query: " in error
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    assert run(tiny_encoder, corpus, corpus.parent) == 1
+    assert "holds other files and no _manifest.json; give an empty or a new folder" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"has no _manifest.json; give a folder that trainer predict wrote"):
+        open_shards(corpus.parent)
+
+
+def test_other_weights_are_another_run(
+    tiny_encoders: dict[str, Path], corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = shutil.copytree(tiny_encoders["bert"], tmp_path / "model")
+    assert run(tiny_encoders["bert"], corpus, tmp_path / "out") == 0
+    assert run(model, corpus, tmp_path / "out") == 0, "the same model at another place"
+    encoder = Encoder(EncoderSpec(str(model)), 300)
+    with torch.no_grad():
+        next(encoder.backbone.parameters())[7, 0] += 1.0
+    with encoder.as_sentence_transformer() as changed:
+        changed.save_pretrained(str(model))
+    capsys.readouterr()
+    assert run(model, corpus, tmp_path / "out") == 1
+    assert re.search("another run: model was [0-9a-f]+, now ", capsys.readouterr().err)
+
+
+def test_embeddings_that_are_not_finite_are_refused(tiny_encoder: Path, corpus: Path, tmp_path: Path) -> None:
+    rows = load(Source(str(corpus), {"text": "body"}), tmp_path)
+    encoder = Encoder(EncoderSpec(str(tiny_encoder)), 300).eval()
+    with torch.no_grad():
+        encoder.backbone.get_input_embeddings().weight.fill_(float("nan"))
+    shards = Shards(tmp_path / "out", "npy", len(rows), 100, 32, "float32", has_ids=False)
+    start_shards(shards, {})
+    with pytest.raises(ValueError, match=r"row 1: its embedding is not finite in float32; take --precision bf16"):
+        embed_rows(encoder, rows, "text", shards, Settings(), torch.device("cpu"))
+    assert shards.unfinished() == [0, 1, 2]

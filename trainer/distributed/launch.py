@@ -1,0 +1,110 @@
+"""Ranks of a command that trains nothing, started as those of fit: processes of this machine, or tasks of Slurm."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from subprocess import Popen
+from typing import Any, Literal
+
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.strategies import DDPStrategy
+from lightning.fabric.strategies.launchers import _SubprocessScriptLauncher
+
+from trainer import interruption
+
+Accelerator = Literal["auto", "cpu", "gpu"]
+# Ranks meet between pieces of work that may take hours; the loss of one shows in other ways, and sooner.
+_TIMEOUT = timedelta(days=1)
+
+
+def start_ranks(accelerator: Accelerator, devices: int | None, nodes: int | None) -> torch.device:
+    """Starts the other ranks, each with this command line, and joins them; returns the device of this one.
+
+    Under srun the ranks are there, and their number is known; else ``devices`` of this machine (all GPUs, or one
+    process without any). The process group is gloo's on GPUs too: only numbers and sentences go between the ranks.
+
+    Raises:
+        ValueError: no such devices, or Slurm has started another number of ranks.
+    """
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # it announces every rank
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*`srun` command is available.*")
+        fabric = _fabric(accelerator, devices, nodes)
+        fabric.launch()
+    launcher: Any = fabric.strategy.launcher
+    if isinstance(launcher, _SubprocessScriptLauncher) and launcher.procs:
+        _take_children(launcher.procs)
+    return fabric.device
+
+
+def _fabric(accelerator: Accelerator, devices: int | None, nodes: int | None) -> Fabric:
+    plugins: list[Any] = []
+    if SLURMEnvironment.detect():
+        devices, nodes = slurm_shape(os.environ, devices, nodes)
+        plugins.append(SLURMEnvironment(auto_requeue=False))
+    gpus = torch.cuda.device_count() if accelerator != "cpu" else 0
+    if accelerator == "gpu" and not gpus:
+        raise ValueError(f"--accelerator gpu: torch {torch.__version__} sees no GPU here; compare with nvidia-smi")
+    if devices is not None and gpus and devices > gpus:
+        raise ValueError(f"--devices is {devices}, but {gpus} GPUs are visible; give {gpus} or less")
+    num_devices, num_nodes = devices or gpus or 1, nodes or 1
+    return Fabric(
+        accelerator="gpu" if gpus else "cpu",
+        devices=num_devices,
+        num_nodes=num_nodes,
+        strategy=DDPStrategy(process_group_backend="gloo", timeout=_TIMEOUT) if num_devices * num_nodes > 1 else "auto",
+        plugins=plugins,
+    )
+
+
+def slurm_shape(environ: Mapping[str, str], devices: int | None, nodes: int | None) -> tuple[int, int]:
+    """Tasks per node and nodes of the Slurm step that this process is a task of.
+
+    Raises:
+        ValueError: the flags say something else, or tasks lie unevenly on the nodes.
+    """
+    tasks, num_nodes = int(environ["SLURM_NTASKS"]), int(environ.get("SLURM_NNODES", "1"))
+    if tasks % num_nodes or (tasks > 1 and "SLURM_NTASKS_PER_NODE" not in environ):
+        raise ValueError(f"Slurm has started {tasks} tasks on {num_nodes} nodes; ask for them with --ntasks-per-node")
+    found = tasks // num_nodes, num_nodes
+    for flag, given, there in zip(("--devices", "--nodes"), (devices, nodes), found, strict=True):
+        if given is not None and given != there:
+            raise ValueError(f"{flag} is {given}, but Slurm has started {there}: leave the flag out under srun")
+    return found
+
+
+def _take_children(children: Sequence[Popen[bytes]]) -> None:
+    """Watch the ranks that were started from here. Lightning's own observer would kill this process without a word."""
+    for thread in threading.enumerate():
+        if thread.name == "child-process-observer":
+            thread._child_processes = []  # type: ignore[attr-defined]  # then it ends
+    threading.Thread(target=_watch, args=(children,), name="ranks", daemon=True).start()
+
+
+def _watch(children: Sequence[Popen[bytes]]) -> None:
+    """A rank that fails ends the others: its part of the work is missing."""
+    fine = (0, *interruption.EXIT_CODES.values())
+    while True:
+        for rank, child in enumerate(children, 1):
+            code = child.poll()
+            if code is not None and code not in fine:
+                how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"has failed with exit code {code}"
+                print(
+                    f"error: rank {rank} {how}; what is finished is kept, and the same command goes on from there",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                for other in children:
+                    other.kill()
+                os._exit(1)  # the main thread may wait in C++ for that rank
+        time.sleep(0.2)

@@ -1,0 +1,264 @@
+"""``trainer predict``: the embeddings of a corpus, over all ranks, in files that others load."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from trainer import interruption
+from trainer.predict.flags import Flags, add_encoder, add_place, add_reading, at_least, in_flags
+
+if TYPE_CHECKING:
+    import torch
+    from datasets import Dataset
+
+    from trainer.encoder import Encoder, EncoderSpec
+    from trainer.predict.embed import Settings, Work
+    from trainer.predict.shards import Shards
+
+Value = TypeVar("Value")
+
+
+def flags() -> Flags:
+    """All flags of the subcommand."""
+    parser = Flags("predict")
+    add = parser.add_argument
+    add("--model", required=True, help="folder, hub id, or run directory")
+    add("--data", required=True, help="file, glob, folder or hub data set")
+    add("--text", required=True, help="column of the texts")
+    add("--id", help="column of the ids (row numbers)")
+    add("--out", type=Path, required=True, help="folder of the shards and their manifest")
+    add("--format", default="parquet", choices=("parquet", "npy"), help="or npy")
+    add("--dtype", default="float32", choices=("float32", "float16"), help="or float16, of the written numbers")
+    add("--shard-rows", type=at_least(1), default=10000, help="rows of a file")
+    add("--prompt", help="put before every text (the model's default)")
+    add("--prompt-name", help="the same by its name in the model")
+    add("--normalize", action="store_true", help="scale to length 1, after truncation")
+    add("--truncate-dim", type=at_least(1), help="keep the first so many numbers (Matryoshka)")
+    add_encoder(parser)
+    add_reading(parser)
+    add_place(parser)
+    return parser
+
+
+def predict(args: Sequence[str]) -> int:
+    """Embeds ``--data`` into ``--out`` and prints what was done; the exit status is 0.
+
+    Raises:
+        ConfigError: the flags can't be meant.
+        ValueError: data, model or folder can't be used.
+        Interrupted: asked to stop; finished shards are kept.
+    """
+    options = flags().read(args)
+    from trainer.data.cache import default_cache_dir
+    from trainer.data.sources import Source, fingerprint, load
+    from trainer.predict.shards import Shards
+
+    interruption.stop_if_asked()  # the imports took seconds
+    with said_once():
+        text = Source(options.data, {"text": options.text}, split=options.split, on_bad_row=options.on_bad_row)
+        source = replace(text, columns={**text.columns, "id": options.id}) if options.id else text
+        rows = load(source, options.cache_dir or default_cache_dir())
+        spec = choose_prompt(encoder_spec(options), options.prompt, options.prompt_name)
+    encoder, device = start(options, spec)
+    settings = read_settings(options, encoder)
+    shards = Shards(
+        options.out,
+        options.format,
+        num_rows=len(rows),
+        shard_rows=options.shard_rows,
+        dimension=settings.truncate_dim or encoder.embedding_dimension,
+        dtype=options.dtype,
+        has_ids=bool(options.id),
+    )
+    # The texts alone: whoever uses the embeddings asks whether they are those of a column.
+    begin(shards, encoder, settings, {"data": fingerprint(text), "id": options.id})
+    try:
+        work = embed(encoder, rows, "text", shards, settings, device)
+    finally:
+        end(options.out)
+    report(shards, work)
+    return 0
+
+
+# -- parts, which mining uses too -------------------------------------------------------------------------
+
+
+@contextmanager
+def said_once() -> Iterator[None]:
+    """What all ranks find wrong, each by itself, is said by the first one."""
+    from trainer.distributed import gather
+
+    try:
+        yield
+    except ValueError as error:
+        raise gather.SharedError(in_flags(str(error))) from error
+
+
+def on_first_rank(function: Callable[[], Value]) -> Value:
+    """What rank 0 finds, on all ranks.
+
+    Raises:
+        SharedError: it has refused.
+    """
+    from trainer.config_files import ConfigError
+    from trainer.distributed import gather
+
+    found: Any = None
+    refused = ""
+    if gather.rank() == 0:
+        try:
+            found = function()
+        except (ConfigError, ValueError) as error:
+            refused = in_flags(str(error))
+    found, refused = gather.broadcast_object((found, refused))
+    if refused:
+        raise gather.SharedError(refused)
+    return found
+
+
+def encoder_spec(options: argparse.Namespace) -> EncoderSpec:
+    """What --model means: a model, or the model/ that a fit has written into its run directory."""
+    from trainer.encoder.spec import EncoderSpec
+    from trainer.encoder.text import load_text_preparation
+
+    model = Path(options.model)
+    if not (model / "modules.json").exists() and (model / "model" / "modules.json").exists():
+        model = model / "model"
+    name = str(model) if model.is_dir() else options.model
+    spec = EncoderSpec(
+        name,
+        max_length=options.max_length,
+        revision=options.revision,
+        trust_remote_code=options.trust_remote_code,
+    )
+    load_text_preparation(spec)  # what is wrong with it is said before anything starts
+    return spec
+
+
+def choose_prompt(spec: EncoderSpec, prompt: str | None, name: str | None) -> EncoderSpec:
+    """The encoder with the prompt that the flags name; without any, with the model's default.
+
+    Raises:
+        ValueError: the model has no prompt of that name, or both were given.
+    """
+    from trainer.data.files import did_you_mean
+    from trainer.encoder.text import read_prompts
+
+    if prompt is not None and name is not None:
+        raise ValueError("--prompt and --prompt-name were both given; give one of them")
+    if name is None:
+        return replace(spec, prompt=prompt)
+    prompts = read_prompts(spec)
+    if name not in prompts:
+        raise ValueError(
+            f"'{spec.backbone}' has no prompt '{name}'; it has {', '.join(prompts) or 'none'}."
+            f"{did_you_mean(name, prompts)} Or write it out: --prompt '{name}: '"
+        )
+    return replace(spec, prompt=prompts[name])
+
+
+def start(options: argparse.Namespace, spec: EncoderSpec) -> tuple[Encoder, torch.device]:
+    """The ranks, and the encoder on the device of this one."""
+    import transformers
+
+    from trainer.distributed.launch import start_ranks
+    from trainer.encoder import Encoder
+
+    with said_once():
+        device = start_ranks(options.accelerator, options.devices, options.nodes)
+        transformers.utils.logging.disable_progress_bar()
+        encoder = Encoder(spec, options.max_tokens)
+    interruption.stop_if_asked()
+    return encoder.eval().to(device), device
+
+
+def read_settings(options: argparse.Namespace, encoder: Encoder) -> Settings:
+    from trainer.distributed import gather
+    from trainer.predict.embed import Settings
+
+    full = encoder.embedding_dimension
+    if options.truncate_dim is not None and options.truncate_dim > full:
+        raise gather.SharedError(f"--truncate-dim is {options.truncate_dim}, but the model's embeddings have {full}")
+    return Settings(options.precision, options.normalize, options.truncate_dim, options.max_tokens)
+
+
+def begin(shards: Shards, encoder: Encoder, settings: Settings, about_rows: Mapping[str, Any]) -> None:
+    """Shards to write, in a folder that nobody else writes into; or to go on with."""
+    from trainer.predict.embed import fingerprint
+    from trainer.predict.shards import start_shards
+    from trainer.run_lock import take_lock
+
+    def claim() -> None:
+        about_model = {
+            "model": fingerprint(encoder),
+            "prompt": encoder.text.prompt,
+            "max_length": encoder.text.max_length,
+            "precision": settings.precision,
+            "normalize": settings.normalize,
+        }
+        start_shards(shards, {**about_rows, **about_model})
+        if said := take_lock(shards.folder, os.environ):
+            print(f"note: {said}")
+        shards.sweep()
+
+    on_first_rank(claim)
+
+
+def embed(
+    encoder: Encoder, rows: Dataset, column: str, shards: Shards, settings: Settings, device: torch.device
+) -> Work:
+    """As `embed_rows`; errors in the words of the flags."""
+    from trainer.predict.embed import embed_rows
+
+    try:
+        with said_when_stopped():
+            return embed_rows(encoder, rows, column, shards, settings, device)
+    except ValueError as error:
+        raise ValueError(in_flags(str(error))) from error
+
+
+@contextmanager
+def said_when_stopped() -> Iterator[None]:
+    """That the work can go on, where it was asked to stop."""
+    from trainer.run_dir import is_first_rank
+
+    try:
+        yield
+    except interruption.Interrupted as stop:
+        if is_first_rank(os.environ):
+            print(f"stopped by {stop.received.name}; the same command goes on (exit {stop.code})", flush=True)
+        raise
+
+
+def end(out: Path) -> None:
+    """Let others write into the folder."""
+    from trainer.run_lock import release_lock
+
+    release_lock(out, os.environ)
+
+
+def report(shards: Shards, work: Work) -> None:
+    """What was done, on the first rank."""
+    from trainer.distributed import gather
+
+    if gather.rank():
+        return
+    before = shards.num_shards - work.num_shards
+    there = f"; {before:,} of them were there before" if before else ""
+    if work.num_shards:
+        ranks = gather.world_size()
+        print(
+            f"{work.num_texts:,} texts, {work.num_tokens:,} tokens in {work.seconds:.1f} s on {ranks} "
+            f"rank{'s' * (ranks > 1)}: {work.num_texts / work.seconds:,.0f} texts/s, "
+            f"{work.num_tokens / work.seconds:,.0f} tokens/s"
+        )
+    print(
+        f"{shards.folder}: {shards.num_rows:,} rows of {shards.dimension} {shards.dtype} numbers in "
+        f"{shards.num_shards:,} {shards.format} file{'s' * (shards.num_shards > 1)}{there}"
+    )
