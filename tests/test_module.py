@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,6 +143,16 @@ def test_a_run_equals_a_plain_loop(tiny_encoders: dict[str, Path], pairs: Path, 
             if name.endswith(("key.bias", "k_lin.bias")):
                 continue  # its gradient is a rounding error, which AdamW blows up to a step
             assert_close(parameter, theirs[name], rtol=0.0, atol=2e-5, msg=name)
+
+
+def test_prompts_of_columns_need_a_pooling_that_takes_them(tiny_encoder: Path, pairs: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_encoder, tmp_path / "instructor")
+    path = folder / "1_Pooling" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "include_prompt": False}))
+    module, data = _parts(folder, pairs)
+    data.train_sources[0].prompts = {"anchor": "query: "}
+    with pytest.raises(ValueError, match=r"'.*instructor' leaves its prompt out of the embedding: give one prompt"):
+        _fit(module, data)
 
 
 def test_sgd_in_chunks_without_schedule(tiny_encoder: Path, pairs: Path) -> None:

@@ -347,13 +347,13 @@ class EmbeddingModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make the vocabulary fit the checkpoint's, and fill in what its backbone has, before weights are loaded."""
         state = checkpoint["state_dict"]
-        if names := self.encoder.base_names:
-            if checkpoint.get("base_weights") != (self._base or self.encoder.base_checksum()):
-                raise ValueError(
-                    f"the frozen weights of '{self.encoder_spec.backbone}' are not those the checkpoint was trained "
-                    "with: restore the backbone folder or its revision, and freeze and lora of its run"
-                )
-            state.update({f"encoder.{name}": self.encoder.get_parameter(name).detach() for name in names})
+        names = self.encoder.base_names
+        if checkpoint.get("base_weights") != ((self._base or self.encoder.base_checksum()) if names else None):
+            raise ValueError(
+                f"the frozen weights of '{self.encoder_spec.backbone}' are not those the checkpoint was trained with: "
+                "restore the backbone folder or its revision, and freeze and lora of its run"
+            )
+        state.update({f"encoder.{name}": self.encoder.get_parameter(name).detach() for name in names})
         name = next((key for key in state if key.endswith(".used_ids")), None)
         if name is None:
             return

@@ -210,7 +210,8 @@ class PairData(LightningDataModule):
                     f"{source.path}: max_lengths gives '{column}' {length} pieces; give {self.text.shortest + 1} to "
                     f"{self.text.max_length}, which is model.encoder.max_length"
                 )
-        return replace(self.text, max_lengths=source.max_lengths or {})
+        lengths = {column: source.max_length_of(column) for column in source.text_columns}
+        return replace(self.text, max_lengths={c: length for c, length in lengths.items() if length is not None})
 
     def prepare_data(self) -> None:
         """Build the caches, once per node; the other ranks wait and open them."""

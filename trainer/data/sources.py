@@ -187,7 +187,9 @@ class Source:
             ("max_lengths", self.max_lengths or []),
         ):
             for name in names:
-                if name not in self.text_columns and not (key == "prompts" and name in self.columns and name in _LISTS):
+                if name not in self.text_columns and not (
+                    key != "holdout_by" and name in self.columns and name in _LISTS
+                ):
                     raise ValueError(
                         f"{self.path}: {key} names '{name}', which is no text column; there are "
                         f"{', '.join(self.text_columns)}"
@@ -263,6 +265,11 @@ class Source:
         """What is put before each text of a column."""
         prompts = self.prompts or {}
         return prompts.get(column, prompts.get(self.key_of(column), ""))
+
+    def max_length_of(self, column: str) -> Optional[int]:
+        """Pieces that are kept of each text of a column; None: what the encoder keeps."""
+        lengths = self.max_lengths or {}
+        return lengths.get(column, lengths.get(self.key_of(column)))
 
     def prompted(self, column: str, texts: Sequence[str]) -> list[str]:
         """Texts of a column behind its prompt."""
