@@ -29,14 +29,20 @@ if TYPE_CHECKING:
 _Cells = tuple[int, "list[str] | str"]
 
 
-def read_delimited(path: Path, source: Source, accept: Callable[[pa.RecordBatch], None]) -> Rows:
+def _no_batch(batch: pa.RecordBatch) -> None:
+    raise AssertionError("nobody takes batches")
+
+
+def read_delimited(
+    path: Path, source: Source | None = None, accept: Callable[[pa.RecordBatch], None] = _no_batch
+) -> Rows:
     """The rows of a file that need a closer look; the others go to ``accept`` as batches of canonical columns.
 
     The two come in the order of the file: ``accept`` is called when all rows before have been taken from the records.
 
     Args:
         path: of CSV or TSV, also gzipped.
-        source: what is asked for.
+        source: what is asked for; without it every row is read cell by cell.
         accept: gets checked rows: large_string texts, then float32 score and int64 label.
 
     Raises:
@@ -54,10 +60,10 @@ def read_delimited(path: Path, source: Source, accept: Callable[[pa.RecordBatch]
     except OSError as error:
         raise ValueError(f"{path}: cannot be read as {data_format(path)[1:]}: {error}") from error
     header = _header(path, head[0][1] if head else [])
-    columns = _columns(source, path, header, [cells for _, cells in head[1:]])
+    columns = source and _columns(source, path, header, [cells for _, cells in head[1:]])
 
     def parse(block: Block) -> pa.RecordBatch | None:
-        return None if columns is None else _parse(block, source, header, columns, delimiter)
+        return _parse(block, source, header, columns, delimiter) if source and columns else None
 
     def records() -> Iterator[Record]:
         yield from (_record(header, *one) for one in head[1:])
