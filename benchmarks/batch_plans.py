@@ -61,7 +61,7 @@ def measure_ours(hashes: NDArray[np.int64], batch_size: int) -> dict[str, Any]:
 def measure_theirs(rows: list[dict[str, str]], batch_size: int) -> dict[str, Any]:
     import torch
     from datasets import Dataset
-    from sentence_transformers.sampler import NoDuplicatesBatchSampler
+    from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
 
     sampler = NoDuplicatesBatchSampler(Dataset.from_list(rows), batch_size, False, generator=torch.Generator(), seed=0)
     start = time.process_time()

@@ -88,12 +88,18 @@ LOSSES: dict[str, tuple[Callable[[], Loss], int]] = {  # and the number of text 
     "EmbedDistill projected": (lambda: EmbedDistill("l2", projection_dim=DIMENSION), 2),
     "MSE": (MSE, 2),
     "MarginMSE": (MarginMSE, 4),
-    "DistillKLDiv": (lambda: DistillKLDiv(scale=20.0, teacher_scale=1.0, similarity="cosine"), 4),
+    "DistillKLDiv": (DistillKLDiv, 4),
     "GlobalOrthogonalRegularization": (GlobalOrthogonalRegularization, 2),
     "WeightedSum": (lambda: WeightedSum([InfoNCE(), GlobalOrthogonalRegularization()], [1.0, 0.5]), 2),
 }
 # One row alone has nothing that it could be compared with.
-NOTHING_TO_LEARN_FROM_ONE = {"InfoNCE", "BatchHardTriplet", "CoSENT", "GlobalOrthogonalRegularization"}
+NOTHING_TO_LEARN_FROM_ONE = {
+    "InfoNCE",
+    "BatchHardTriplet",
+    "CoSENT",
+    "GlobalOrthogonalRegularization",
+    "OnlineContrastive",
+}
 
 
 @dataclass(frozen=True)
@@ -199,7 +205,8 @@ def _run(folder: Path, loss: str, texts: Sequence[str], num_rows: int, compact: 
     used = sorted({piece for ids in prepare(texts) for piece in ids}) if compact else []
     texts = [*texts[: num_rows * num_columns]]
     texts[::5] = [f"{text} {texts[0]}" for text in texts[::5]]
-    texts[3::7] = [texts[-1]] * len(texts[3::7])
+    if loss != "BatchTriplet semi_hard":  # where a negative is as far as the positive, its choice hangs on a rounding
+        texts[3::7] = [texts[-1]] * len(texts[3::7])
     ids = prepare(texts)
     columns = [ids[c * num_rows : (c + 1) * num_rows] for c in range(num_columns)]
     draws = torch.randint(0, 3, (num_rows,), generator=torch.Generator().manual_seed(num_rows)).tolist()
@@ -255,7 +262,7 @@ def test_gradients_of_two_ranks_are_those_of_one_process(
 @pytest.mark.parametrize("num_rows", [16, 1])
 @pytest.mark.parametrize(
     "loss",
-    ["CosineSimilarity", "Softmax", "OnlineContrastive", "SigLIP", "EmbedDistill", *sorted(NOTHING_TO_LEARN_FROM_ONE)],
+    ["CosineSimilarity", "Softmax", "SigLIP", "EmbedDistill", *sorted(NOTHING_TO_LEARN_FROM_ONE)],
 )
 def test_even_shares_and_a_rank_without_rows(
     two_ranks: TwoRanks, tiny_encoder: Path, demo_texts: list[str], loss: str, num_rows: int

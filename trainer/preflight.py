@@ -20,7 +20,6 @@ from trainer.config_files import ConfigError, read_command
 from trainer.run_dir import is_first_rank
 
 if TYPE_CHECKING:
-    from trainer.encoder.spec import EncoderSpec
     from trainer.lightning_cli import Parts
 
 LIBRARIES = ("torch", "lightning", "transformers", "sentence_transformers", "datasets")
@@ -124,6 +123,8 @@ def check_run_directory(parts: Parts) -> str:
 
 
 def check_backbone(parts: Parts) -> str:
+    from trainer.encoder.folder import backbone_folder
+
     teachers = [source.teacher for source in parts.datamodule.validation_sources if source.teacher is not None]
     for spec in (parts.model.encoder_spec, *teachers):
         if backbone_folder(spec) is not None:
@@ -139,6 +140,8 @@ def check_backbone(parts: Parts) -> str:
 
 def check_space(parts: Parts) -> str:
     """Two checkpoints, since the older one goes when the newer one is whole, and the export."""
+    from trainer.encoder.folder import backbone_folder
+
     folder = backbone_folder(parts.model.encoder_spec)
     num_parameters = count_parameters(folder) if folder else 0
     if not num_parameters:
@@ -180,19 +183,6 @@ def check_data(parts: Parts) -> str:
             num_files += 1
     hub = f", {num_hub} sets of the hub" if num_hub else ""
     return f"{num_files} files of {num_bytes:,} bytes{hub}"
-
-
-def backbone_folder(spec: EncoderSpec) -> Path | None:
-    """Where the backbone lies: the folder that was named, or its snapshot in the hub's cache; None where it doesn't."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    if Path(spec.backbone).is_dir():
-        return Path(spec.backbone)
-    try:
-        return Path(snapshot_download(spec.backbone, revision=spec.revision, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError):
-        return None
 
 
 def count_parameters(folder: Path) -> int:

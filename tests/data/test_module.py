@@ -142,6 +142,10 @@ def test_a_length_that_does_not_fit_is_refused(tmp_path: Path, tiny_encoder: Pat
             data.prepare_data()
     with pytest.raises(ValueError, match="max_lengths names 'query', which is no text column; there are anchor, pos"):
         Source("x.jsonl", COLUMNS, max_lengths={"query": 64})
+    lists = Source(
+        "x.jsonl", {"anchor": "a", "positive": "b", "negatives": "n"}, max_negatives=2, max_lengths={"negatives": 9}
+    )
+    assert data.text_of(lists).max_lengths == {"negative_1": 9, "negative_2": 9}
     held_out = EvalSource(name="dev", path="x.jsonl", columns=COLUMNS, max_lengths={"anchor": 5})
     with pytest.raises(ValueError, match=r"max_lengths is for data\.train; an evaluation embeds as the exported model"):
         PairData([], EncoderSpec("x"), validation=[held_out])

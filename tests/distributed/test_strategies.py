@@ -252,36 +252,30 @@ def test_every_stage_computes_what_ddp_computes(
         assert {n: v.dtype for n, v in ours.items()} == {n: v.dtype for n, v in theirs.items()}
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-@pytest.mark.parametrize("trained", [{"freeze": 1}, {"lora": 4}], ids=["freeze", "lora"])
+@pytest.mark.parametrize(
+    ("trained", "stage"),
+    [({"lora": 4}, 2), ({"lora": 4}, 3), ({"freeze": 1}, 3)],
+    ids=["lora-2", "lora-3", "freeze-3"],
+)
 def test_frozen_weights_in_chunks(
     ranks: TwoRanks, result_of: Any, folder: Path, tmp_path: Path, trained: dict[str, Any], stage: int
 ) -> None:
     """Frozen layers, and adapters beside a frozen backbone, under activation checkpointing: what one process computes
-    in one forward. A checkpoint leaves out what is frozen, and is gone on with under another strategy, bit for bit
-    under its own, with dropout on."""
+    in one forward. A checkpoint leaves out what is frozen, and a run goes on from it bit for bit, dropout on."""
     run = Run(str(folder), **trained)
     expected = train(replace(run, max_tokens=WHOLE))
-    result = result_of(replace(run, stage=stage))
-    for ours in (result, result_of(run)):
+    for ours in (result_of(run), result_of(replace(run, stage=stage))):
         assert ours.gradients.keys() == expected.gradients.keys()
         assert relative_error(ours.gradients, expected.gradients) < 1e-5
         assert ours.norms == pytest.approx(expected.norms, rel=1e-5)
         assert weight_error(ours, expected) < 1e-5
-        assert [scores["eval/dev/spearman_cosine"] for scores in ours.metrics] == pytest.approx(
-            [scores["eval/dev/spearman_cosine"] for scores in expected.metrics], abs=1e-4
-        )
     path = str(tmp_path / "step-00000008")
     noisy = replace(run, stage=stage, dropout=0.1)
     undisturbed, _ = ranks(train, replace(noisy, save_at=8, save_to=path))
-    saved = read_state(Path(path))
-    heads = {name for name in saved["state_dict"] if not name.startswith("encoder.")}
-    assert saved["state_dict"].keys() - heads == expected.gradients.keys()
+    assert read_state(Path(path))["state_dict"].keys() == expected.gradients.keys()
     resumed, _ = ranks(train, replace(noisy, resume=path))
     assert resumed.norms == undisturbed.norms[8:]
     assert all(torch.equal(resumed.weights[name], value) for name, value in undisturbed.weights.items())
-    other, _ = ranks(train, replace(noisy, stage=0, resume=path))
-    assert other.norms == pytest.approx(undisturbed.norms[8:], rel=1e-3)
 
 
 def test_ranks_with_few_chunks_wait_for_those_with_more(results_of: Any, folder: Path) -> None:

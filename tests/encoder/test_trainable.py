@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from tests.batches import gradients_of, largest_difference
+from trainer.check.memory import estimate
 from trainer.data.collate import pack_texts
 from trainer.encoder import Encoder, EncoderSpec
 from trainer.encoder.size import backbone_size
@@ -121,6 +123,14 @@ def test_size_counts_what_is_trained(tiny_encoders: dict[str, Path], kind: str, 
     assert size.num_parameters == sum(p.numel() for p in encoder.backbone.parameters())
     assert size.num_trained == sum(p.numel() for p in encoder.backbone.parameters() if p.requires_grad)
     assert size.trains_pieces == (spec == {})
+    memory = estimate(size, 30, num_tokens=100, is_half=False, has_moments=True)
+    if spec:  # nothing to compact
+        assert (memory.weights, memory.num_trained) == (4 * size.num_parameters, size.num_trained)
+    else:
+        assert memory.num_trained == size.num_trained - (size.num_pieces - 30) * size.hidden
+    assert memory.gradients + memory.optimizer == 12 * memory.num_trained
+    whole = estimate(replace(size, num_frozen=0), 30, num_tokens=100, is_half=False, has_moments=True)
+    assert memory.activations == whole.activations * (1 if "freeze" not in spec else 0.5)
 
 
 def test_adapter_dropout_is_its_own(tiny_encoder: Path) -> None:

@@ -139,9 +139,7 @@ def test_adapters_of_a_run_are_added_in(bench: Any, tmp_path: Path, kind: Any) -
     assert_same_embeddings(run, tmp_path / "model")
     assert b"lora_" not in (tmp_path / "model" / "model.safetensors").read_bytes()
     write_encoder(backbone, texts, hidden=32, kind=kind, seed=9)
-    with pytest.raises(
-        ValueError, match=r"the frozen weights of '.*base' are not those the checkpoint was trained with"
-    ):
+    with pytest.raises(ValueError, match=r"the frozen weights of '.*base' are not those the checkpoint was trained"):
         export_run(run.folder, tmp_path / "other")
 
 

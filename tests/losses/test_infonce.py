@@ -83,8 +83,9 @@ def test_one_row_in_all_directions(max_whole: int) -> None:
 
 # -- what is no negative ----------------------------------------------------------------------------------
 
-# Row 1 has row 0's positive; row 2's positive is row 3's anchor; row 4's negative is its own positive once more.
-TEXTS = torch.tensor([[0, 10, 20], [1, 10, 21], [2, 12, 22], [12, 13, 23], [4, 14, 14], [5, 15, 25]])
+# Row 1 has row 0's positive; row 2's positive is row 3's anchor; row 4 has row 0's anchor, and its negative is its own
+# positive once more.
+TEXTS = torch.tensor([[0, 10, 20], [1, 10, 21], [2, 12, 22], [12, 13, 23], [0, 14, 14], [5, 15, 25]])
 GROUPS = torch.tensor([0, 1, 2, 3, 4, 2])
 PRESENT = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 1], [1, 1, 0], [1, 1, 1], [1, 1, 1]]).bool()
 
@@ -98,6 +99,8 @@ def _left_out(texts: Tensor | None, groups: Tensor | None, present: Tensor | Non
             if j == i:
                 continue
             if texts is not None and texts[row, column] in (texts[i, 0], texts[i, 1]):
+                left_out[i, j] = True
+            if texts is not None and column == 1 and (texts[row, :2] == texts[i, :2]).any():
                 left_out[i, j] = True
             if groups is not None and column == 1 and groups[row] == groups[i]:
                 left_out[i, j] = True
@@ -161,7 +164,8 @@ def test_every_direction_leaves_out_what_is_no_negative(max_whole: int) -> None:
 
         def wrong(row: int, column: int, i: int = i) -> bool:
             same_text = int(TEXTS[row, column]) in (int(TEXTS[i, 0]), int(TEXTS[i, 1]))
-            return bool(same_text or (column < 2 and GROUPS[row] == GROUPS[i]) or not PRESENT[row, column])
+            same_row = GROUPS[row] == GROUPS[i] or (TEXTS[row, :2] == TEXTS[i, :2]).any()
+            return bool(same_text or (column < 2 and same_row) or not PRESENT[row, column])
 
         logits = [20.0 * a[i] @ p[i], 20.0 * a[i] @ p[i]]  # query to its document, and back
         for j in range(6):

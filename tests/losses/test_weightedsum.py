@@ -38,7 +38,13 @@ def test_it_wants_what_its_losses_want() -> None:
     assert not loss.absent_texts
     loss.build(D)
     assert len(list(loss.parameters())) == 2
-    assert [type(part).__name__ for part in loss.parts()] == ["InfoNCE", "Triplet", "Softmax", "CosineSimilarity"]
+    assert [type(part).__name__ for part in loss.parts()] == [
+        "WeightedSum",
+        "InfoNCE",
+        "Triplet",
+        "Softmax",
+        "CosineSimilarity",
+    ]
 
 
 def test_weights_that_do_not_fit() -> None:

@@ -40,7 +40,7 @@ RULES = (
 )
 
 # Targets of a loss -> the columns that any of them comes from; what is not here comes from elsewhere.
-_COLUMNS_OF = {"scores": ("score",), "labels": ("label",), "candidate_scores": ("scores", "score")}
+_COLUMNS_OF = {"scores": ("score",), "labels": ("label",), "candidate_scores": ("score_1", "score")}
 
 
 def findings(situation: Situation) -> list[Finding]:

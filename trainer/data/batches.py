@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import numpy as np
+import torch
 from torch.utils.data import Dataset
 
 from trainer.batch import PackedBatch
 from trainer.data.collate import pack, targets_of
 from trainer.data.order import SLICE_ROWS, WINDOW_SLICES, Order, split_rows
 from trainer.data.streaming import StreamedTable
+from trainer.data.teacher import TeacherTable
 from trainer.data.tokens import TokenTable
 
 
@@ -23,12 +26,14 @@ class StepBatches(Dataset[PackedBatch]):
         steps_per_epoch: int,
         rank: int,
         world_size: int,
+        teachers: Mapping[int, TeacherTable] | None = None,
     ) -> None:
         self.tables = tables
         self.order = order
         self.steps_per_epoch = steps_per_epoch
         self.rank = rank
         self.world_size = world_size
+        self.teachers = teachers or {}
         # Steps to the window behind this one: time enough to build it.
         self.steps_ahead = -(-SLICE_ROWS * WINDOW_SLICES // order.batch_size)
         self.streamed = any(isinstance(table, StreamedTable) for table in tables)
@@ -44,6 +49,11 @@ class StepBatches(Dataset[PackedBatch]):
         targets = targets_of(
             rows, table.targets(rows), table.hashes(rows), table.may_lack_texts, rows_per_rank, self.rank
         )
+        if plan.source in self.teachers:
+            targets.extras["teacher"] = torch.from_numpy(self.teachers[plan.source].embeddings(rows))
+        if isinstance(table, TokenTable) and table.candidate_scores:
+            scores = np.stack([values[rows] for values in table.candidate_scores], axis=1)
+            targets.extras["scores"] = torch.from_numpy(scores)
         columns = [table.ids(column, embedded) for column in table.columns]
         if self.streamed:
             self._prefetch(step + self.steps_ahead)

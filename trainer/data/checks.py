@@ -74,6 +74,8 @@ def _checks(source: Source, rows: Rows, columns: dict[str, Column]) -> list[tupl
         class_names = rows.class_names.get(column.name)
         if name == "score":
             checks.append((column, score_check(source.score_range, label_map, class_names)))
+        elif name in source.candidate_scores:
+            checks.append((column, score_check(None, None, None)))  # on a teacher's own scale
         elif name == "label":
             checks.append((column, label_check(label_map, class_names)))
         elif name == "id":

@@ -25,6 +25,7 @@ from trainer.data.retrieval import load_collections
 from trainer.data.rowgroups import group_files
 from trainer.data.sources import EvalSource, Source, load
 from trainer.data.streaming import GIB, StreamedTable
+from trainer.data.teacher import TeacherTable
 from trainer.data.tokens import TokenTable, end_with, tokenize, worker_context
 from trainer.distributed import gather
 from trainer.encoder.spec import EncoderSpec
@@ -187,6 +188,7 @@ class PairData(LightningDataModule):
         self.tables: list[TokenTable | StreamedTable] = []
         self.parts: list[Part] = []
         self.stream: Optional[OpaqueStream] = None
+        self.teachers: dict[int, TeacherTable] = {}  # of the training sources that have one, by their number
         self._positions: dict[int, dict[str, Any]] = {}  # of this rank's readers of the stream
         self.validation_sets: list[ValidationSet] = []
         self.allow_zero_length_dataloader_with_multiple_devices = True
@@ -208,7 +210,8 @@ class PairData(LightningDataModule):
                     f"{source.path}: max_lengths gives '{column}' {length} pieces; give {self.text.shortest + 1} to "
                     f"{self.text.max_length}, which is model.encoder.max_length"
                 )
-        return replace(self.text, max_lengths=source.max_lengths or {})
+        lengths = {column: source.max_length_of(column) for column in source.text_columns}
+        return replace(self.text, max_lengths={c: length for c, length in lengths.items() if length is not None})
 
     def prepare_data(self) -> None:
         """Build the caches, once per node; the other ranks wait and open them."""
@@ -349,7 +352,7 @@ class PairData(LightningDataModule):
                 dict(self._positions),
             )
         else:
-            batches = StepBatches(self.tables, self.order, self.steps_per_epoch, rank, world_size)
+            batches = StepBatches(self.tables, self.order, self.steps_per_epoch, rank, world_size, self.teachers)
         return StepLoader(
             batches,
             batch_sampler=StepSampler(self),

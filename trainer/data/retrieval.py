@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from trainer.data.cache import use
 from trainer.data.checks import BadRows
 from trainer.data.columns import Column, find_column
+from trainer.data.delimited import read_delimited
 from trainer.data.derived import draw
 from trainer.data.files import FORMATS, JSON_LINES, data_format
 from trainer.data.layouts import HubTable, Part, Parts, find_parts
@@ -256,9 +257,13 @@ def _open(part: Part, read_other: Optional[Callable[[Path], Rows]] = None) -> It
         elif read_other is not None and data_format(file) in ("", ".tsv"):
             yield read_other(file)
         elif data_format(file):
-            yield read_file(file, None)
+            yield _table_rows(file)
         else:
             raise ValueError(f"{file}: unknown format; known are {', '.join(FORMATS)}, each also with .gz")
+
+
+def _table_rows(path: Path) -> Rows:
+    return read_delimited(path) if data_format(path) in (".csv", ".tsv") else read_file(path, None)
 
 
 def _json_rows(path: Path) -> Rows:
@@ -274,7 +279,7 @@ def read_judgements(path: Path) -> Rows:
     cells = first.split()
     if len(cells) != 4 or not re.fullmatch(r"[+-]?\d+", cells[3]):
         if data_format(path):
-            return read_file(path, None)
+            return _table_rows(path)
         raise ValueError(f"{path}: neither lines of TREC (query 0 document relevance) nor a known format")
 
     def records() -> Iterator[Record]:

@@ -19,6 +19,7 @@ from jsonargparse import lazy_instance
 
 from trainer.data.cache import use
 from trainer.data.checks import BadRows, checked_rows
+from trainer.data.delimited import read_delimited
 from trainer.data.derived import draw, held_out, triplets
 from trainer.data.files import JSON_LINES, data_files, data_format, did_you_mean, is_hub_id
 from trainer.data.json_lines import read_json_lines
@@ -32,8 +33,11 @@ from trainer.files import sha256_of
 
 _VERSION = 1  # of the cached rows: raise it when the same files and spec give other rows
 _TEXT = re.compile(r"text|anchor|positive|negative(_[1-9]\d*)?")
+_CANDIDATE_SCORE = re.compile(r"score_[1-9]\d*")
 _LISTS = ("positives", "negatives")
-_KNOWN = ("text", "anchor", "positive", "negative", "negative_1", *_LISTS, "label", "score", "group", "id")
+_KNOWN = (
+    "text", "anchor", "positive", "negative", "negative_1", *_LISTS, "label", "score", "score_1", "group", "id",
+)  # fmt: skip
 _BATCH_ROWS = 10_000
 # What a set that is searched has: of the queries, of the corpus, of the judgements.
 SEARCH_COLUMNS = (
@@ -49,9 +53,9 @@ class Source:
         path: file, glob or folder of JSON lines, CSV, TSV, Parquet or Arrow (also .gz), or a hub data set id.
         columns: canonical name -> column in the data: its name, its position from 0, or a field inside it
             (translation.en, hits.0, passages.text). Texts are text, or anchor, positive, negative, negative_1, ...;
-            lists of texts are positives (each makes a row) and negatives; targets are label (class number), score and
-            group (rows with the same value: the positive of one is no negative of another). id is kept beside the
-            text, as text.
+            lists of texts are positives (each makes a row) and negatives; targets are label (class number), score,
+            score_1, score_2, ... (a teacher's of each candidate: scores.0, ...) and group (rows with the same value:
+            the positive of one is no negative of another). id is kept beside the text, as text.
         score_range: lowest and highest score of the data, mapped linearly to 0..1; unset: left as they are.
         label_map: value in the data -> number; feeds score where columns has score, else label.
         split: of a hub data set, a saved DatasetDict, or a folder whose file names say train, dev, test.
@@ -102,11 +106,17 @@ class Source:
 
     def __post_init__(self) -> None:
         for name in self.columns:
-            if not _TEXT.fullmatch(name) and name not in _KNOWN:
+            if not _TEXT.fullmatch(name) and name not in _KNOWN and not _CANDIDATE_SCORE.fullmatch(name):
                 raise ValueError(
                     f"{self.path}: columns has '{name}', which is none of text, anchor, positive, negative, "
-                    f"negative_1, ..., positives, negatives, label, score, group, id.{did_you_mean(name, _KNOWN)}"
+                    "negative_1, ..., positives, negatives, label, score, score_1, ..., group, id."
+                    f"{did_you_mean(name, _KNOWN)}"
                 )
+        expected = tuple(f"score_{number + 1}" for number in range(len(self.candidate_scores)))
+        if self.candidate_scores != expected:
+            raise ValueError(
+                f"{self.path}: columns has {', '.join(self.candidate_scores)}; number them {', '.join(expected)}"
+            )
         self._check_lists()
         texts = self.text_columns
         if texts != ("text",) and texts[:2] != ("anchor", "positive"):
@@ -155,6 +165,7 @@ class Source:
 
     def _check_derivation(self) -> None:
         planned = {"where": self.where, "triplets": self.triplets, "holdout": self.holdout, "max_rows": self.max_rows}
+        planned |= dict.fromkeys(self.candidate_scores, True)
         if self.streaming and (asked := [name for name, value in planned.items() if value]):
             raise ValueError(
                 f"{self.path}: {asked[0]} does not go with streaming: true, for rows are numbered before they are "
@@ -176,7 +187,9 @@ class Source:
             ("max_lengths", self.max_lengths or []),
         ):
             for name in names:
-                if name not in self.text_columns and not (key == "prompts" and name in self.columns and name in _LISTS):
+                if name not in self.text_columns and not (
+                    key != "holdout_by" and name in self.columns and name in _LISTS
+                ):
                     raise ValueError(
                         f"{self.path}: {key} names '{name}', which is no text column; there are "
                         f"{', '.join(self.text_columns)}"
@@ -217,8 +230,14 @@ class Source:
         return tuple(sorted((*(name for name in self.columns if _TEXT.fullmatch(name)), *made), key=place))
 
     @property
+    def candidate_scores(self) -> tuple[str, ...]:
+        """The columns score_1, score_2, ... in their order."""
+        names = (name for name in self.columns if _CANDIDATE_SCORE.fullmatch(name))
+        return tuple(sorted(names, key=lambda name: int(name.partition("_")[2])))
+
+    @property
     def canonical_columns(self) -> tuple[str, ...]:
-        targets = ("id",) if self.triplets else ("score", "label", "group", "id")
+        targets = ("id",) if self.triplets else ("score", "label", *self.candidate_scores, "group", "id")
         made = {"group"} if "positives" in self.columns else set()
         return (*self.text_columns, *(name for name in targets if name in {*self.columns, *made}))
 
@@ -246,6 +265,11 @@ class Source:
         """What is put before each text of a column."""
         prompts = self.prompts or {}
         return prompts.get(column, prompts.get(self.key_of(column), ""))
+
+    def max_length_of(self, column: str) -> Optional[int]:
+        """Pieces that are kept of each text of a column; None: what the encoder keeps."""
+        lengths = self.max_lengths or {}
+        return lengths.get(column, lengths.get(self.key_of(column)))
 
     def prompted(self, column: str, texts: Sequence[str]) -> list[str]:
         """Texts of a column behind its prompt."""
@@ -506,6 +530,7 @@ class _RowsFile:
 
     def __init__(self, source: Source, path: Path) -> None:
         types = {"score": pa.float32(), "label": pa.int64(), "group": pa.int64()}
+        types |= dict.fromkeys(source.candidate_scores, pa.float32())
         self.schema = pa.schema([(name, types.get(name, pa.large_string())) for name in source.canonical_columns])
         self.path = path
         self.num_rows = 0
@@ -541,7 +566,7 @@ class _RowsFile:
 
 
 def _open(source: Source, accept: Callable[[pa.RecordBatch], None]) -> Iterator[Rows]:
-    """The rows to check, file by file; ``accept`` gets those of JSON lines that Arrow has read and found good."""
+    """The rows to check, file by file; ``accept`` gets those of text files that Arrow has read and found good."""
     wanted = source.read_columns
     if is_hub_id(source.path):
         rows = hub_rows(source.path, source.subset, source.split, source.revision)
@@ -551,5 +576,7 @@ def _open(source: Source, accept: Callable[[pa.RecordBatch], None]) -> Iterator[
         for file in data_files(source.path, source.split):
             if data_format(file) in JSON_LINES:
                 yield read_json_lines(file, source, accept)
+            elif data_format(file) in (".csv", ".tsv"):
+                yield read_delimited(file, source, accept)
             else:
                 yield read_file(file, wanted)

@@ -65,6 +65,7 @@ class TokenTable:
         scores: float32 (N,), or None.
         num_skipped: bad rows of the source that were left out.
         may_lack_texts: whether a row may have no text in some column.
+        candidate_scores: of each candidate, float32 (N,), or none.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -83,6 +84,8 @@ class TokenTable:
         self._targets: dict[str, NDArray[Any]] = {file.stem: _map(file) for file in files if file.exists()}
         self.labels: NDArray[np.int64] | None = self._targets.get("label")
         self.scores: NDArray[np.float32] | None = self._targets.get("score")
+        names = [f"score_{number + 1}" for number in range(report["num_candidate_scores"])]
+        self.candidate_scores = [_map(folder / f"{name}.float32") for name in names]
 
     def __reduce__(self) -> tuple[type[TokenTable], tuple[Path]]:
         return TokenTable, (self.folder,)  # another process maps the files itself
@@ -119,6 +122,10 @@ class TokenTable:
         columns of one max_length: beyond that a text may get a second number.
         """
         return self._text_ids[column]
+
+    def distinct_texts(self) -> TokenSpans:
+        """Token ids of all distinct texts, in the order of their numbers."""
+        return TokenSpans(self._values, self._offsets[:-1], np.diff(self._offsets))
 
     def num_truncated(self, column: str) -> int:
         """Texts that were longer than the encoder's max_length and lost their end."""
@@ -201,6 +208,7 @@ def _build(source: Source, text: TextPreparation, cache_dir: Path, folder: Path)
         "num_rows": len(rows),
         "num_skipped": num_skipped_rows,
         "may_lack_texts": source.may_lack_texts,
+        "num_candidate_scores": len(source.candidate_scores),
         "num_truncated": {c: _count_truncated(folder, c) for c in source.text_columns},
     }
     (folder / "truncated.bool").unlink()
@@ -248,7 +256,8 @@ def _segments(rows: Dataset, columns: tuple[str, ...]) -> Iterator[list[pa.Recor
 
 
 def _write_targets(rows: Dataset, folder: Path) -> None:
-    for target, suffix in (("score", "float32"), ("label", "int64"), ("group", "int64")):
+    scores = [name for name in rows.column_names if name.partition("_")[0] == "score"]
+    for target, suffix in (*((name, "float32") for name in scores), ("label", "int64"), ("group", "int64")):
         if target in rows.column_names:
             with (folder / f"{target}.{suffix}").open("wb") as file:
                 for batch in rows.data.table.select([target]).to_batches():

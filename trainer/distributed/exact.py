@@ -140,7 +140,8 @@ class ExactnessCheck(Callback):
         module.load_state_dict(record.weights)
         module.zero_grad()
         data = module.data
-        batch = StepBatches(data.tables, data.order, data.steps_per_epoch, rank=0, world_size=1)[record.number]
+        one = StepBatches(data.tables, data.order, data.steps_per_epoch, 0, 1, data.teachers)
+        batch = one[record.number]
         rows = batch.targets.row_ids_B.tolist()
         with trainer.precision_plugin.train_step_context():
             loss = module.training_step(batch.to(module.device), record.number)

@@ -133,9 +133,11 @@ class Encoder(nn.Module):
         if not embedding.weight.requires_grad:
             return
         full = embedding.weight if vocabulary is None else vocabulary.frozen_VH
+        padding_id = embedding.padding_idx if vocabulary is None else vocabulary.padding_id
+        assert padding_id is None or isinstance(padding_id, int)
         special = torch.tensor(self.text.tokenizer.all_special_ids, dtype=torch.int64)
         used_ids = torch.unique(torch.cat([used_ids.to("cpu", torch.int64), special]))
-        self.backbone.set_input_embeddings(CompactEmbedding(full, used_ids.to(full.device)))
+        self.backbone.set_input_embeddings(CompactEmbedding(full, used_ids.to(full.device), padding_id))
 
     # -- what is not trained ------------------------------------------------------------------------------
 
@@ -226,7 +228,7 @@ class Encoder(nn.Module):
         in, stock attention, evaluation mode."""
         shell, vocabulary, training = self._shell[0], self.vocabulary, self.training
         if vocabulary is not None:
-            full = nn.Embedding.from_pretrained(vocabulary.full_weight())
+            full = nn.Embedding.from_pretrained(vocabulary.full_weight(), padding_idx=vocabulary.padding_id)
             self.backbone.set_input_embeddings(full)
         if self.packed:
             self.backbone.set_attn_implementation("sdpa")

@@ -35,7 +35,10 @@ def blocks(backbone: PreTrainedModel) -> nn.ModuleList:
     for module in backbone.modules():
         if isinstance(module, nn.ModuleList) and len(module) == wanted:
             return module
-    raise ValueError(f"model.encoder.freeze: '{backbone.config.model_type}' has no list of {wanted} layers")
+    raise ValueError(
+        f"'{backbone.config.model_type}' has no list of {wanted} layers, which model.encoder.freeze and lora need: "
+        "leave them out"
+    )
 
 
 def _freeze(backbone: PreTrainedModel, num_layers: int) -> None:

@@ -16,7 +16,6 @@ from typing import Any
 
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.model_card import get_losses
 from sentence_transformers.sentence_transformer.model_card import SentenceTransformerModelCardData
 from sentence_transformers.util import fullname
 
@@ -26,6 +25,7 @@ from trainer.data.retrieval import load_collections
 from trainer.data.sources import EvalSource, Source, load
 from trainer.encoder import EncoderSpec
 from trainer.export.record import Run, evaluations, hyperparameters, non_default, training_logs
+from trainer.losses import Loss
 
 logger = logging.getLogger(__name__)
 
@@ -157,20 +157,19 @@ def _dataset_entry(
     return entry
 
 
-def _set_citations(card: SentenceTransformerModelCardData, losses: Sequence[Any]) -> None:
+def _set_citations(card: SentenceTransformerModelCardData, losses: Sequence[Loss]) -> None:
     """Sentence-BERT and the papers of the losses, each once."""
     card.set_losses([])
     (sbert,) = card.citations.values()
     key = sbert.split("{", 1)[1].split(",", 1)[0]
     names, others = ["Sentence Transformers"], {}
-    for part in (part for loss in losses for part in get_losses(loss)):
+    for part in (part for loss in losses for part in loss.parts()):
         name = type(part).__name__
         card.add_tags(f"loss:{name}")
-        citation = getattr(part, "citation", "")
-        if f"{{{key}," in citation:
+        if f"{{{key}," in part.citation:
             names.append(name)
-        elif citation:
-            others[name] = citation
+        elif part.citation:
+            others[name] = part.citation
     card.citations = {" and ".join(names): sbert, **others}
 
 

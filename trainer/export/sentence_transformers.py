@@ -183,7 +183,7 @@ def _set_column_prompts(model: SentenceTransformer, before: str, sources: Sequen
     found: dict[str, set[str]] = {"query": set(), "document": set()}
     for source in sources:
         for column in source.text_columns:
-            prompt = (source.prompts or {}).get(column, "")
+            prompt = source.prompt_of(column)
             for name, columns in (("query", ("anchor", "text")), ("document", ("positive", "negative", "text"))):
                 if column.startswith(columns):
                     found[name].add(prompt)

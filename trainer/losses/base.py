@@ -63,7 +63,7 @@ class Loss(nn.Module, ABC):
         """Make the heads, once the embedding dimension is known."""
 
     def parts(self) -> Iterator[Loss]:
-        """The losses that it is made of: itself, or those that it wraps."""
+        """Itself, and the losses that it wraps, if any, with theirs."""
         yield self
 
     def margin_limit(self, normalized: bool) -> float | None:

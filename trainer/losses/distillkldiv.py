@@ -18,9 +18,9 @@ class DistillKLDiv(Loss):
     """Mean over rows of KL(q || p) / s^2, with p = softmax(s sim(a, c)) over the row's candidates c, and q =
     softmax(t score) of a teacher's scores of the same.
 
-    The data gives one score for each candidate: the positive, then each negative. Lin et al. 2020,
-    https://arxiv.org/abs/2010.11386; the factor is Hinton et al.'s, 2015, https://arxiv.org/abs/1503.02531, which keeps
-    gradients of one size. sentence-transformers' DistillKLDivLoss, with scales = 1 / temperatures.
+    The data gives one score for each candidate: columns score_1 of the positive, score_2, ... of the negatives. Lin et
+    al. 2020, https://arxiv.org/abs/2010.11386; the factor is Hinton et al.'s, 2015, https://arxiv.org/abs/1503.02531,
+    which keeps gradients of one size. sentence-transformers' DistillKLDivLoss, with scales = 1 / temperatures.
 
     Args:
         scale: s, the inverse temperature of the student.

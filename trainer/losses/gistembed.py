@@ -29,8 +29,8 @@ class GISTEmbed(Loss):
         margin: of it.
         contrast_anchors: whether other anchors are candidates.
         contrast_positives: whether positives are compared with positives.
-        mask_false_negatives: leave out candidates that are the row's own anchor or positive text once more, or of the
-            row's group.
+        mask_false_negatives: leave out candidates that are the row's own anchor or positive text once more, or belong
+            to a row with its anchor, its positive or its group.
     """
 
     needs = frozenset({"teacher"})

@@ -18,7 +18,8 @@ from trainer.distributed.gather import gather_columns, gather_rows
 from trainer.losses.logsumexp import LEFT_OUT, log_sum_exp, tiles
 from trainer.losses.similarity import Similarity
 
-_NO_GROUP = torch.iinfo(torch.int64).min
+# In place of what is known of a negative's row: what is right for a row is no more right for its negatives.
+NOT_RIGHT = torch.iinfo(torch.int64).min
 # Of the queries and candidates of a tile: which candidates are meant for which queries, bool (B, N).
 Judge = Callable[[slice, slice], Tensor]
 
@@ -36,6 +37,7 @@ class Candidates:
             the queries' own column is among the candidates.
         own_texts_B2: numbers of each row's anchor and positive; None: no text is compared.
         text_N: number of each candidate's text.
+        row_texts_N2: of an anchor or positive the numbers of its row's anchor and positive; NOT_RIGHT of a negative.
         group_B, group_N: None: there are no groups.
         present_N: None: all candidates are there.
         judge: names further false negatives.
@@ -50,6 +52,7 @@ class Candidates:
     has_own: bool
     own_texts_B2: Tensor | None
     text_N: Tensor | None
+    row_texts_N2: Tensor | None
     group_B: Tensor | None
     group_N: Tensor | None
     present_N: Tensor | None
@@ -73,13 +76,19 @@ class Candidates:
         return absent
 
     def false_negatives(self, rows: slice, columns: slice) -> Tensor | None:
-        """Which would be punished for being right, (B, N): the text of the row itself, a positive or an anchor of its
-        group, or what the judge names; never the own candidate. None: nothing is known of that."""
+        """Which would be punished for being right, (B, N); None: nothing is known of that.
+
+        The row's own anchor or positive text once more; anchors and positives of rows that share its anchor, its
+        positive or its group; what the judge names. Never the own candidate.
+        """
         found = []
         if self.own_texts_B2 is not None:
             assert self.text_N is not None
+            assert self.row_texts_N2 is not None
+            anchors_N, positives_N = self.row_texts_N2[columns].unbind(dim=1)
             anchor_B1, positive_B1 = self.own_texts_B2[rows].split(1, dim=1)
             found += [self.text_N[columns] == anchor_B1, self.text_N[columns] == positive_B1]
+            found += [anchors_N == anchor_B1, positives_N == positive_B1]
         if self.group_B is not None:
             assert self.group_N is not None
             found.append(self.group_B[rows, None] == self.group_N[columns])
@@ -122,12 +131,13 @@ class Candidates:
     def false_negative_rate(self, weight: float) -> Tensor | None:
         """Share of false negatives among the candidates that are not the own one: ``weight`` times its sum over
         queries, so that the mean over ranks is that of the global batch. None: nothing is known of that."""
+        if self.own_texts_B2 is None and self.group_B is None and self.judge is None:
+            return None
         num_others = len(self.row_N) if self.present_N is None else self.present_N.sum()
         total = self.queries_BD.new_zeros(())
         for rows, columns in tiles(len(self.row_B), len(self.row_N)):
             false = self.false_negatives(rows, columns)
-            if false is None:
-                return None
+            assert false is not None
             total += false.sum()
         return weight * total / torch.as_tensor(num_others - 1).clamp(min=1)
 
@@ -185,11 +195,9 @@ class InBatch:
         def flat(values_bC: Tensor) -> Tensor:
             return values_bC[:, chosen].T.reshape(-1)
 
-        group_N = None
-        if groups_b1 is not None:
-            # Only what is right for a row is right for its group: negatives of a group stay negatives.
-            no_group = torch.full_like(groups_b1[:, 0], _NO_GROUP)
-            group_N = torch.cat([groups_b1[:, 0] if column < 2 else no_group for column in among])
+        def of_rows(values_bK: Tensor) -> Tensor:
+            return torch.cat([values_bK if c < 2 else torch.full_like(values_bK, NOT_RIGHT) for c in among])
+
         row_B = torch.arange(first, first + num_rows, device=device)
         has_own = query not in among
         return Candidates(
@@ -202,8 +210,9 @@ class InBatch:
             has_own=has_own,
             own_texts_B2=None if texts_bC is None else texts_bC[mine, :2],
             text_N=None if texts_bC is None else flat(texts_bC),
+            row_texts_N2=None if texts_bC is None else of_rows(texts_bC[:, :2]),
             group_B=None if groups_b1 is None else groups_b1[mine, 0],
-            group_N=group_N,
+            group_N=None if groups_b1 is None else of_rows(groups_b1)[:, 0],
             present_N=None if present_bC is None else flat(present_bC).bool(),
             judge=judge,
         )

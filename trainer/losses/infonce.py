@@ -40,8 +40,8 @@ class InfoNCE(Loss):
         hardness: negatives whose logit is raised by hardness_strength * sim, without a gradient: the hard ones count
             for more (Lan et al. 2025, LLaVE, https://arxiv.org/abs/2503.04812).
         hardness_strength: of it.
-        mask_false_negatives: leave out candidates that are the row's own anchor or positive text once more, or of the
-            row's group.
+        mask_false_negatives: leave out candidates that are the row's own anchor or positive text once more, or belong
+            to a row with its anchor, its positive or its group.
     """
 
     max_columns = None

@@ -16,8 +16,9 @@ from trainer.losses.similarity import Similarity, pairwise_similarity
 class MarginMSE(Loss):
     """Mean over rows and negatives of (sim(a, p) - sim(a, n) - margin)^2, with the margins of a teacher.
 
-    The data gives, for K negatives, K + 1 scores of the teacher (of the positive first), or K margins. Hofstätter et
-    al. 2020, https://arxiv.org/abs/2010.02666; sentence-transformers' MarginMSELoss.
+    The data gives, for K negatives, K + 1 scores of the teacher (columns score_1 of the positive, score_2, ...), or K
+    margins (score_1, ...; of one negative also score). Hofstätter et al. 2020, https://arxiv.org/abs/2010.02666;
+    sentence-transformers' MarginMSELoss.
 
     Args:
         similarity: dot product, whose range is the teacher's, or cosine.

@@ -26,6 +26,15 @@ class Matryoshka(Loss):
         weights: one for each of dims; unset: 1.
     """
 
+    citation = """@inproceedings{kusupati2022matryoshka,
+    title = {Matryoshka Representation Learning},
+    author = {Aditya Kusupati and Gantavya Bhatt and Aniket Rege and Matthew Wallingford and Aditya Sinha and
+              Vivek Ramanujan and William Howard-Snyder and Kaifeng Chen and Sham Kakade and Prateek Jain and
+              Ali Farhadi},
+    booktitle = {Advances in Neural Information Processing Systems},
+    year = {2022},
+}"""
+
     def __init__(self, loss: Loss, dims: list[int], weights: Optional[list[float]] = None) -> None:
         super().__init__()
         if not dims or min(dims) < 1 or len(set(dims)) < len(dims):
@@ -40,22 +49,13 @@ class Matryoshka(Loss):
         self.num_labels, self.score_range = loss.num_labels, loss.score_range
         self.in_batch_negatives, self.positives_by_label = loss.in_batch_negatives, loss.positives_by_label
         self.absent_texts = loss.absent_texts
-        self.citation = f"""{loss.citation}
-
-@inproceedings{{kusupati2022matryoshka,
-    title = {{Matryoshka Representation Learning}},
-    author = {{Aditya Kusupati and Gantavya Bhatt and Aniket Rege and Matthew Wallingford and Aditya Sinha and
-              Vivek Ramanujan and William Howard-Snyder and Kaifeng Chen and Sham Kakade and Prateek Jain and
-              Ali Farhadi}},
-    booktitle = {{Advances in Neural Information Processing Systems}},
-    year = {{2022}},
-}}"""
 
     @property
     def _wrapped(self) -> list[Loss]:
         return [cast(Loss, loss) for loss in self.losses]
 
     def parts(self) -> Iterator[Loss]:
+        yield self
         yield from self._wrapped[0].parts()
 
     def build(self, embedding_dimension: int) -> None:

@@ -27,8 +27,8 @@ class SigLIP(Loss):
     Args:
         scale: t at the start.
         bias: at the start; below 0, because most pairs do not belong together.
-        mask_false_negatives: leave out candidates that are the row's own anchor or positive text once more, or of the
-            row's group.
+        mask_false_negatives: leave out candidates that are the row's own anchor or positive text once more, or belong
+            to a row with its anchor, its positive or its group.
     """
 
     max_columns = None

@@ -38,13 +38,13 @@ class WeightedSum(Loss):
         self.in_batch_negatives = any(loss.in_batch_negatives for loss in losses)
         self.positives_by_label = any(loss.positives_by_label for loss in losses)
         self.absent_texts = all(loss.absent_texts for loss in losses)
-        self.citation = "\n\n".join(dict.fromkeys(loss.citation for loss in losses if loss.citation))
 
     @property
     def _summed(self) -> list[Loss]:
         return [cast(Loss, loss) for loss in self.losses]
 
     def parts(self) -> Iterator[Loss]:
+        yield self
         for loss in self._summed:
             yield from loss.parts()
 
