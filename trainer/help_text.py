@@ -17,6 +17,9 @@ WIDTH, HEIGHT, KEY_WIDTH = 80, 40, 35
 # Our keys speak for themselves: the sentence is that of the docstring. Lightning's need a shorter one.
 OTHER_SENTENCES = {
     "seed_everything": "of all randomness",
+    "model.warmup_ratio": "share of the steps in which the rate rises",
+    "tracking.wandb": "online, offline (send it later), off",
+    "watch.timeout_s": "without progress until a run counts as hung",
     "trainer.max_epochs": "1 where no other limit is given",
     "trainer.val_check_interval": "steps, or a fraction of an epoch (1.0)",
     "trainer.precision": "32-true, bf16-mixed, 16-mixed",
@@ -184,7 +187,7 @@ def render(command: str, parser: Any) -> str:
     for key in KEYS[command].split():
         lines += _line(key, actions[key])
     if command == "fit":
-        lines += ["losses: " + " ".join(_losses())]
+        lines += textwrap.wrap("losses: " + " ".join(_losses()), WIDTH, subsequent_indent="        ")
     return "\n".join([*lines, "--help-all lists every key, --model.loss.help NAME what a loss takes."]) + "\n"
 
 

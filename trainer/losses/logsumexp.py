@@ -16,9 +16,9 @@ from torch import Tensor
 ToLogits = Callable[[slice, slice, Tensor], Tensor]
 LEFT_OUT = torch.finfo(torch.float32).min
 
-# Logits up to which they are kept whole: 64 MiB, of which forward and backward hold about five. Below it memory does
-# not count, and the plain form has a third less arithmetic and far fewer kernels to launch; above it tiles are no
-# slower on a CPU, for they stay nearer to its caches (2.9 s against 3.3 for 8,192 pairs of 384 dimensions, one core).
+# Logits up to which they are kept whole: 64 MiB, of which forward and backward hold about five. Below it memory is no
+# matter, and the plain form has a quarter less arithmetic and far fewer kernels to launch; above it tiles are no slower
+# on a CPU, for they stay nearer to its caches (2.9 s against 3.3 for 8,192 pairs of 384 dimensions on one core).
 MAX_WHOLE = 2**24
 TILE = 2048  # queries and candidates of a tile: 16 MiB of logits, enough to keep the matrix units busy
 
