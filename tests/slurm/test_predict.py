@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.testing import assert_allclose
 
-from tests.slurm.jobs import NEEDS_SLURM, Slurm, stand_in
+from tests.slurm.jobs import NEEDS_SLURM, Slurm, stand_in, wait_until
 from trainer.cli import main
 from trainer.predict.shards import open_shards
 
@@ -50,8 +50,8 @@ def test_sbatch_runs_mine_as_it_runs_fit(slurm: Slurm, tmp_path: Path) -> None:
     job = slurm.run("--nodes 2", ["mine", *words], "/bin/echo")
     assert job.log.splitlines().count(f"-m trainer mine --accelerator cpu {' '.join(words)}") == 2, job.log
     assert "preflight" not in job.log
-    python = stand_in(tmp_path, "[[ ${SLURM_RESTART_COUNT:-0} == 1 ]] || exit 85")
-    number = slurm.submit("--nodes 2", ["mine", *words], python)
-    slurm.start_again(number)
-    job = slurm.finished(number)
-    assert (job["ExitCode"], job["Restarts"]) == ("0:0", "1"), job.log
+    number = slurm.submit("--nodes 2", ["mine", *words], stand_in(tmp_path, "exit 85"))
+    said = f"train.sh: requeueing job {number} to go on from the checkpoint (restart 1 of at most 50)"
+    wait_until(lambda: slurm.log(number).exists() and said in slurm.log(number).read_text(), said)
+    slurm.output(["scancel", number])
+    slurm.finished(number)
