@@ -5,15 +5,19 @@ INSTALLED := $(VENV)/.installed
 # torch is named beside the package, with pyproject's own range, so that pip settles its build before all else.
 TORCH := $(shell sed -n 's/^ *"\(torch>=[^"]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: demo test slow lint
+.PHONY: demo test loops slow lint
 
 demo: $(INSTALLED)    ## generate data and an encoder, train, evaluate, export, search: about a minute
 	$(VENV)/bin/trainer demo
 
 test: $(INSTALLED)    ## everything but the loops of tests/slow
-	$(VENV)/bin/python -m pytest tests --ignore=tests/slow --durations=10 -n 2 --dist loadgroup
+	$(VENV)/bin/python -m pytest tests --ignore=tests/slow --durations=10 -n 3 --dist loadgroup \
+		--no-loadscope-reorder
 
-slow: $(INSTALLED)    ## parity with sentence-transformers' own trainer, kill-and-resume loops
+loops: $(INSTALLED)   ## five kills, three preemptions on a local Slurm, the benchmarks of the README: short
+	$(VENV)/bin/python -m pytest tests/slow/test_reliability.py tests/slow/test_benchmarks.py --durations=0 -n 2
+
+slow: $(INSTALLED)    ## all of tests/slow: these loops, and parity with sentence-transformers' own trainer
 	$(VENV)/bin/python -m pytest tests/slow --durations=10
 
 lint: $(INSTALLED)

@@ -20,7 +20,8 @@ class Phases(Callback):
     """Writes `phase-<restart>` into the run directory: the part that was under way when the request was noted.
 
     Parts: import (until the callbacks are made), loading (until the first step), validation, saving, and backward for
-    all else in a step. Also `timeline-<restart>`: when each part but the steps began, seconds since the epoch.
+    all else in a step. Also `timeline-<restart>`: when each part but the steps began, seconds since the epoch, and
+    `begun-validation-<restart>`: which evaluation is, or was last, under way.
     """
 
     def __init__(self) -> None:
@@ -35,6 +36,7 @@ class Phases(Callback):
                 callback._evaluate_step = self._watch("validation", callback._evaluate_step)  # type: ignore
             if isinstance(callback, Checkpoints):
                 callback.save = self._watch("saving", callback.save)  # type: ignore[method-assign]
+        self.num_begun = 0
         self._note("loading")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -51,6 +53,9 @@ class Phases(Callback):
         @functools.wraps(function)
         def watched(*args: Any, **kwargs: Any) -> Any:
             self._note("backward")
+            if name == "validation" and self.first:
+                self.num_begun += 1
+                (self.folder / f"begun-validation-{self.restart}").write_text(str(self.num_begun))
             try:
                 return function(*args, **kwargs)
             finally:

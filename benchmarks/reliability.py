@@ -5,13 +5,16 @@
     python benchmarks/reliability.py preempt --count 20 --json benchmarks/results/reliability/preempt.json
     python benchmarks/reliability.py preempt-steps --count 16 --json benchmarks/results/reliability/preempt-steps.json
     python benchmarks/reliability.py preempt-saving --count 4 --json benchmarks/results/reliability/preempt-saving.json
+    python benchmarks/reliability.py preempt-validation --count 4 \\
+        --json benchmarks/results/reliability/preempt-validation.json
     python benchmarks/reliability.py ranks --count 6 --json benchmarks/results/reliability/ranks.json
     python benchmarks/reliability.py report benchmarks/results/reliability/*.json
 
 `kill`: SIGKILL to all processes of a run, several times before it may end; TMPDIR lies on another file system.
 `kill-saving` waits for a checkpoint to be under way.
 `preempt`: USR1 to a job on a two-node Slurm (slurm/local-cluster.sh), as at the end of a time limit; the job script
-requeues it; `preempt-steps` does so behind the imports, `preempt-saving` while a checkpoint is written. All
+requeues it; `preempt-steps` does so behind the imports, `preempt-saving` while a checkpoint is written and
+`preempt-validation` while dev is evaluated. All
 compare the final weights with those of a run that was never disturbed, bit for bit.
 `ranks`: one rank of two is killed or stopped (SIGSTOP) while it trains; the job must end, with a status that is not 0,
 and name the rank.
@@ -277,6 +280,11 @@ def preempt_saving_loop(folder: Path, count: int, draw: random.Random) -> Iterat
     yield from _preemptions(folder, count, draw, "saving")
 
 
+def preempt_validation_loop(folder: Path, count: int, draw: random.Random) -> Iterator[dict[str, Any]]:
+    """Within 50 ms after one of the evaluations, drawn at random, has begun; straight to both ranks too."""
+    yield from _preemptions(folder, count, draw, "validation")
+
+
 def _preemptions(folder: Path, count: int, draw: random.Random, part: str) -> Iterator[dict[str, Any]]:
     recipe = write_recipe(folder)
     with cluster(folder / "slurm") as environ:
@@ -294,23 +302,27 @@ def _preemptions(folder: Path, count: int, draw: random.Random, part: str) -> It
         done = number = 0
         while done < count:
             number += 1
-            offset = draw.uniform(0.0, {"life": lasts, "steps": lasts - first, "saving": 0.01}[part])
-            outcome = _preempt(recipe, folder / f"run-{number}", reference, environ, offset, part)
+            longest = {"life": lasts, "steps": lasts - first, "saving": 0.01, "validation": 0.05}[part]
+            offset, evaluation = draw.uniform(0.0, longest), draw.randint(1, LAST // 10)
+            outcome = _preempt(recipe, folder / f"run-{number}", reference, environ, offset, part, evaluation)
             if outcome is not None:  # else the job had ended, or had not come to Python
                 done += 1
                 yield outcome
 
 
 def _preempt(
-    recipe: Path, run_dir: Path, reference: Path, environ: dict[str, str], offset: float, part: str
+    recipe: Path, run_dir: Path, reference: Path, environ: dict[str, str], offset: float, part: str, evaluation: int
 ) -> dict[str, Any] | None:
     job = submit(recipe, run_dir, environ)
     wait_for(job, environ, {"RUNNING"})
     while part != "life" and not (run_dir / "timeline-0").exists():
         time.sleep(0.02)
-    if part == "saving":
+    if part in ("saving", "validation"):
         pids = [_rank_process(str(run_dir), rank) for rank in (0, 1)]
-        while not any((run_dir / "checkpoints").glob(".step-*.partial")):
+        begun = run_dir / "begun-validation-0"
+        while part == "validation" and not (begun.exists() and int(begun.read_text() or 0) >= evaluation):
+            time.sleep(0.0005)
+        while part == "saving" and not any((run_dir / "checkpoints").glob(".step-*.partial")):
             time.sleep(0.0005)
         time.sleep(offset)
         for pid in pids:
@@ -460,6 +472,7 @@ LOOPS = {
     "preempt": preempt_loop,
     "preempt-steps": preempt_steps_loop,
     "preempt-saving": preempt_saving_loop,
+    "preempt-validation": preempt_validation_loop,
     "ranks": ranks_loop,
 }
 

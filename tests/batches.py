@@ -19,8 +19,13 @@ def build_batch(
     scores: Sequence[float] | None = None,
     world_size: int = 1,
     rank: int = 0,
+    known: Mapping[str, Tensor] | None = None,
+    extras: Mapping[str, Tensor] | None = None,
 ) -> PackedBatch:
-    """One rank's share of a global batch, as the loader would build it; columns hold the token ids of each row."""
+    """One rank's share of a global batch, as the loader would build it.
+
+    Columns hold the token ids of each row; ``known`` and ``extras`` what else the targets have of all rows.
+    """
     rows_per_rank = split_rows(len(columns[0]), world_size)
     first = sum(rows_per_rank[:rank])
     rows = range(first, first + rows_per_rank[rank])
@@ -31,6 +36,8 @@ def build_batch(
         labels_B=None if labels is None else torch.tensor([labels[row] for row in rows], dtype=torch.int64),
         scores_B=None if scores is None else torch.tensor([scores[row] for row in rows], dtype=torch.float32),
         rank=rank,
+        **{name: values[rows.start : rows.stop] for name, values in (known or {}).items()},
+        extras={name: values[rows.start : rows.stop] for name, values in (extras or {}).items()},
     )
     return pack([[np.array(column[row]) for row in embedded] for column in columns], targets, num_rows=len(rows))
 

@@ -8,6 +8,7 @@ import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -23,14 +24,34 @@ if str(ROOT) not in sys.path:
 
 from tests.two_ranks import TwoRanks  # noqa: E402
 
+# Groups of tests that take minutes, first of all: begun last, one of them would keep a worker busy on its own.
+LONG = (
+    "clusters",
+    "tests/test_resume.py",
+    "tests/distributed/test_strategies.py",
+    "tests/distributed/test_preemption.py",
+    "tests/distributed/test_watch.py",
+    "tests/test_configs.py",
+)
+
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Under ``-n``: the tests of a file share what the file has set up; those that start a cluster go one by one."""
+    groups = {}
     for item in items:
         file = item.path.relative_to(ROOT).as_posix()
-        clusters = file.startswith("tests/slurm/") or file in ("tests/test_readme.py", "tests/test_reliability.py")
-        item.add_marker(pytest.mark.xdist_group("clusters" if clusters else file))
+        clusters = file.startswith("tests/slurm/") or file in ("tests/test_readme.py", "tests/slow/test_reliability.py")
+        groups[item] = "clusters" if clusters else file
+        item.add_marker(pytest.mark.xdist_group(groups[item]))
+    items.sort(key=lambda item: LONG.index(groups[item]) if groups[item] in LONG else len(LONG))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """xdist groups by what it appends to the ids of tests, and would say nothing if pytest no longer let it."""
+    loadgroup = hasattr(session.config, "workerinput") and session.config.getvalue("loadgroup")
+    if loadgroup and not all("@" in item.nodeid for item in session.items):
+        raise pytest.UsageError("pytest-xdist does not group tests with this pytest: two clusters would meet")
 
 
 @pytest.fixture(autouse=True)
@@ -81,13 +102,13 @@ def demo_texts() -> list[str]:
 
 @pytest.fixture(scope="session")
 def tiny_encoders(tmp_path_factory: pytest.TempPathFactory, demo_texts: list[str]) -> dict[str, Path]:
-    """Sentence-transformers folders of 2 x 32 with random weights and dropout 0.1: bert, roberta, mpnet."""
-    from trainer.demo_encoder import write_encoder
+    """Sentence-transformers folders of 2 x 32 with random weights and dropout 0.1, one of each kind."""
+    from trainer.demo_encoder import Kind, write_encoder
 
     folder = tmp_path_factory.mktemp("encoders")
     return {
         kind: write_encoder(folder / kind, demo_texts, hidden=32, layers=2, heads=4, vocab=400, kind=kind)
-        for kind in ("bert", "roberta", "mpnet")
+        for kind in get_args(Kind)
     }
 
 

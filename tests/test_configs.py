@@ -21,6 +21,7 @@ from trainer.data.order import Order, Permutation
 from trainer.demo import write_encoder, write_pairs
 from trainer.demo_data import read_pairs
 from trainer.lightning_cli import run
+from trainer.losses import InfoNCE
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPES = sorted([*CONFIGS.glob("*.yaml"), *CONFIGS.glob("published/*.yaml")])
@@ -145,7 +146,7 @@ PUBLISHED = {
     "sinhala-qa": {
         "backbone": "sentence-transformers/paraphrase-multilingual-MiniLM-L12-v2",
         "max_length": 128,
-        "loss": ("InfoNCE", {"scale": 20.0, "similarity": "cosine"}),
+        "loss": ("InfoNCE", InfoNCE(scale=20.0, similarity="cosine").describe()),
         "num_rows": 5099,
         "batch_size": 32,
         "epochs": 1,
@@ -154,7 +155,7 @@ PUBLISHED = {
     "korean-nutrition": {
         "backbone": "sentence-transformers/all-MiniLM-L6-v2",
         "max_length": 256,
-        "loss": ("BatchHardTriplet", {"margin": 5.0, "distance": "euclidean"}),
+        "loss": ("BatchHardTriplet", {"mining": "hard", "margin": 5.0, "distance": "euclidean"}),
         "num_rows": 81,
         "batch_size": 16,
         "epochs": 3,

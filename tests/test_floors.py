@@ -24,21 +24,25 @@ FLOORS = {
           trainer.cache_command trainer.check.command trainer.demo trainer.demo_data trainer.demo_encoder
           trainer.export trainer.export.* trainer.mine.columns trainer.mine.command trainer.predict.command
           trainer.predict.flags""",
-    3: """trainer.module trainer.checkpoint trainer.data.module trainer.evaluation.runner trainer.evaluation.sharded
+    3: """trainer.module trainer.checkpoint trainer.data.module trainer.evaluation.runner trainer.evaluation.scoring
+          trainer.evaluation.sharded
           trainer.check.callback trainer.check.probe trainer.check.render trainer.check.report
           trainer.distributed.exact trainer.distributed.heartbeat
           trainer.distributed.launch trainer.distributed.preemption trainer.distributed.shared_work
           trainer.distributed.strategies trainer.distributed.watch trainer.finite trainer.memory
           trainer.mine.search trainer.mine.write trainer.predict.embed trainer.tracking trainer.tracking.*""",
     2: """trainer.identity trainer.manifest trainer.losses trainer.losses.* trainer.encoder trainer.encoder.*
-          trainer.check trainer.check.finding trainer.check.labels trainer.check.memory trainer.check.rules
-          trainer.check.texts trainer.data.ahead trainer.data.batches trainer.data.cache trainer.data.checks
-          trainer.data.collate trainer.data.columns trainer.data.derived trainer.data.facts trainer.data.files
-          trainer.data.json_lines trainer.data.leaks trainer.data.opaque trainer.data.order trainer.data.progress
-          trainer.data.rowgroups trainer.data.rows trainer.data.sources trainer.data.streaming trainer.data.tokens
-          trainer.data.values
-          trainer.evaluation trainer.evaluation.base trainer.evaluation.sts trainer.evaluation.topk
-          trainer.evaluation.triplet
+          trainer.check trainer.check.batches trainer.check.finding trainer.check.labels trainer.check.memory
+          trainer.check.rules trainer.check.texts trainer.data.ahead trainer.data.batches trainer.data.blocks
+          trainer.data.cache trainer.data.checks trainer.data.collate trainer.data.columns trainer.data.delimited
+          trainer.data.derived trainer.data.facts trainer.data.files trainer.data.hashes trainer.data.json_lines
+          trainer.data.layouts trainer.data.leaks trainer.data.opaque trainer.data.order trainer.data.plans
+          trainer.data.progress trainer.data.retrieval trainer.data.rowgroups trainer.data.rows trainer.data.sources
+          trainer.data.streaming trainer.data.teacher trainer.data.teaching trainer.data.tokens trainer.data.values
+          trainer.evaluation trainer.evaluation.base trainer.evaluation.binaryclassification
+          trainer.evaluation.classification trainer.evaluation.informationretrieval trainer.evaluation.labelaccuracy
+          trainer.evaluation.mse trainer.evaluation.reranking trainer.evaluation.search trainer.evaluation.sts
+          trainer.evaluation.topk trainer.evaluation.translation trainer.evaluation.triplet
           trainer.mine trainer.mine.pairs trainer.mine.select trainer.predict trainer.predict.shards""",
     1: """trainer trainer.batch trainer.data trainer.distributed trainer.distributed.gather
           trainer.files trainer.interruption""",
@@ -117,7 +121,7 @@ def test_each_library_has_its_place() -> None:
 
 def test_the_pure_things_do_not_know_each_other() -> None:
     losses, encoder = _under("trainer.losses"), _under("trainer.encoder")
-    evaluators = _under("trainer.evaluation") - {"trainer.evaluation.runner", "trainer.evaluation.sharded"}
+    evaluators = {name for name in _under("trainer.evaluation") if floor_of(name) == 2}
     assert not losses & _importers("transformers", "sentence_transformers", "lightning", "trainer.encoder")
     assert not losses & _importers("trainer.data", "trainer.evaluation")
     assert not encoder & _importers("trainer.losses", "trainer.data", "trainer.evaluation", "lightning")

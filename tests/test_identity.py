@@ -47,6 +47,8 @@ CHANGES = {
     "loss": ({"model.loss.class_path": "InfoNCE", "model.loss.init_args.scale": 20.0}, "loss"),
     "batch size": ({"data.batch_size": 32}, "batch_size"),
     "learning rate": ({"model.learning_rate": 1e-4}, "learning_rate"),
+    "no duplicates": ({"data.no_duplicates": True}, "no_duplicates"),
+    "rows per label": ({"data.train.0.rows_per_label": 4}, "train"),
     "seed": ({"seed_everything": 1}, "seed_everything"),
 }
 

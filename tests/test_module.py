@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,7 @@ from trainer.data.module import PairData
 from trainer.data.sources import Source
 from trainer.demo_data import MAX_SCORE, read_pairs, write_pairs
 from trainer.encoder import EncoderSpec
-from trainer.losses import BatchHardTriplet, CosineSimilarity, InfoNCE, Softmax
+from trainer.losses import BatchHardTriplet, Contrastive, CosineSimilarity, InfoNCE, MarginMSE, SigLIP, Softmax
 from trainer.module import EmbeddingModule
 
 ROWS, BATCH = 44, 8  # 6 steps an epoch, the last of 4 rows
@@ -96,7 +98,7 @@ def _plain_run(encoder: Path, pairs: Path, run: Run) -> tuple[Any, list[float], 
     rows = read_pairs(pairs)
     model: Any = SentenceTransformer(str(encoder), device="cpu").eval()  # no dropout
     loss = CosineSimilarityLoss(model)
-    exempt = {"bias", "LayerNorm.weight"}
+    exempt = {"bias", "LayerNorm.weight", "norm.weight"}
     named = [(n, p) for n, p in model.named_parameters() if "pooler" not in n]
     groups = [
         {"params": [p for n, p in named if not n.endswith(tuple(exempt))], "weight_decay": DECAY},
@@ -118,7 +120,7 @@ def _plain_run(encoder: Path, pairs: Path, run: Run) -> tuple[Any, list[float], 
     return model, losses, norms
 
 
-@pytest.mark.parametrize("kind", ["bert", "mpnet"])
+@pytest.mark.parametrize("kind", ["bert", "mpnet", "distilbert", "modernbert", "qwen3"])
 def test_a_run_equals_a_plain_loop(tiny_encoders: dict[str, Path], pairs: Path, kind: str) -> None:
     """Losses, gradient norms before clipping and the exported weights after two epochs of AdamW with warm-up,
     linear decay, weight decay (not on biases and norms) and clipping; rows that no text uses decay too."""
@@ -138,9 +140,19 @@ def test_a_run_equals_a_plain_loop(tiny_encoders: dict[str, Path], pairs: Path, 
     with run.module.encoder.as_sentence_transformer() as exported:
         theirs = dict(model[0].model.named_parameters())
         for name, parameter in exported[0].model.named_parameters():
-            if name.endswith("key.bias"):
+            if name.endswith(("key.bias", "k_lin.bias")):
                 continue  # its gradient is a rounding error, which AdamW blows up to a step
             assert_close(parameter, theirs[name], rtol=0.0, atol=2e-5, msg=name)
+
+
+def test_prompts_of_columns_need_a_pooling_that_takes_them(tiny_encoder: Path, pairs: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_encoder, tmp_path / "instructor")
+    path = folder / "1_Pooling" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "include_prompt": False}))
+    module, data = _parts(folder, pairs)
+    data.train_sources[0].prompts = {"anchor": "query: "}
+    with pytest.raises(ValueError, match=r"'.*instructor' leaves its prompt out of the embedding: give one prompt"):
+        _fit(module, data)
 
 
 def test_sgd_in_chunks_without_schedule(tiny_encoder: Path, pairs: Path) -> None:
@@ -208,6 +220,14 @@ def test_heads_are_trained(tiny_encoder: Path, pairs: Path) -> None:
     assert "loss.classifier.weight" in _decayed(run.module, run.trainer)
     head = dict(run.module.named_parameters())["loss.classifier.weight"]
     assert float(run.trainer.optimizers[0].state[head]["exp_avg"].abs().max()) > 0.0
+
+
+def test_scale_and_bias_of_a_loss_are_trained_without_decay(tiny_encoder: Path, pairs: Path) -> None:
+    module, data = _parts(tiny_encoder, pairs, {"loss": SigLIP()}, PAIR)
+    run = _fit(module, data, max_steps=3)
+    trained = {name for name, p in run.module.named_parameters() if p.requires_grad}
+    assert {"loss.log_scale", "loss.logit_bias"} <= trained - _decayed(run.module, run.trainer)
+    assert float(run.module.loss.logit_bias.detach()) != -10.0
 
 
 @pytest.mark.parametrize(
@@ -287,6 +307,16 @@ PAIR = {"anchor": "sentence1", "positive": "sentence2"}
             lambda: Softmax(num_labels=3),
             PAIR | {"label": "score"},
             "{path} has labels 0 to 5, but Softmax has 3 classes 0 to 2; set num_labels or a label_map",
+        ),
+        (
+            Contrastive,
+            PAIR | {"label": "score"},
+            "{path} has labels 0 to 5, but Contrastive has 2 classes 0 to 1; set a label_map",
+        ),
+        (
+            MarginMSE,
+            PAIR | {"negative": "sentence1"},
+            "MarginMSE needs a column 'score_1' or 'score', {path} has anchor, negative, positive; map it in",
         ),
     ],
 )

@@ -15,7 +15,6 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
 COMMANDS = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines() if line.strip()]
 TRAINER = [command for command in COMMANDS if command.startswith(".venv/bin/trainer ")]
-BENCHMARKS = [command for command in COMMANDS if command.startswith(".venv/bin/python benchmarks/")]
 # start of a command -> the file that runs it, and what stands there
 ELSEWHERE = {
     "make demo": (".ci/run", "make demo"),
@@ -23,6 +22,7 @@ ELSEWHERE = {
     'eval "$(slurm/local-cluster.sh start)"': ("tests/slurm/test_slurm.py", '"start"'),
     "slurm/local-cluster.sh stop": ("tests/slurm/test_slurm.py", '"stop"'),
     "sbatch --nodes 2 ": ("tests/slurm/test_slurm.py", "sbatch"),
+    ".venv/bin/python benchmarks/": ("tests/slow/test_benchmarks.py", "README.md"),
 }
 
 
@@ -34,7 +34,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_every_command_is_run_somewhere() -> None:
     assert len(TRAINER) >= 2
     for command in COMMANDS:
-        if command in TRAINER or command in BENCHMARKS:
+        if command in TRAINER:
             continue
         found = [place for start, place in ELSEWHERE.items() if command.startswith(start)]
         assert found, f"nothing runs this command of the README: {command}"
@@ -75,27 +75,3 @@ def test_trainer_command(command: str, data: tuple[Path, Path], tiny_encoder: Pa
         assert "FAIL" not in done.stdout
     else:
         assert (tmp_path / "run" / "model" / "modules.json").exists()
-
-
-@pytest.mark.parametrize("command", BENCHMARKS)
-def test_benchmark_command(command: str, data_dir: Path, tmp_path: Path) -> None:
-    """As written, on the smallest shape with a few steps: both sides run and the ratio is written."""
-    words = shlex.split(command)[1:]
-    few = {
-        "--shape": "stsb",
-        "--steps": "7",
-        "--turns": "1",
-        "--data": str(data_dir),
-        "--json": str(tmp_path / "out.json"),
-    }
-    for option, value in few.items():
-        if option in words:
-            words[words.index(option) + 1] = value
-        else:
-            words += [option, value]
-    done = subprocess.run(
-        [sys.executable, *words],
-        cwd=ROOT, capture_output=True, text=True, timeout=250, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "ratio" in (tmp_path / "out.json").read_text()

@@ -84,7 +84,7 @@ def losses(run_dir: Path) -> dict[int, float]:
     return {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["1-rank", "2-ranks"])
+@pytest.fixture(scope="module")
 def undisturbed(request: pytest.FixtureRequest, config: Path) -> tuple[tuple[str, ...], Path]:
     devices = ("--trainer.devices", str(request.param), *(["--trainer.strategy", "ddp"] * (request.param > 1)))
     run_dir = config.parent / f"undisturbed-{request.param}"
@@ -93,7 +93,12 @@ def undisturbed(request: pytest.FixtureRequest, config: Path) -> tuple[tuple[str
     return devices, run_dir
 
 
-@pytest.mark.parametrize(("workers", "kills"), [(0, [16]), (2, [7, 13])], ids=["workers-0", "workers-2-twice"])
+@pytest.mark.parametrize(
+    ("undisturbed", "workers", "kills"),
+    [(1, 0, [16]), (1, 2, [7, 13]), (2, 0, [16]), (2, 2, [13])],
+    ids=["1-rank-workers-0", "1-rank-workers-2-twice", "2-ranks-workers-0", "2-ranks-workers-2"],
+    indirect=["undisturbed"],
+)
 def test_killed_run_ends_bitwise_equal(
     undisturbed: tuple[tuple[str, ...], Path], config: Path, workers: int, kills: list[int]
 ) -> None:

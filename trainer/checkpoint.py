@@ -83,7 +83,7 @@ class Checkpoints(Checkpoint):
         self.run_dir = Path(trainer.default_root_dir)
         if self.monitor == "auto":
             sets = trainer.datamodule.validation_sets  # type: ignore[attr-defined]
-            self.monitor = f"eval/{sets[0].name}/{sets[0].evaluator.primary}" if sets else None
+            self.monitor = sets[0].primary_metric if sets else None
         if stage == "fit" and trainer.is_global_zero:
             for left in (self.run_dir / "checkpoints").glob(".step-*"):  # by a kill in the middle of a save
                 shutil.rmtree(left, ignore_errors=True)

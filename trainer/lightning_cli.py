@@ -40,6 +40,7 @@ from trainer.run_lock import release_lock, take_lock
 from trainer.tracking.metrics import MetricsLog, run_id_in
 from trainer.tracking.progress import Progress
 from trainer.tracking.redact import redact
+from trainer.tracking.results import print_results, write_results
 from trainer.tracking.wandb import Tracking, make_logger
 
 # No value is built where any value fits. Naming a deny list, be it empty, turns jsonargparse's own one (os, subprocess,
@@ -112,6 +113,11 @@ class TrainerCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         commands = LightningCLI.subcommands()
         return {name: commands[name] for name in ("fit", "validate", "test")}
+
+    def setup_parser(self, *args: Any, **kwargs: Any) -> None:
+        super().setup_parser(*args, **kwargs)
+        for command in ("validate", "test"):  # Lightning's table of the metrics, beside ours
+            self._parser(command).set_defaults(verbose=False)
 
     # -- parsing ------------------------------------------------------------------------------------------
 
@@ -283,6 +289,17 @@ class TrainerCLI(LightningCLI):
 
             export_run(self.run_dir, self.run_dir / "model")
             print(f"model: {self.run_dir / 'model'}")
+
+    def after_validate(self) -> None:
+        """What was found, as a table and as metrics.json."""
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        metrics = next(callback for callback in callbacks if isinstance(callback, Evaluation)).last_metrics
+        if is_first_rank(os.environ):
+            about = {"model": self.model.encoder_spec.backbone, "checkpoint": self.options.ckpt_path}
+            write_results(metrics, about, self.run_dir)
+            print_results(metrics, [one.name for one in self.datamodule.validation_sets])
+
+    after_test = after_validate
 
     def effective_config(self) -> dict[str, Any]:
         """What the run is made of, every default written out, secrets taken out; `fit --config` reads it."""

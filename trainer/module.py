@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, Optional, cast
 
 import torch
@@ -15,9 +16,11 @@ from trainer.data.files import did_you_mean
 from trainer.data.module import PairData
 from trainer.data.order import mix
 from trainer.data.sources import Source
+from trainer.data.teaching import teach
 from trainer.distributed import gather
 from trainer.distributed.strategies import ZeRO
 from trainer.encoder import Encoder, EncoderSpec
+from trainer.evaluation.classification import Classification
 from trainer.finite import FiniteSteps
 from trainer.losses import Loss
 from trainer.memory import explained_memory
@@ -32,8 +35,10 @@ class EmbeddingModule(LightningModule):
         encoder: the encoder to fine-tune.
         loss: function of the embeddings, by class name.
         losses: others by a name of yours, for the training sources whose loss is that name.
+        teacher: frozen encoder whose embeddings a loss wants (MSE, EmbedDistill; the guide of GISTEmbed); it embeds
+            every training text once, before the training.
         learning_rate: peak of the schedule.
-        weight_decay: of AdamW; never on biases and norms unless decay_all.
+        weight_decay: of AdamW; never on biases, norms and single numbers unless decay_all.
         warmup_ratio: share of the steps in which the learning rate rises from 0.
         schedule: course of the learning rate after the warm-up.
         optimizer: AdamW, or plain SGD (no momentum).
@@ -47,6 +52,7 @@ class EmbeddingModule(LightningModule):
         encoder: EncoderSpec,
         loss: Loss,
         losses: Optional[dict[str, Loss]] = None,
+        teacher: Optional[EncoderSpec] = None,
         learning_rate: float = 5.0e-5,
         weight_decay: float = 0.0,
         warmup_ratio: float = 0.0,
@@ -66,6 +72,16 @@ class EmbeddingModule(LightningModule):
         if wrong := [name for name in losses or {} if not name.isidentifier() or hasattr(nn.ModuleDict, name)]:
             raise ValueError(f"model.losses can't have the name '{wrong[0]}'; take another, of letters, digits and '_'")
         self.losses = nn.ModuleDict(losses or {})
+        self.teacher_spec = teacher
+        taught = [type(loss).__name__ for loss in self.all_losses if "teacher" in loss.needs]
+        if taught and teacher is None:
+            raise ValueError(f"{taught[0]} learns from a teacher, but there is none: set model.teacher.backbone")
+        if teacher is not None and not taught:
+            names = ", ".join(type(loss).__name__ for loss in self.all_losses)
+            raise ValueError(
+                f"model.teacher is set, but {names} asks for no teacher: leave it out, or name MSE, "
+                "EmbedDistill or GISTEmbed"
+            )
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.warmup_ratio = warmup_ratio
@@ -75,7 +91,9 @@ class EmbeddingModule(LightningModule):
         self.decay_all = decay_all
         self.print_first_batch = print_first_batch
         self.last_grad_norm: Optional[Tensor] = None
+        self.last_metrics: dict[str, Tensor] = {}
         self.finite_steps = FiniteSteps()
+        self._base: Optional[str] = None
         self.encoder: Encoder
 
     # -- building -----------------------------------------------------------------------------------------
@@ -100,22 +118,72 @@ class EmbeddingModule(LightningModule):
             )
         return cast(Loss, self.losses[source.loss])
 
+    def classifier_of(self, loss: Optional[str]) -> Any:
+        """The loss whose head tells classes.
+
+        Args:
+            loss: its name in model.losses; None: model.loss.
+
+        Raises:
+            ValueError: there is no such loss, or it has no such head.
+        """
+        if loss is not None and loss not in self.losses:
+            known = ", ".join(self.losses) or "nothing"
+            raise ValueError(f"LabelAccuracy: loss is '{loss}', but model.losses has {known}")
+        head: Any = self.loss if loss is None else self.losses[loss]
+        if not hasattr(head, "logits"):
+            raise ValueError(
+                f"LabelAccuracy asks {type(head).__name__} for classes, which it does not tell; train with Softmax, or "
+                "name the Softmax of model.losses: evaluator: {class_path: LabelAccuracy, init_args: {loss: ...}}"
+            )
+        return head
+
+    def classify(self, loss: Optional[str], columns: Sequence[Tensor]) -> Tensor:
+        """Logits (B, classes) that the head of a loss gives to columns of (B, D) embeddings."""
+        return self.classifier_of(loss).logits(columns)
+
     @property
     def data(self) -> PairData:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, PairData)
         return data
 
+    def prepare_data(self) -> None:
+        """Let the teacher embed, once per node; the other ranks wait and open its files."""
+        if self.teacher_spec is not None:
+            self.open_teachers(self.data, self.trainer.strategy.root_device)
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit" and self.teacher_spec is not None:
+            self.open_teachers(self.data, self.trainer.strategy.root_device)
+
+    def open_teachers(self, data: PairData, device: torch.device) -> None:
+        """Give ``data`` the teacher's embeddings of the sources whose loss wants them; the first call makes them.
+
+        Raises:
+            ValueError: such a source is streamed.
+        """
+        if self.teacher_spec is None:
+            return
+        for number, source in enumerate(data.train_sources):
+            if "teacher" in self.loss_of(source).needs:
+                data.teachers[number] = teach(source, self.teacher_spec, data.cache_dir, self.max_tokens, device)
+
     def configure_model(self) -> None:
         """Load the encoder and make the heads; Lightning calls it inside the strategy's context."""
         if hasattr(self, "encoder"):
             return
         self.encoder = Encoder(self.encoder_spec, self.max_tokens)
+        # Now, for a strategy may take the weights apart later.
+        self._base = self.encoder.base_checksum() if self.encoder.base_names else None
         for loss in self.all_losses:
             loss.build(self.encoder.embedding_dimension)
         strategy = self.trainer.strategy
         self.encoder.lockstep = isinstance(strategy, ZeRO) and strategy.stage == 3
         self.train()  # transformers loads in evaluation mode, in which dropout is off
+        for held_out in self.data.validation_sources:
+            if isinstance(held_out.evaluator, Classification):
+                self.classifier_of(held_out.evaluator.loss)  # refused now, not after hours
         if self.trainer.training:
             self._check_columns()
             # The loss scaler of fp16 leaves out steps, and would not tell us to leave out their decay.
@@ -138,6 +206,12 @@ class EmbeddingModule(LightningModule):
         for source, table in zip(self.data.train_sources, self.data.inputs, strict=True):
             for finding in unfit_columns(self.loss_of(source), source, table):
                 raise ValueError(str(finding))
+            if any((source.prompts or {}).values()) and not self.encoder.pools_prompt:
+                raise ValueError(
+                    f"{source.path}: prompts of columns are pooled like the text, but '{self.encoder_spec.backbone}' "
+                    "leaves its prompt out of the embedding: give one prompt as model.encoder.prompt, or set "
+                    "include_prompt to true in its 1_Pooling/config.json"
+                )
 
     @property
     def num_training_steps(self) -> int:
@@ -152,7 +226,9 @@ class EmbeddingModule(LightningModule):
         norms = {id(p) for m in self.modules() if _is_norm(m) for p in m.parameters(recurse=False)}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
-                exempt = not self.decay_all and (id(parameter) in norms or name.endswith("bias"))
+                # A single number is a scale or an offset, as a norm's weights and biases are.
+                single = parameter.dim() == 0 or id(parameter) in norms or name.endswith("bias")
+                exempt = single and not self.decay_all
                 (plain if exempt else decayed).append(parameter)
         groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": plain, "weight_decay": 0.0}]
         groups = [group for group in groups if group["params"]]
@@ -198,6 +274,7 @@ class EmbeddingModule(LightningModule):
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
         used = self.loss_of(self.data.train_sources[batch.source])
         loss = used(self.encoder(batch), batch.targets)
+        self.last_metrics = used.last_metrics
         # The gradient of this step's loss with respect to the heads of the others: strategies wait for all of them.
         idle = [p.sum() for other in self.all_losses if other is not used for p in other.parameters()]
         if idle:
@@ -255,6 +332,10 @@ class EmbeddingModule(LightningModule):
         vocabulary = self.encoder.vocabulary
         if vocabulary is not None:
             checkpoint["base_vocabulary"] = self._base_checksum()
+        if self._base is not None:  # the folder of the backbone has them
+            checkpoint["base_weights"] = self._base
+            for name in self.encoder.base_names:
+                checkpoint["state_dict"].pop(f"encoder.{name}", None)  # other ranks than the first may hold none
 
     def _base_checksum(self) -> str:
         vocabulary = self.encoder.vocabulary
@@ -264,8 +345,15 @@ class EmbeddingModule(LightningModule):
         return self._checksum
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Make the vocabulary fit the checkpoint's before its weights are loaded."""
+        """Make the vocabulary fit the checkpoint's, and fill in what its backbone has, before weights are loaded."""
         state = checkpoint["state_dict"]
+        names = self.encoder.base_names
+        if checkpoint.get("base_weights") != ((self._base or self.encoder.base_checksum()) if names else None):
+            raise ValueError(
+                f"the frozen weights of '{self.encoder_spec.backbone}' are not those the checkpoint was trained with: "
+                "restore the backbone folder or its revision, and freeze and lora of its run"
+            )
+        state.update({f"encoder.{name}": self.encoder.get_parameter(name).detach() for name in names})
         name = next((key for key in state if key.endswith(".used_ids")), None)
         if name is None:
             return

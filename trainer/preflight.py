@@ -20,7 +20,6 @@ from trainer.config_files import ConfigError, read_command
 from trainer.run_dir import is_first_rank
 
 if TYPE_CHECKING:
-    from trainer.encoder.spec import EncoderSpec
     from trainer.lightning_cli import Parts
 
 LIBRARIES = ("torch", "lightning", "transformers", "sentence_transformers", "datasets")
@@ -124,20 +123,25 @@ def check_run_directory(parts: Parts) -> str:
 
 
 def check_backbone(parts: Parts) -> str:
-    spec = parts.model.encoder_spec
-    folder = backbone_folder(spec)
-    if folder is None:
+    from trainer.encoder.folder import backbone_folder
+
+    teachers = [source.teacher for source in parts.datamodule.validation_sources if source.teacher is not None]
+    for spec in (parts.model.encoder_spec, *teachers):
+        if backbone_folder(spec) is not None:
+            continue
         if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
             raise ValueError(
                 f"'{spec.backbone}' is no folder here and not in the cache, and HF_HUB_OFFLINE is set; "
                 "on a node with a network: trainer prepare"
             )
         return f"'{spec.backbone}' is not in the cache: the start downloads it (trainer prepare does so before)"
-    return f"{folder}: texts of up to {parts.datamodule.text.max_length} pieces"
+    return f"{backbone_folder(parts.model.encoder_spec)}: texts of up to {parts.datamodule.text.max_length} pieces"
 
 
 def check_space(parts: Parts) -> str:
     """Two checkpoints, since the older one goes when the newer one is whole, and the export."""
+    from trainer.encoder.folder import backbone_folder
+
     folder = backbone_folder(parts.model.encoder_spec)
     num_parameters = count_parameters(folder) if folder else 0
     if not num_parameters:
@@ -154,8 +158,10 @@ def check_space(parts: Parts) -> str:
 
 
 def check_data(parts: Parts) -> str:
-    from trainer.data.files import data_files, is_hub_id
-    from trainer.data.sources import fingerprint
+    from trainer.data.files import is_hub_id
+    from trainer.data.layouts import source_files
+    from trainer.data.retrieval import collections_fingerprint
+    from trainer.data.sources import EvalSource, fingerprint
 
     num_files, num_bytes, num_hub = 0, 0, 0
     for source in (*parts.datamodule.train_sources, *parts.datamodule.validation_sources):
@@ -164,9 +170,10 @@ def check_data(parts: Parts) -> str:
         if "://" in source.path or is_hub_id(source.path):
             num_hub += 1
             if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
-                fingerprint(source)  # only the cache can have it
+                searches = isinstance(source, EvalSource) and source.searches
+                collections_fingerprint(source) if searches else fingerprint(source)  # only the cache can have it
             continue
-        for file in data_files(source.path, source.split):
+        for file in source_files(source):
             try:
                 with open(file, "rb") as opened:
                     opened.read(1)
@@ -176,19 +183,6 @@ def check_data(parts: Parts) -> str:
             num_files += 1
     hub = f", {num_hub} sets of the hub" if num_hub else ""
     return f"{num_files} files of {num_bytes:,} bytes{hub}"
-
-
-def backbone_folder(spec: EncoderSpec) -> Path | None:
-    """Where the backbone lies: the folder that was named, or its snapshot in the hub's cache; None where it doesn't."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    if Path(spec.backbone).is_dir():
-        return Path(spec.backbone)
-    try:
-        return Path(snapshot_download(spec.backbone, revision=spec.revision, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError):
-        return None
 
 
 def count_parameters(folder: Path) -> int:

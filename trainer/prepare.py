@@ -14,12 +14,15 @@ def prepare(args: Sequence[str]) -> int:
     Raises:
         ValueError: as fit, before it trains.
     """
+    import torch
+
     from trainer.check.report import read_facts
+    from trainer.data.retrieval import load_collections
     from trainer.data.sources import load
     from trainer.data.tokens import tokenize
     from trainer.encoder import Encoder
+    from trainer.encoder.folder import backbone_folder
     from trainer.lightning_cli import Parts
-    from trainer.preflight import backbone_folder
 
     parts = Parts(["fit", *args], read_command(args), execute=False)
     data, spec = parts.datamodule, parts.model.encoder_spec
@@ -31,13 +34,26 @@ def prepare(args: Sequence[str]) -> int:
         if source.streaming:
             print(f"train      {source.path}: is read while it trains; nothing to prepare")
             continue
-        table = tokenize(source, data.text, data.cache_dir)
+        table = tokenize(source, data.text_of(source), data.cache_dir)
         tokens = sum(int(table.lengths(column).sum()) for column in table.columns)
         _say("train", source.path, f"{table.num_rows:,} rows, {tokens:,} tokens", table.folder)
     data.setup("fit")
+    parts.model.open_teachers(data, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    for number, teacher in data.teachers.items():
+        _say("teacher", data.train_sources[number].path, f"{teacher.num_texts:,} embeddings", teacher.folder)
     if data.stream is None:
         read_facts(data)
     for source in data.validation_sources:
+        if source.teacher is not None:
+            Encoder(source.teacher, parts.model.max_tokens)
+            teacher = backbone_folder(source.teacher)
+            assert teacher is not None
+            _say("teacher", source.teacher.backbone, "", teacher)
+        if source.searches:
+            for name, one in load_collections(source, data.cache_dir).items():
+                count = f"{len(one.queries):,} queries, {len(one.documents):,} documents"
+                print(f"{'validation':<10} {name}: {count}")
+            continue
         rows = load(source, data.cache_dir)
         _say("validation", source.name, f"{len(rows):,} rows", Path(rows.cache_files[0]["filename"]).parent)
     print(

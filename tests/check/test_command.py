@@ -131,6 +131,18 @@ def test_columns_that_the_loss_does_not_take(
     assert report["findings"][0]["cause"] == f"CosineSimilarity needs a column 'score', {path} has anchor, positive"
 
 
+def test_columns_that_an_evaluator_lacks(
+    tmp_path: Path, tiny_encoder: Path, demo_texts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "x.jsonl", pairs(20, [0, 1], demo_texts))
+    validation = json.dumps([{"name": "dev", "path": str(path), "columns": PAIR, "evaluator": "Triplet"}])
+    args = [*common(tmp_path, tiny_encoder, "InfoNCE"), "--data.train", source(path, PAIR)]
+    _, report = run(capsys, *args, "--data.validation", validation)
+    (finding,) = [found for found in report["findings"] if found["name"] == "unfit_columns"]
+    assert finding["cause"] == f"Triplet needs column negative, {path} has anchor, positive"
+    assert finding["where"] == "dev"
+
+
 # -- numbers, text, JSON ----------------------------------------------------------------------------------
 
 

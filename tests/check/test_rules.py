@@ -12,28 +12,44 @@ from trainer.check.finding import Finding, Situation
 from trainer.check.rules import RULES, findings, refuse_unknown
 from trainer.data.facts import ColumnFacts, LabelFacts, ScoreFacts, SourceFacts
 from trainer.data.leaks import LeakFacts
-from trainer.losses import BatchHardTriplet, CoSENT, CosineSimilarity, InfoNCE, Loss, Softmax
+from trainer.losses import (
+    BatchHardTriplet,
+    Contrastive,
+    CoSENT,
+    CosineSimilarity,
+    InfoNCE,
+    Loss,
+    Matryoshka,
+    Softmax,
+    Triplet,
+    WeightedSum,
+)
 
-COLUMN = ColumnFacts("anchor", 5, 12, 30, 70, [1, 2], 0, 0.01, 0.3, {"Latin": 1.0}, 1000)
+COLUMN = ColumnFacts("anchor", 1000, 5, 12, 30, 70, [1, 2], 0, 0.01, 0.3, {"Latin": 1.0}, 1000, 128)
 SCORES = ScoreFacts(0.0, 1.0, [0.2, 0.5, 0.8], 40, None)
-LABELS = LabelFacts(0, 1, 2, 400, 600, 0, {"0": 400, "1": 600})
+LABELS = LabelFacts(0, 1, 2, 400, 600, 0, 0.52, {"0": 400, "1": 600})
 CLEAN = SourceFacts(1000, 1000, 0, [COLUMN, replace(COLUMN, name="positive")], 0, 0.0, None, None)
 
 
 def look(loss: Loss, facts: SourceFacts = CLEAN, leak: LeakFacts | None = None, **settings: Any) -> list[Finding]:
     leaks = [leak or LeakFacts("dev", 100, 200, 0, 5)]
-    values = {"batch_size": 16, "epochs": 2.0, "max_length": 128, "normalized": True, "backbone": "base", **settings}
+    values = {"batch_size": 16, "epochs": 2.0, "normalized": True, "backbone": "base", **settings}
     return findings(Situation(["x.jsonl"], [facts], [loss], **{"leaks": leaks, **values}))
 
 
 def classes(*counts: int) -> LabelFacts:
-    single = sum(count == 1 for count in counts)
-    return LabelFacts(0, len(counts) - 1, len(counts), min(counts), max(counts), single, None)
+    single, rows = sum(count == 1 for count in counts), sum(counts)
+    pairs = sum(count * (count - 1) for count in counts) / (rows * (rows - 1))
+    return LabelFacts(0, len(counts) - 1, len(counts), min(counts), max(counts), single, pairs, None)
 
 
 def scores(*values: float) -> SourceFacts:
     counts = {f"{value:g}": 10 for value in values}
     return replace(CLEAN, scores=ScoreFacts(min(values), max(values), [0.0] * 3, len(values), counts))
+
+
+def negatives(*num_texts: int) -> list[ColumnFacts]:
+    return [replace(COLUMN, name=f"negative_{i + 1}", num_texts=count) for i, count in enumerate(num_texts)]
 
 
 TEXTS = replace(CLEAN, columns=[COLUMN])
@@ -118,6 +134,18 @@ CASES: dict[str, list[tuple[str, str, dict[str, Any], dict[str, Any]]]] = {
             {"loss": BatchHardTriplet(2.0, "cosine"), "normalized": False},
             {"loss": BatchHardTriplet(1.9, "cosine")},
         ),
+        (
+            "warning",
+            "Contrastive asks for a margin of 3, but these distances are at most 2",
+            {"loss": WeightedSum([InfoNCE(), Contrastive(3.0)])},
+            {"loss": Contrastive(3.0, "manhattan")},
+        ),
+        (
+            "warning",
+            "Triplet asks for a margin of 5",
+            {"loss": Matryoshka(Triplet(5.0), [8])},
+            {"loss": BatchHardTriplet("soft")},
+        ),
     ],
     "few_rows_many_epochs": [
         (
@@ -145,7 +173,43 @@ CASES: dict[str, list[tuple[str, str, dict[str, Any], dict[str, Any]]]] = {
             "in a batch of 16 rows 2.4 times a row is punished for what another row calls right",
             {"facts": replace(CLEAN, clash_share=0.01)},
             {"facts": replace(CLEAN, clash_share=0.01, scores=SCORES), "loss": CosineSimilarity()},
+        ),
+        (
+            "warning",
+            "put batches together without them",
+            {"facts": replace(CLEAN, clash_share=0.01)},
+            {"facts": replace(CLEAN, clash_share=0.01), "no_duplicates": True},
+        ),
+    ],
+    "rows_without_place": [
+        (
+            "warning",
+            "x.jsonl: 10 rows find no place; gather more rows, or lower data.batch_size",
+            {"left_out": [(10, "10 rows find no place")]},
+            {"left_out": [(9, "9 rows find no place")]},
         )
+    ],
+    "unused_columns": [
+        (
+            "warning",
+            "no row has more than 1 negatives, but 2 more are embedded for each row",
+            {"facts": replace(CLEAN, columns=[*CLEAN.columns, *negatives(1000, 0, 0)])},
+            {"facts": replace(CLEAN, columns=[*CLEAN.columns, *negatives(1000, 500, 1)])},
+        )
+    ],
+    "few_positives": [
+        (
+            "warning",
+            "in a random batch of 16 rows 87% of the rows have no other row of their label (100 classes)",
+            {"loss": BatchHardTriplet(1.0), "facts": replace(TEXTS, labels=classes(*[10] * 100), num_rows=1000)},
+            {"loss": BatchHardTriplet(1.0), "facts": replace(TEXTS, labels=classes(*[10] * 5))},
+        ),
+        (
+            "warning",
+            "let batches take some rows of each of their labels",
+            {"loss": BatchHardTriplet(1.0), "facts": replace(TEXTS, labels=classes(*[10] * 100))},
+            {"loss": BatchHardTriplet(1.0), "facts": replace(TEXTS, labels=classes(*[10] * 100)), "by_label": [True]},
+        ),
     ],
     "few_negatives": [
         ("warning", "a query has 3 negatives; InfoNCE learns from many", {"batch_size": 4}, {"batch_size": 8})
@@ -192,6 +256,12 @@ CASES: dict[str, list[tuple[str, str, dict[str, Any], dict[str, Any]]]] = {
             {"leak": LeakFacts("dev", 100, 200, 0, 200)},  # known texts in new pairs
         ),
         ("warning", "2 of 100 validation rows (2.0%)", {"leak": LeakFacts("dev", 100, 200, 2, 5)}, {}),
+        (
+            "warning",
+            "2 of 100 validation queries (2.0%) stand in training too",
+            {"leak": LeakFacts("dev", 100, 200, 2, 5, "queries")},
+            {},
+        ),
     ],
     "no_validation": [("warning", "there is no validation set", {"leaks": []}, {})],
 }

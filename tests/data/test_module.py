@@ -14,7 +14,7 @@ import torch
 from trainer.data import order
 from trainer.data.batches import StepBatches
 from trainer.data.module import PairData, step_groups
-from trainer.data.sources import Source
+from trainer.data.sources import EvalSource, Source
 from trainer.encoder import EncoderSpec
 
 COLUMNS = {"anchor": "a", "positive": "b", "score": "s"}
@@ -130,3 +130,22 @@ def test_what_round_robin_leaves_out_is_said(
 def test_a_weight_that_is_no_share_is_refused(weight: float) -> None:
     with pytest.raises(ValueError, match=f"x.jsonl: weight is {weight:g}; it must be above 0"):
         PairData([Source("x.jsonl", COLUMNS, weight=weight)], EncoderSpec("x"))
+
+
+def test_a_length_that_does_not_fit_is_refused(tmp_path: Path, tiny_encoder: Path) -> None:
+    data = make_data(tmp_path, tiny_encoder, 9, batch_size=8)
+    source = data.train_sources[0]
+    assert data.text_of(source).fingerprint == data.text.fingerprint
+    for length in (2, 33):
+        source.max_lengths = {"anchor": length}
+        with pytest.raises(ValueError, match=rf"max_lengths gives 'anchor' {length} pieces; give 3 to 32, which is"):
+            data.prepare_data()
+    with pytest.raises(ValueError, match="max_lengths names 'query', which is no text column; there are anchor, pos"):
+        Source("x.jsonl", COLUMNS, max_lengths={"query": 64})
+    lists = Source(
+        "x.jsonl", {"anchor": "a", "positive": "b", "negatives": "n"}, max_negatives=2, max_lengths={"negatives": 9}
+    )
+    assert data.text_of(lists).max_lengths == {"negative_1": 9, "negative_2": 9}
+    held_out = EvalSource(name="dev", path="x.jsonl", columns=COLUMNS, max_lengths={"anchor": 5})
+    with pytest.raises(ValueError, match=r"max_lengths is for data\.train; an evaluation embeds as the exported model"):
+        PairData([], EncoderSpec("x"), validation=[held_out])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -60,7 +61,7 @@ def test_readers_share_out_the_rows_of_a_pass(
         reader = Reader(stream, number, num_readers)
         own: list[list[float]] = [[], []]
         while reader.position["pass"] < 2:
-            columns, targets, _ = reader.take(1)
+            columns, targets, *_ = reader.take(1)
             if reader.position["pass"] < 2:
                 own[reader.position["pass"]] += targets["score"].tolist()
                 assert columns[0][0].tolist() == text([f"row {int(targets['score'][0])}"])[0]
@@ -92,10 +93,17 @@ def test_a_position_gives_the_rows_of_a_reader_never_stopped(
 @pytest.mark.parametrize("kind", ["csv", "tsv"])
 def test_tables_of_text(kind: str, text: TextPreparation, tmp_path: Path) -> None:
     """The word NA is a text."""
-    columns, targets, numbers = Reader(OpaqueStream(write(tmp_path / "set", kind=kind), text, 0), 0, 1).take(NUM_ROWS)
+    columns, targets, _, numbers = Reader(OpaqueStream(write(tmp_path / "set", kind=kind), text, 0), 0, 1).take(
+        NUM_ROWS
+    )
     assert sorted(targets["score"]) == list(range(NUM_ROWS))
     assert numbers.tolist() == targets["score"].tolist()
     assert [ids.tolist() for ids in columns[1]] == text(["NA"] * NUM_ROWS)
+    cut = OpaqueStream(write(tmp_path / "set", kind=kind), replace(text, max_lengths={"anchor": 3}), 0)
+    short, whole = Reader(cut, 0, 1).take(NUM_ROWS)[0]
+    assert {len(ids) for ids in short} == {3}
+    assert min(len(ids) for ids in columns[0]) > 3
+    assert [ids.tolist() for ids in whole] == [ids.tolist() for ids in columns[1]]
 
 
 def make_data(source: Source, encoder: Path, workers: int, cache: Path) -> PairData:

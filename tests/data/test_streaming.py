@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -126,7 +127,7 @@ def test_other_places_and_arrow(
     assert len(fetched) == (0 if kind.startswith("arrow") else len(GROUPS))
 
 
-def test_fields_positions_and_prompts_count_as_in_a_whole_set(text: TextPreparation, tmp_path: Path) -> None:
+def test_fields_positions_prompts_and_lengths_count_as_in_a_whole_set(text: TextPreparation, tmp_path: Path) -> None:
     rows = [{"t": {"en": f"word {i}", "he": f"other {i}"}, "c": f"third {i}", "d": "unused"} for i in range(20)]
     Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
     for columns in ({"anchor": "t.en", "positive": "c"}, {"anchor": "t.he", "positive": 1}):
@@ -139,6 +140,11 @@ def test_fields_positions_and_prompts_count_as_in_a_whole_set(text: TextPreparat
         assert (
             whole.ids("anchor", np.arange(1))[0].tolist() == text(["query: " + rows[0]["t"][columns["anchor"][2:]]])[0]
         )
+        cut = StreamedTable(
+            Source(**spec, streaming=True), replace(text, max_lengths={"anchor": 4}), tmp_path / "cache"
+        )
+        assert {len(ids) for ids in cut.ids("anchor", np.arange(20))} == {4}
+        assert [ids.tolist() for ids in cut.ids("positive", np.arange(20))] == expected
 
 
 def test_class_names_and_score_range_count_as_in_a_whole_set(text: TextPreparation, tmp_path: Path) -> None:

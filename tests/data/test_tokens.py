@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +99,23 @@ def test_truncated_texts_are_counted_exactly(table: TokenTable, frame: pd.DataFr
         assert table.lengths(column).max() == 12
 
 
+def test_columns_of_different_lengths(source: Source, table: TokenTable, frame: pd.DataFrame, cache_dir: Path) -> None:
+    """Each column as the tokenizer cuts it at that length; lengths that are the encoder's change nothing."""
+    shorter = replace(make_text(), max_lengths={"anchor": 5})
+    assert len({make_text().fingerprint, shorter.fingerprint, make_text(max_length=5).fingerprint}) == 3
+    other = tokenize(source, shorter, cache_dir)
+    assert other.folder != table.folder
+    rows = np.arange(NUM_ROWS)
+    for column, name, length in (("anchor", "a", 5), ("positive", "b", 12)):
+        expected = make_text(length)(frame[name].tolist())
+        assert [ids.tolist() for ids in other.ids(column, rows)] == expected
+        whole = make_text(10_000)(frame[name].tolist())
+        assert other.num_truncated(column) == sum(len(ids) > length for ids in whole) > 0
+    np.testing.assert_array_equal(other.labels, table.labels)
+    same = tokenize(source, replace(make_text(), max_lengths={"anchor": 12}), cache_dir)
+    assert (same.folder / "ids.int32").read_bytes() == (table.folder / "ids.int32").read_bytes()
+
+
 def test_processes_build_the_same_table_as_one(
     source: Source, table: TokenTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,8 +125,8 @@ def test_processes_build_the_same_table_as_one(
     other = tokenize(source, make_text(), tmp_path)
     assert other.folder.parent != table.folder.parent
     files = {path.name for path in table.folder.iterdir()}
-    arrays = {"ids.int32", "offsets.int64", "anchor.int64", "positive.int64", "label.int64", "score.float32"}
-    assert files == arrays | {"used_ids.npy", "report.json"}
+    texts = {"ids.int32", "offsets.int64", "hashes.int64", "anchor.int64", "positive.int64"}
+    assert files == texts | {"label.int64", "score.float32", "used_ids.npy", "report.json"}
     for name in files:
         assert (other.folder / name).read_bytes() == (table.folder / name).read_bytes()
 

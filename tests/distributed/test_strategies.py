@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.batches import norm_of, relative_error
+from tests.evaluation.test_informationretrieval import write_set
 from tests.tracking.small_run import LiveGroup, make_trainer
 from tests.two_ranks import RankError, TwoRanks
 from trainer.checkpoint import DirectoryCheckpointIO
@@ -31,7 +32,8 @@ from trainer.data.sources import EvalSource, Source
 from trainer.distributed import gather
 from trainer.distributed.exact import check_exact
 from trainer.distributed.strategies import ZeRO, keep_on_first_rank, whole_gradients, whole_weights
-from trainer.encoder.spec import EncoderSpec
+from trainer.encoder.spec import EncoderSpec, LoRA
+from trainer.evaluation import InformationRetrieval, LabelAccuracy
 from trainer.evaluation.runner import Evaluation
 from trainer.losses import CosineSimilarity, InfoNCE, Softmax
 from trainer.manifest import read_state
@@ -57,6 +59,8 @@ class Run:
     learning_rate: float = 1e-3
     dropout: float = 0.0
     precision: str = "32-true"
+    freeze: int | None = None
+    lora: int = 0
     save_at: int = 0
     save_to: str = ""
     resume: str = ""
@@ -118,12 +122,19 @@ class Scores(Evaluation):
 def build(run: Run, callbacks: list[Callback], **options: Any) -> tuple[EmbeddingModule, PairData, Trainer]:
     columns = {name: name for name in ("anchor", "positive")}
     wanted = {"CosineSimilarity": {"score": "score"}, "Softmax": {"label": "label"}, "InfoNCE": {}}[run.loss]
-    spec = EncoderSpec(f"{run.folder}/encoder", dropout=run.dropout)
+    lora = LoRA(r=run.lora, dropout=run.dropout) if run.lora else None
+    spec = EncoderSpec(f"{run.folder}/encoder", dropout=run.dropout, freeze=run.freeze, lora=lora)
     rows = f"{run.folder}/rows.jsonl"
+    dev = f"{run.folder}/dev.jsonl"
+    validation = [EvalSource(name="dev", path=dev, columns=columns | {"score": "score"})]
+    if run.loss == "Softmax":  # what else an evaluation is: neighbours, and the classes of the head
+        search = EvalSource(name="set", path=f"{run.folder}/set", evaluator=InformationRetrieval())
+        classes = EvalSource(name="nli", path=dev, columns=columns | {"label": "label"}, evaluator=LabelAccuracy())
+        validation += [search, classes]
     data = PairData(
         [Source(rows, columns | wanted)],
         spec,
-        validation=[EvalSource(name="dev", path=f"{run.folder}/dev.jsonl", columns=columns | {"score": "score"})],
+        validation=validation,
         batch_size=BATCH,
         seed=1,
     )
@@ -177,6 +188,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, demo_texts: list[str]) -> P
                 anchor = f"{anchor} {positive}"  # so that the ranks differ in tokens, and in chunks
             lines.append(json.dumps({"anchor": anchor, "positive": positive, "score": i % 8 / 8, "label": i % 3}))
         (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    write_set(folder / "set", demo_texts[:100], copies=1, num_documents=40)
     return folder
 
 
@@ -224,6 +236,7 @@ def test_every_stage_computes_what_ddp_computes(
     assert max(expected.norms) > CLIP
     assert result.rates == expected.rates
     assert len(expected.metrics) == 1 + STEPS // 10
+    assert ("eval/nli/accuracy" in expected.metrics[0]) == (loss == "Softmax")
     for ours, theirs in zip(result.metrics, expected.metrics, strict=True):
         assert ours == pytest.approx(theirs, abs=1e-4)
     assert weight_error(result, expected) < 1e-5
@@ -237,6 +250,32 @@ def test_every_stage_computes_what_ddp_computes(
         ours, theirs = ({str(n): state[key] for n, state in all.items()} for all in (states, others))
         assert relative_error(ours, theirs) < 1e-4, key
         assert {n: v.dtype for n, v in ours.items()} == {n: v.dtype for n, v in theirs.items()}
+
+
+@pytest.mark.parametrize(
+    ("trained", "stage"),
+    [({"lora": 4}, 2), ({"lora": 4}, 3), ({"freeze": 1}, 3)],
+    ids=["lora-2", "lora-3", "freeze-3"],
+)
+def test_frozen_weights_in_chunks(
+    ranks: TwoRanks, result_of: Any, folder: Path, tmp_path: Path, trained: dict[str, Any], stage: int
+) -> None:
+    """Frozen layers, and adapters beside a frozen backbone, under activation checkpointing: what one process computes
+    in one forward. A checkpoint leaves out what is frozen, and a run goes on from it bit for bit, dropout on."""
+    run = Run(str(folder), **trained)
+    expected = train(replace(run, max_tokens=WHOLE))
+    for ours in (result_of(run), result_of(replace(run, stage=stage))):
+        assert ours.gradients.keys() == expected.gradients.keys()
+        assert relative_error(ours.gradients, expected.gradients) < 1e-5
+        assert ours.norms == pytest.approx(expected.norms, rel=1e-5)
+        assert weight_error(ours, expected) < 1e-5
+    path = str(tmp_path / "step-00000008")
+    noisy = replace(run, stage=stage, dropout=0.1)
+    undisturbed, _ = ranks(train, replace(noisy, save_at=8, save_to=path))
+    assert read_state(Path(path))["state_dict"].keys() == expected.gradients.keys()
+    resumed, _ = ranks(train, replace(noisy, resume=path))
+    assert resumed.norms == undisturbed.norms[8:]
+    assert all(torch.equal(resumed.weights[name], value) for name, value in undisturbed.weights.items())
 
 
 def test_ranks_with_few_chunks_wait_for_those_with_more(results_of: Any, folder: Path) -> None:

@@ -62,6 +62,43 @@ def test_packed_is_plain_per_segment(lengths: tuple[int, ...], scale: float | No
         assert_close(our.grad, their.grad, rtol=0.0, atol=1e-6 * max(1.0, float(their.grad.abs().max())))
 
 
+@pytest.mark.parametrize("lengths", [LENGTHS["ragged"], LENGTHS["equal and ragged"]], ids=["ragged", "equal"])
+@pytest.mark.parametrize("window", [None, 3, 8])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_who_sees_whom(lengths: tuple[int, ...], window: int | None, is_causal: bool) -> None:
+    """Causal layers, windows inside a segment and grouped heads, against a softmax over the keys written out one query
+    at a time; in value and in gradient."""
+    layer = nn.Module()
+    layer.is_causal = is_causal
+    heads = (4, 2, 2)  # two queries share a key
+    ours, theirs = ([x.detach()[:, :1].repeat(1, n, 1, 1).requires_grad_() for x, n in zip(xs, heads, strict=True)]
+                    for xs in (_streams(sum(lengths)), _streams(sum(lengths))))  # fmt: skip
+    packing = plan_buckets(lengths, CPU)
+    out = packed_attention(layer, *ours, None, packing=packing, sliding_window=window)[0]
+    rows, first = [], 0
+    for length in lengths:
+        for i in range(length):
+            seen = [
+                first + j
+                for j in range(length)
+                if (window is None or abs(i - j) < window) and (j <= i or not is_causal)
+            ]
+            query, key, value = theirs
+            keys, values = (x[0, :, seen].repeat_interleave(2, dim=0) for x in (key, value))
+            scores = (keys @ query[0, :, first + i, :, None])[..., 0] / D**0.5
+            rows.append((scores.softmax(-1)[..., None] * values).sum(1))
+        first += length
+    expected = torch.stack(rows)[None]
+    assert_close(out, expected, rtol=0.0, atol=1e-6)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    (out * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for our, their in zip(ours, theirs, strict=True):
+        assert our.grad is not None
+        assert their.grad is not None
+        assert_close(our.grad, their.grad, rtol=0.0, atol=2e-6 * max(1.0, float(their.grad.abs().max())))
+
+
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
 def test_buckets_cover_the_stream(lengths: tuple[int, ...]) -> None:
     buckets = plan_buckets(lengths, CPU)

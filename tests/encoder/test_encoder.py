@@ -63,15 +63,19 @@ def _peer_gradients(peer: Any) -> dict[str, Tensor]:
     return {f"backbone.{name}": grad for name, grad in gradients_of(peer[0].model).items()}
 
 
-@pytest.fixture(params=["bert", "roberta", "mpnet", "minilm"])
+KINDS = ("bert", "roberta", "mpnet", "distilbert", "modernbert", "qwen3")
+
+
+@pytest.fixture(params=[*KINDS, "minilm"])
 def folder(request: pytest.FixtureRequest, tiny_encoders: dict[str, Path]) -> Path:
     return request.getfixturevalue("minilm") if request.param == "minilm" else tiny_encoders[request.param]
 
 
 @pytest.mark.parametrize("max_tokens", [WHOLE, 60], ids=["whole", "chunked"])
 def test_equals_the_padded_forward(folder: Path, max_tokens: int) -> None:
-    """Embeddings and the gradients of all parameters: packed (BERT, RoBERTa with its position offset) or padded
-    by us (MPNet), in one forward or in chunks under activation checkpointing."""
+    """Embeddings and the gradients of all parameters: packed (BERT, RoBERTa with its position offset, ModernBERT with
+    its windows, Qwen3 with grouped causal heads) or padded by us (MPNet), in one forward or in chunks under activation
+    checkpointing."""
     peer, encoder = _peer(folder), _load(folder, max_tokens)
     encoder.train()  # dropout is 0
     assert encoder.packed == ("mpnet" not in str(folder))
@@ -155,7 +159,9 @@ def test_padded_backbones_say_so_once(tiny_encoders: dict[str, Path], caplog: py
     with caplog.at_level(logging.WARNING, logger="trainer"):
         encoder = _load(tiny_encoders["mpnet"])
         _embed(encoder)
-    assert caplog.messages == ["backbone type 'mpnet' runs padded; packed forward: bert, roberta, xlm-roberta"]
+    assert caplog.messages == [
+        "backbone type 'mpnet' runs padded; packed forward: bert, distilbert, modernbert, qwen3, roberta, xlm-roberta"
+    ]
 
 
 def test_a_plain_transformers_folder_is_pooled_by_mean(tiny_encoder: Path, tmp_path: Path) -> None:
@@ -169,7 +175,7 @@ def test_a_plain_transformers_folder_is_pooled_by_mean(tiny_encoder: Path, tmp_p
     assert encoder.text.max_length == 128
 
 
-@pytest.mark.parametrize(("kind", "positions"), [("bert", 128), ("roberta", 128), ("mpnet", 128)])
+@pytest.mark.parametrize(("kind", "positions"), [(kind, 128) for kind in KINDS])
 def test_the_longest_text_and_one_piece_more(tiny_encoders: dict[str, Path], kind: str, positions: int) -> None:
     """RoBERTa's and MPNet's position tables have two entries more, which no text may use."""
     long_text = ["stone " * 300]
@@ -197,13 +203,17 @@ def _keep_only_attention_dropout(encoder: Encoder) -> int:
     for name, module in encoder.named_modules():
         if isinstance(module, nn.Dropout):
             # MPNet's attention module holds its own and, one level up, that of the layer's output.
-            attention = name.endswith(("self.dropout", "attn.dropout"))
+            distilbert = name.startswith("backbone.transformer.") and name.endswith("attention.dropout")
+            attention = distilbert or name.endswith(("self.dropout", "attn.dropout"))
             module.p = 0.5 if attention else 0.0
             kept += attention
+        elif hasattr(module, "attention_dropout"):  # ModernBERT's and Qwen3's rate is a number
+            module.attention_dropout = 0.5
+            kept += 1
     return kept
 
 
-@pytest.mark.parametrize("kind", ["bert", "roberta", "mpnet"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("texts", [TEXTS, TEXTS[:1] * 4], ids=["ragged", "equal"])
 def test_attention_dropout_is_on_in_training_only(tiny_encoders: dict[str, Path], kind: str, texts: list[str]) -> None:
     encoder = _load(tiny_encoders[kind])
@@ -263,7 +273,7 @@ def test_chunks_keep_to_the_budget(tiny_encoders: dict[str, Path], kind: str) ->
 # -- the way out --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["bert", "roberta", "mpnet"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_as_sentence_transformer_is_the_same_model(tiny_encoders: dict[str, Path], tmp_path: Path, kind: str) -> None:
     """Inside the block and after a save and a load; behind it training goes on as before."""
     encoder = _load(tiny_encoders[kind], dropout=None).train()

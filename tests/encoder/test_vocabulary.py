@@ -68,7 +68,7 @@ def _train(folder: Path, texts: list[str], decay: float, compact: bool) -> Train
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.01])
-@pytest.mark.parametrize("kind", ["bert", "mpnet"])
+@pytest.mark.parametrize("kind", ["bert", "mpnet", "modernbert", "qwen3"])
 def test_compact_is_full(tiny_encoders: dict[str, Path], demo_texts: list[str], kind: str, decay: float) -> None:
     """After 20 AdamW steps: used rows, rows that no text uses, the other weights, and embeddings of unseen texts.
 
@@ -91,7 +91,7 @@ def test_compact_is_full(tiny_encoders: dict[str, Path], demo_texts: list[str], 
     assert_close(compact.matrix[unused], full.matrix[unused], rtol=1e-6, atol=0.0)
     others = dict(compact.encoder.backbone.named_parameters())
     for name, parameter in full.encoder.backbone.named_parameters():
-        if not name.endswith("word_embeddings.weight"):
+        if not name.endswith(("word_embeddings.weight", "tok_embeddings.weight", "embed_tokens.weight")):
             assert_close(others[name], parameter, rtol=0.0, atol=1e-6, msg=name)
     batch = pack_texts(full.encoder.text(demo_texts[:40]))
     with torch.no_grad():
@@ -125,6 +125,20 @@ def test_an_unused_piece_is_looked_up_in_evaluation_only() -> None:
     assert torch.equal(compact(torch.tensor([1, 4])), full(torch.tensor([1, 4])))
     with pytest.raises(IndexError):
         compact(ids)
+
+
+def test_padding_gets_no_gradient_even_inside_a_text() -> None:
+    """A decoder may pad with the piece that ends every text; nn.Embedding leaves its row out."""
+    torch.manual_seed(0)
+    full = nn.Embedding(10, 3, padding_idx=4)
+    compact = CompactEmbedding(full.weight, torch.tensor([1, 4, 9]), padding_id=4)
+    ids = torch.tensor([[9, 4], [1, 4]])
+    for embedding in (full, compact):
+        (embedding(ids) * torch.arange(1.0, 13.0).view(2, 2, 3)).sum().backward()
+    assert full.weight.grad is not None
+    assert_close(compact.weight.grad, full.weight.grad[[1, 4, 9]])
+    assert compact.weight.grad is not None
+    assert not compact.weight.grad[1].any()
 
 
 def test_the_full_matrix_is_put_together() -> None:

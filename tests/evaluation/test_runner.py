@@ -12,8 +12,12 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 
+from tests.evaluation.test_informationretrieval import write_set
 from tests.tracking.small_run import STEPS_PER_EPOCH, SaveAt, make_parts, make_trainer, read_metrics, write_rows
 from tests.two_ranks import TwoRanks
+from trainer.data.sources import EvalSource
+from trainer.encoder import EncoderSpec
+from trainer.evaluation import MSE, InformationRetrieval
 from trainer.evaluation.runner import Evaluation, is_due
 from trainer.tracking.metrics import MetricsLog
 
@@ -158,6 +162,39 @@ def test_a_run_that_stops_is_evaluated_and_goes_on(tmp_path: Path, tiny_encoder:
 def test_a_time_as_interval_is_refused(tmp_path: Path, tiny_encoder: Path, rows: list[Path]) -> None:
     with pytest.raises(ValueError, match=r"val_check_interval is a time, .* Give a number of steps"):
         fit(tmp_path, tiny_encoder, rows, val_check_interval="00:00:01:00")
+
+
+def fit_all_kinds(run_dir: Path, encoder: Path, rows: list[Path], folder: Path) -> list[dict[str, float]]:
+    """Neighbours, a teacher and a suite in the middle of a fit; the metrics of its evaluations."""
+    module, data = make_parts(encoder, rows[0])
+    columns = {"anchor": "anchor", "positive": "anchor"}
+    data.validation_sources = [
+        EvalSource(str(folder / "one"), name="set", evaluator=InformationRetrieval()),
+        EvalSource(str(folder), name="suite", evaluator=InformationRetrieval()),
+        EvalSource(str(rows[1]), columns, name="teacher", evaluator=MSE(), teacher=EncoderSpec(str(encoder))),
+    ]
+    evaluation = Evaluation()
+    trainer = make_trainer(run_dir, [MetricsLog(), evaluation], val_check_interval=1.0, max_epochs=1)
+    trainer.fit(module, data)
+    logged = [row for row in read_metrics(run_dir) if "eval/set/cosine_ndcg@10" in row]
+    return [{name: value for name, value in row.items() if name.startswith("eval/")} for row in logged]
+
+
+def test_all_kinds_of_sets_in_a_fit(
+    tmp_path: Path, tiny_encoder: Path, rows: list[Path], demo_texts: list[str], two_ranks: TwoRanks
+) -> None:
+    """Before the training the model is its own teacher, on two ranks everything is as on one; then it has moved."""
+    write_set(tmp_path / "sets" / "one", demo_texts[:100], copies=1)
+    write_set(tmp_path / "sets" / "two", demo_texts[100:200], copies=2)
+    first, last = fit_all_kinds(tmp_path / "alone", tiny_encoder, rows, tmp_path / "sets")
+    assert first["eval/teacher/negative_mse"] == pytest.approx(0.0, abs=1e-8)
+    assert last["eval/teacher/negative_mse"] < -1e-3
+    assert first["eval/set/cosine_ndcg@10"] == first["eval/suite/one/cosine_ndcg@10"]
+    both = [first[f"eval/suite/{name}/cosine_map@100"] for name in ("one", "two")]
+    assert first["eval/suite/cosine_map@100"] == pytest.approx(sum(both) / 2)
+    shared, _ = two_ranks(fit_all_kinds, tmp_path / "shared", tiny_encoder, rows, tmp_path / "sets")
+    assert shared[0] == pytest.approx(first, abs=1e-6)
+    assert shared[0].keys() == last.keys()
 
 
 def fit_on_rank(run_dir: Path, encoder: Path, rows: list[Path]) -> tuple[list[tuple[Any, ...]], dict[str, float]]:

@@ -18,7 +18,8 @@ from trainer.distributed import gather
 from trainer.encoder import Encoder, EncoderSpec
 from trainer.encoder.text import TextPreparation
 from trainer.evaluation import STS, Evaluator, Triplet
-from trainer.evaluation.sharded import evaluate, plan_rounds, tokenize_set
+from trainer.evaluation.scoring import evaluate
+from trainer.evaluation.sharded import plan_rounds, tokenize_set
 
 MAX_TOKENS = 60  # small, so that a few dozen texts take several rounds
 
@@ -29,6 +30,8 @@ class Set:
     rows: Dataset
     evaluator: Evaluator
     text: TextPreparation
+    suite: str = ""
+    teacher: EncoderSpec | None = None
 
 
 @dataclass

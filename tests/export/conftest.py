@@ -16,6 +16,7 @@ from trainer.data.collate import pack_texts
 from trainer.demo_data import Pair, read_pairs, write_pairs
 from trainer.demo_encoder import write_encoder
 from trainer.encoder import Encoder, EncoderSpec
+from trainer.encoder.spec import LoRA
 from trainer.manifest import write_checkpoint
 
 # The second half has pieces of the vocabulary that no training text uses.
@@ -70,7 +71,8 @@ class Bench:
     ) -> CraftedRun:
         """Config, metrics and one checkpoint `step-00000003` of weights far from the backbone's."""
         encoder_spec = {"backbone": str(self.backbone), "dropout": 0.0, **(spec or {})}
-        encoder = Encoder(EncoderSpec(**encoder_spec), max_tokens=4096)
+        lora = LoRA(**encoder_spec["lora"]) if "lora" in encoder_spec else None
+        encoder = Encoder(EncoderSpec(**{**encoder_spec, "lora": lora}), max_tokens=4096)
         if compact:
             texts = [text for pair in self.pairs for text in (pair.sentence1, pair.sentence2)]
             used = sorted({i for ids in encoder.text(texts) for i in ids})
@@ -78,7 +80,8 @@ class Bench:
         torch.manual_seed(1)
         with torch.no_grad():
             for parameter in encoder.parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))
+                if parameter.requires_grad or not encoder.base_names:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
         folder = self.folder / name
         (folder / "checkpoints").mkdir(parents=True)
         checkpoint: dict[str, Any] = {
@@ -88,6 +91,10 @@ class Bench:
         if encoder.vocabulary is not None:
             encoder.vocabulary.decay_unused(0.75)
             checkpoint["base_vocabulary"] = encoder.vocabulary.base_checksum()
+        if encoder.base_names:
+            checkpoint["base_weights"] = encoder.base_checksum()
+            for key in encoder.base_names:
+                del checkpoint["state_dict"][f"encoder.{key}"]
         write_checkpoint(checkpoint, folder / "checkpoints" / "step-00000003", {})
         columns = {"anchor": "sentence1", "positive": "sentence2", "score": "score"}
         data = {"columns": columns, "score_range": [0.0, 5.0]}

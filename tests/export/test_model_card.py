@@ -16,11 +16,13 @@ import yaml
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.model_card import SentenceTransformerModelCardData
 
+from tests.data.test_retrieval import write_beir
 from trainer.demo_data import read_pairs
 from trainer.encoder import EncoderSpec
 from trainer.export.model_card import _set_base
 from trainer.export.record import training_logs
 from trainer.export.sentence_transformers import export_run
+from trainer.losses import InfoNCE
 
 SECTIONS = [
     "# SentenceTransformer based on tiny-encoder",
@@ -119,7 +121,7 @@ def test_loss_with_parameters_and_evaluator(card: str) -> None:
     training, evaluation = section(card, "### Training Dataset"), section(card, "### Evaluation Dataset")
     name, parameters = re.search(r"\* Loss: <code>(.*?)</code>.*?```json\n(.*?)```", training, re.DOTALL).groups()
     assert name == "trainer.losses.infonce.InfoNCE"
-    assert json.loads(parameters) == {"scale": 12.5, "similarity": "cosine"}
+    assert json.loads(parameters) == InfoNCE(scale=12.5).describe()
     assert "* Evaluator: <code>trainer.evaluation.sts.STS</code>" in evaluation
     assert "Loss" not in evaluation
 
@@ -290,3 +292,20 @@ def test_base_model_of_the_hub_is_named() -> None:
     card = SentenceTransformerModelCardData()
     _set_base(card, EncoderSpec(backbone="some-org/some-model", revision="v2"))
     assert (card.base_model, card.base_model_revision) == ("some-org/some-model", "v2")
+
+
+def test_a_set_that_is_searched(bench: Any, tmp_path: Path) -> None:
+    """Its metrics of the exported step, its queries as samples, its evaluator with what it was told; no path."""
+    folder = write_beir(bench.folder / "cranfield")
+    evaluator = {"class_path": "trainer.evaluation.InformationRetrieval", "init_args": {"similarity": "dot"}}
+    validation = [{"name": "cran", "path": str(folder), "evaluator": evaluator}]
+    run = bench.write_run("search", data={"validation": validation})
+    row = {"step": 3, "eval/cran/dot_ndcg@10": 0.4375, "eval/cran/dot_map@100": 0.3125}
+    (run.folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    card = export(run, tmp_path / "out")
+    assert "#### Information Retrieval" in card
+    assert re.search(r"\| \**dot_ndcg@10\** +\| \**0\.4375\** +\|", card)
+    assert re.search(r"\| dot_map@100 +\| 0\.3125 +\|", card)
+    assert "* Evaluator: <code>trainer.evaluation.informationretrieval.InformationRetrieval</code>" in card
+    assert "what is thing 0 ?" in card
+    assert str(bench.folder) not in card

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling
 
+from trainer.data.collate import pack_texts
 from trainer.demo_encoder import write_encoder
 from trainer.export.sentence_transformers import export_run
 from trainer.manifest import STATE, mark_best, read_state, write_checkpoint
@@ -101,6 +103,44 @@ def test_prompt_of_the_folder_is_kept_or_switched_off(bench: Any, tmp_path: Path
         run = bench.write_run(f"folder-prompt-{name}", {"backbone": str(tmp_path / "base"), "prompt": prompt})
         export_run(run.folder, tmp_path / name)
         assert assert_same_embeddings(run, tmp_path / name).default_prompt_name == default
+
+
+def test_prompts_of_columns_become_those_of_queries_and_documents(bench: Any, tmp_path: Path) -> None:
+    """Behind the encoder's own prompt, as in training; one for both is the default; several are none."""
+    source = {"path": str(bench.folder / "data" / "train.jsonl.gz"), "score_range": [0.0, 5.0]}
+    source["columns"] = {"anchor": "sentence1", "positive": "sentence2", "score": "score"}
+
+    def exported(name: str, spec: dict[str, Any], *prompts: dict[str, str]) -> tuple[Any, SentenceTransformer]:
+        run = bench.write_run(name, spec, data={"train": [{**source, "prompts": one} for one in prompts]})
+        export_run(run.folder, tmp_path / name)
+        return run, SentenceTransformer(str(tmp_path / name), device="cpu")
+
+    run, model = exported("columns", {"prompt": "at dusk "}, {"anchor": "the teacher: ", "positive": "the shop: "})
+    plain = replace(run.encoder.text, prompt="")
+    with torch.no_grad():
+        for encode, prompt in ((model.encode_query, "the teacher: "), (model.encode_document, "the shop: ")):
+            ours = run.encoder.eval().embed(pack_texts(plain([f"at dusk {prompt}{text}" for text in TEXTS])))
+            np.testing.assert_allclose(encode(TEXTS), ours.numpy(), rtol=0, atol=1e-5)
+    _, model = exported("both", {}, {"anchor": "the car: ", "positive": "the car: "})
+    assert model.prompts[model.default_prompt_name] == model.prompts["query"] == "the car: "
+    _, model = exported("several", {}, {"anchor": "the car: "}, {"anchor": "the shop: "})
+    assert (model.prompts["query"], model.prompts["document"], model.default_prompt_name) == ("", "", None)
+
+
+@pytest.mark.parametrize("kind", ["distilbert", "modernbert", "qwen3"])
+def test_adapters_of_a_run_are_added_in(bench: Any, tmp_path: Path, kind: Any) -> None:
+    """The checkpoint holds adapters alone; the exported folder is whole, and refuses another base."""
+    texts = [pair.sentence1 for pair in bench.pairs] + TEXTS
+    backbone = write_encoder(tmp_path / "base", texts, hidden=32, kind=kind)
+    run = bench.write_run(f"lora-{kind}", {"backbone": str(backbone), "lora": {"r": 4}})
+    path = run.folder / "checkpoints" / "step-00000003"
+    assert all("lora" in name for name in read_state(path)["state_dict"])
+    export_run(run.folder, tmp_path / "model")
+    assert_same_embeddings(run, tmp_path / "model")
+    assert b"lora_" not in (tmp_path / "model" / "model.safetensors").read_bytes()
+    write_encoder(backbone, texts, hidden=32, kind=kind, seed=9)
+    with pytest.raises(ValueError, match=r"the frozen weights of '.*base' are not those the checkpoint was trained"):
+        export_run(run.folder, tmp_path / "other")
 
 
 def test_whole_vocabulary_is_written(bench: Any, tmp_path: Path) -> None:

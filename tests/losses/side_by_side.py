@@ -37,7 +37,10 @@ def draw(num_columns: int, num_rows: int, seed: int = 0, spread: float = 0.3) ->
 
 
 def targets_of(
-    num_rows: int, labels: Sequence[int] | None = None, scores: Sequence[float] | Tensor | None = None
+    num_rows: int,
+    labels: Sequence[int] | None = None,
+    scores: Sequence[float] | Tensor | None = None,
+    **known: Any,
 ) -> Targets:
     """The targets of one process that holds all rows."""
     return Targets(
@@ -45,6 +48,7 @@ def targets_of(
         row_ids_B=torch.arange(num_rows),
         labels_B=None if labels is None else torch.tensor(labels),
         scores_B=None if scores is None else torch.as_tensor(scores, dtype=torch.float32),
+        **known,
     )
 
 
@@ -58,10 +62,17 @@ def value_and_gradients(
 
 
 def assert_equals_peer(
-    loss: Loss, peer: Callable[[list[dict[str, Tensor]], Any], Any], columns: Sequence[Tensor], targets: Targets
+    loss: Loss,
+    peer: Callable[[list[dict[str, Tensor]], Any], Any],
+    columns: Sequence[Tensor],
+    targets: Targets,
+    peer_labels: Tensor | None = None,
 ) -> float:
-    """Value and gradient of both are equal to 1e-5 of their size; returns the value."""
-    labels = targets.scores_B if targets.scores_B is not None else targets.labels_B
+    """Value and gradient of both are equal to 1e-5 of their size; returns the value.
+
+    The peer gets ``peer_labels``, or the scores or labels of the targets.
+    """
+    labels = next((x for x in (peer_labels, targets.scores_B, targets.labels_B) if x is not None), None)
     ours, our_gradients = value_and_gradients(lambda x: loss(x, targets), columns)
     theirs, their_gradients = value_and_gradients(
         lambda x: peer([{"sentence_embedding": column} for column in x], labels), columns

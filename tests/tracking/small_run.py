@@ -83,6 +83,7 @@ class Recorder(Callback):
                 "rows": batch.num_rows,
                 "tokens": batch.num_tokens,
                 "padded": batch.padded_tokens,
+                "row_sum": float(batch.targets.row_ids_B.sum()),
             }
         )
 

@@ -56,9 +56,11 @@ class Situation:
         leaks: of each validation set.
         batch_size: rows of a global batch.
         epochs: passes over the data, a fraction where max_steps ends them.
-        max_length: pieces kept of a text.
         normalized: whether embeddings have length 1.
         backbone: hub id, or name of the folder.
+        no_duplicates: whether batches are put together without texts that stand twice.
+        by_label: for each source whether batches take some rows of each of their labels.
+        left_out: for each source the rows of an epoch that no batch can hold, and what is told of them.
     """
 
     paths: Sequence[str]
@@ -67,9 +69,11 @@ class Situation:
     leaks: Sequence[LeakFacts]
     batch_size: int
     epochs: float
-    max_length: int
     normalized: bool
     backbone: str
+    no_duplicates: bool = False
+    by_label: Sequence[bool] = ()
+    left_out: Sequence[tuple[int, str]] = ()
 
     def each(self) -> Iterator[tuple[str, SourceFacts]]:
         """Path and facts of the sources."""

@@ -101,14 +101,31 @@ def imbalanced_classes(situation: Situation) -> Iterator[Finding]:
             )  # fmt: skip
 
 
+def few_positives(situation: Situation) -> Iterator[Finding]:
+    is_planned = dict(zip(situation.paths, situation.by_label, strict=False))
+    for path, _, labels, loss in situation.classed():
+        if not loss.positives_by_label or is_planned.get(path) or labels.largest == 1:
+            continue
+        # That none of the other rows of a random batch has the label of a row.
+        share = (1.0 - labels.pair_share) ** (situation.batch_size - 1)
+        if share > 0.1:
+            yield Finding(
+                "few_positives", "warning", path,
+                f"in a random batch of {situation.batch_size} rows {share:.0%} of the rows have no other row of their "
+                f"label ({labels.num_classes:,} classes): {name_of(loss)} learns nothing from those",
+                "let batches take some rows of each of their labels",
+                "data:\n  train:\n    - rows_per_label: 4   # data.batch_size / 4 labels in a batch",
+            )  # fmt: skip
+
+
 def unreachable_margin(situation: Situation) -> Iterator[Finding]:
-    for loss in dict.fromkeys(situation.losses):
+    for loss in dict.fromkeys(part for used in situation.losses for part in used.parts()):
         limit, margin = loss.margin_limit(situation.normalized), getattr(loss, "margin", None)
         if limit is not None and margin is not None and margin >= limit:
             yield Finding(
                 "unreachable_margin", "warning", "",
-                f"{name_of(loss)} asks for a margin of {margin:g}, but these distances are at most {limit:g}: every "
-                "triplet counts as unlearnt for ever",
+                f"{name_of(loss)} asks for a margin of {margin:g}, but these distances are at most {limit:g}: no text "
+                "ever counts as far enough",
                 f"a margin well below {limit:g}",
                 f"model:\n  loss: {{class_path: {name_of(loss)}, init_args: {{margin: {limit / 8:g}}}}}",
             )  # fmt: skip

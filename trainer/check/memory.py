@@ -15,9 +15,10 @@ class Memory:
         weights: 4 for each parameter, and 4 more for each row of the embedding matrix that compaction copies.
         gradients: 4 for each trained parameter.
         optimizer: AdamW's two moments, 8 for each trained parameter; 0 for plain SGD.
-        activations: what one forward keeps for its backward, a layer and token w (8 H + 2 F) + 2 H, for w bytes a
-            number (2 in half precision, else 4), width H and feed-forward width F: inputs of the two norms, of q, k, v,
-            q, k, v themselves, what goes into both projections, both sides of the activation, two dropout masks.
+        activations: what one forward keeps for its backward, a trained layer and token w (4 H + 4 A + 2 F) + 2 H, for
+            w bytes a number (2 in half precision, else 4), width H, width A of all heads and feed-forward width F:
+            inputs of the two norms, of q, k, v, q, k, v themselves, what goes into both projections, both sides of the
+            activation, two dropout masks. A gated feed-forward keeps 4 F: both branches, one activated, the product.
             Attention matrices are never stored whole. Korthikanti et al. 2022,
             https://arxiv.org/abs/2205.05198.
         num_parameters, num_trained: parameters in all, and those that a step changes.
@@ -46,16 +47,19 @@ def estimate(size: BackboneSize, num_used: int | None, num_tokens: int, is_half:
         is_half: bf16 or fp16 autocast.
         has_moments: AdamW.
     """
+    if not size.trains_pieces:
+        num_used = None
     copied = 0 if num_used is None else num_used
     frozen = 0 if num_used is None else size.num_pieces
-    trained = size.num_parameters - size.num_pooler + (copied - frozen) * size.hidden
+    trained = size.num_trained + (copied - frozen) * size.hidden
     width = 2 if is_half else 4
-    per_token = width * (8 * size.hidden + 2 * size.intermediate) + 2 * size.hidden
+    feed_forward = (4 if size.is_gated else 2) * size.intermediate
+    per_token = width * (4 * size.hidden + 4 * size.attention + feed_forward) + 2 * size.hidden
     return Memory(
         weights=4 * (size.num_parameters + copied * size.hidden),
         gradients=4 * trained,
         optimizer=8 * trained if has_moments else 0,
-        activations=num_tokens * size.num_layers * per_token,
+        activations=num_tokens * (size.num_layers - size.num_frozen) * per_token,
         num_parameters=size.num_parameters,
         num_trained=trained,
         num_tokens=num_tokens,

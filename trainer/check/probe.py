@@ -35,6 +35,7 @@ def probe(module: EmbeddingModule, data: PairData, num_ranks: int, is_half: bool
     parameters = [p for p in module.parameters() if p.requires_grad]
     is_adamw = module.optimizer_name == "adamw"
     optimizer = (torch.optim.AdamW if is_adamw else torch.optim.SGD)(parameters, lr=0.0)
+    module.open_teachers(data, device)
     batch = _longest_batch(data, num_ranks)
     with explained_memory("the probe", batch, module.max_tokens):
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_half):
@@ -62,5 +63,5 @@ def _longest_batch(data: PairData, num_ranks: int) -> PackedBatch:
         return sum(len(ids) for column in table.columns for ids in table.ids(column, step.rows))
 
     longest = max(range(0, order.steps_per_epoch, stride), key=num_tokens)
-    batch = StepBatches(data.tables, order, order.steps_per_epoch, 0, num_ranks)[longest]
+    batch = StepBatches(data.tables, order, order.steps_per_epoch, 0, num_ranks, data.teachers)[longest]
     return replace(batch, targets=replace(batch.targets, rows_per_rank=(batch.num_rows,)))

@@ -95,7 +95,7 @@ def _source(path: str, facts: SourceFacts) -> Group:
             column.name,
             _bars(column.histogram),
             *(f"{n:,}" for n in (column.min, column.median, column.p95, column.max)),
-            f"{column.num_truncated / facts.num_looked_at:.1%}",
+            f"{column.num_truncated / max(1, column.num_texts):.1%}",
             f"{column.unknown_share:.1%}",
             f"{column.num_distinct:,}",
             _scripts(column.scripts, 3),
@@ -109,7 +109,7 @@ def _source(path: str, facts: SourceFacts) -> Group:
 
 
 def _bars(counts: Sequence[int]) -> str:
-    most = max(counts)
+    most = max(1, *counts)
     # A bin that holds anything at all shows.
     return "".join(_BARS[max(1, round(8 * count / most))] if count else " " for count in counts)
 
@@ -136,8 +136,9 @@ def _targets(facts: SourceFacts) -> list[str]:
 
 
 def _leak(leak: LeakFacts) -> str:
+    share = leak.num_known_rows / leak.num_rows
     return (
-        f"{leak.num_rows:,} rows; {leak.num_known_rows:,} of them ({leak.num_known_rows / leak.num_rows:.1%}) and "
+        f"{leak.num_rows:,} {leak.unit}; {leak.num_known_rows:,} of them ({share:.1%}) and "
         f"{leak.num_known_texts:,} of {leak.num_texts:,} texts stand in training"
     )
 
@@ -170,6 +171,11 @@ def _plan_lines(plan: Plan) -> Iterator[tuple[str, str]]:
     known = [negatives for negatives in plan.num_negatives if negatives is not None]
     if known:
         yield "negatives", f"{' and '.join(f'{n:,}' for n in dict.fromkeys(known))} for each query"
+    if any(plan.false_negatives):
+        told = " and ".join(f"{share:.3g}" for share in plan.false_negatives if share is not None)
+        yield "", f"{told} of them right answers, for their texts stand in several rows"
+    if any(plan.num_left_out):
+        yield "left out", f"{sum(plan.num_left_out):,} rows of an epoch that no batch can hold"
     tokens = plan.tokens_per_step
     yield (
         "tokens",

@@ -11,8 +11,9 @@ from typing import Any, Optional
 import numpy as np
 
 from trainer.check import memory
+from trainer.check.batches import count_false_negatives
 from trainer.check.finding import Finding, Situation, name_of
-from trainer.check.rules import findings, unfit_columns
+from trainer.check.rules import findings, unfit_columns, unfit_validation
 from trainer.check.texts import num_negatives
 from trainer.data.facts import SourceFacts, source_facts
 from trainer.data.leaks import LeakFacts, leak_facts
@@ -40,6 +41,9 @@ class Plan:
         padding_efficiency: share of real pieces where each column of those steps is padded; packed it is 1.
         num_used_pieces, num_pieces: pieces that training texts use (None with streaming), of those the tokenizer has.
         num_negatives: for each source the negatives of a query; None where the loss takes none from the batch.
+        false_negatives: those among them that are right answers, because a text stands twice in the batch; the mean of
+            that sample of steps.
+        num_left_out: for each source the rows of an epoch that no batch can hold.
     """
 
     batch_size: int
@@ -53,6 +57,8 @@ class Plan:
     num_used_pieces: Optional[int]
     num_pieces: int
     num_negatives: list[Optional[int]]
+    false_negatives: list[Optional[float]]
+    num_left_out: list[int]
 
 
 @dataclass(frozen=True)
@@ -130,12 +136,15 @@ def make_report(
         leaks=leaks,
         batch_size=data.batch_size,
         epochs=num_steps / steps_per_epoch,
-        max_length=data.text.max_length,
         normalized=normalizes(module.encoder_spec),
         backbone=backbone.name if backbone.is_dir() else str(backbone),  # a cause may stand in a model card
+        no_duplicates=data.no_duplicates,
+        by_label=[source.rows_per_label is not None for source in data.train_sources],
+        left_out=[(n, part.tell_left_out(n)) for n, part in zip(data.rows_without_place, data.parts, strict=True)],
     )
     unfit = [f for source, table in zip(data.train_sources, data.tables, strict=True)
              for f in unfit_columns(module.loss_of(source), source, table)]  # fmt: skip
+    unfit += [f for held_out in data.validation_sources for f in unfit_validation(held_out)]
     plan = _plan(situation, data, steps_per_epoch, num_steps, num_ranks)
     return Report(
         loss=" and ".join(dict.fromkeys(map(name_of, situation.losses))),
@@ -152,7 +161,7 @@ def make_report(
 def read_facts(data: PairData) -> tuple[list[SourceFacts], list[LeakFacts]]:
     """Facts of all sets of a run; counted at the first call, read from the cache later."""
     sources = [
-        source_facts(source, table, data.text, data.cache_dir, data.max_rows)
+        source_facts(source, table, data.text_of(source), data.cache_dir, data.max_rows)
         for source, table in zip(data.train_sources, data.tables, strict=True)
     ]
     # To look for a text in a streamed source would be to read all of it.
@@ -164,6 +173,7 @@ def read_facts(data: PairData) -> tuple[list[SourceFacts], list[LeakFacts]]:
 def _plan(situation: Situation, data: PairData, steps_per_epoch: int, num_steps: int, num_ranks: int) -> Plan:
     order, used_ids = data.order, data.used_ids()
     tokens, padded = [], []
+    num_queries, num_false = np.zeros((2, len(data.tables)), np.int64)
     steps = range(0, order.steps_per_epoch, max(1, order.steps_per_epoch // _SAMPLED_STEPS))
     if used_ids is None:  # streamed: far steps lie in blocks that nobody has fetched
         steps = range(min(order.steps_per_epoch, _STREAMED_STEPS))
@@ -173,6 +183,9 @@ def _plan(situation: Situation, data: PairData, steps_per_epoch: int, num_steps:
         lengths = [[len(ids) for ids in table.ids(column, step.rows)] for column in table.columns]
         tokens.append(sum(map(sum, lengths)))
         padded.append(sum(max(column) * len(column) for column in lengths))
+        if situation.losses[step.source].in_batch_negatives and len(table.columns) > 1:
+            num_queries[step.source] += len(step.rows)
+            num_false[step.source] += count_false_negatives(table.hashes(step.rows))
     return Plan(
         batch_size=data.batch_size,
         num_ranks=num_ranks,
@@ -185,6 +198,8 @@ def _plan(situation: Situation, data: PairData, steps_per_epoch: int, num_steps:
         num_used_pieces=None if used_ids is None else len(used_ids),
         num_pieces=len(data.text.tokenizer),
         num_negatives=[num_negatives(loss, facts, data.batch_size) for _, facts, loss in situation.judged()],
+        false_negatives=[float(n / of) if of else None for n, of in zip(num_false, num_queries, strict=True)],
+        num_left_out=data.rows_without_place,
     )
 
 

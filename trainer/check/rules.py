@@ -11,7 +11,7 @@ from trainer.check import labels, texts
 from trainer.check.finding import Finding, Situation
 from trainer.data.files import did_you_mean
 from trainer.data.opaque import OpaqueStream
-from trainer.data.sources import Source
+from trainer.data.sources import EvalSource, Source
 from trainer.data.streaming import StreamedTable
 from trainer.data.tokens import TokenTable
 from trainer.losses import Loss
@@ -25,16 +25,22 @@ RULES = (
     texts.leak,
     labels.no_low_scores,
     labels.imbalanced_classes,
+    labels.few_positives,
     labels.unreachable_margin,
     texts.batch_over_rows,
     texts.bad_rows_skipped,
     texts.false_negatives,
+    texts.rows_without_place,
+    texts.unused_columns,
     texts.few_negatives,
     texts.duplicate_rows,
     texts.fragmented_texts,
     texts.truncated_texts,
     texts.no_validation,
 )
+
+# Targets of a loss -> the columns that any of them comes from; what is not here comes from elsewhere.
+_COLUMNS_OF = {"scores": ("score",), "labels": ("label",), "candidate_scores": ("score_1", "score")}
 
 
 def findings(situation: Situation) -> list[Finding]:
@@ -52,6 +58,17 @@ def refuse_unknown(names: Sequence[str]) -> None:
             raise ValueError(f"check.allow: '{name}' is no finding.{hint}")
 
 
+def unfit_validation(source: EvalSource) -> Iterator[Finding]:
+    """Columns that the evaluator lacks: the run would stop at its first evaluation."""
+    missing = [name for name in source.evaluator.columns if name not in source.canonical_columns]
+    if missing and not source.searches:
+        kind = type(source.evaluator).__name__
+        columns = "columns" if len(missing) > 1 else "column"
+        cause = f"{kind} needs {columns} {', '.join(missing)}, {source.path} has {', '.join(source.canonical_columns)}"
+        remedy = "map it in data.validation columns, or choose another evaluator"
+        yield Finding("unfit_columns", "error", source.name, cause, remedy)
+
+
 def unfit_columns(loss: Loss, source: Source, table: TokenTable | StreamedTable | OpaqueStream) -> Iterator[Finding]:
     """Columns that the loss does not take, columns it lacks, classes it has no place for: no run can start so."""
     name, low, high = type(loss).__name__, loss.min_columns, loss.max_columns
@@ -64,15 +81,21 @@ def unfit_columns(loss: Loss, source: Source, table: TokenTable | StreamedTable 
         wanted = f"{low}" if high == low else f"{low} or more" if high is None else f"{low} to {high}"
         columns = "text column" if wanted == "1" else "text columns"
         yield finding(f"{name} takes {wanted} {columns}, {found}", "change data.train columns")
-    for need in sorted(loss.needs):
-        if need[:-1] not in source.columns:
-            yield finding(f"{name} needs a column '{need[:-1]}', {found}", "map it in data.train columns")
-    num_labels, labels = getattr(loss, "num_labels", None), table.labels
+    for need in sorted(loss.needs & _COLUMNS_OF.keys()):
+        if not any(column in source.columns for column in _COLUMNS_OF[need]):
+            wanted = " or ".join(f"'{column}'" for column in _COLUMNS_OF[need])
+            yield finding(f"{name} needs a column {wanted}, {found}", "map it in data.train columns")
+    if getattr(source, "may_lack_texts", False) and not loss.absent_texts:
+        yield finding(
+            f"{name} takes rows that have all texts, but those of {source.path} may lack some negatives",
+            "name negative, negative_1, ... in data.train columns, or learn from in-batch negatives (InfoNCE)",
+        )
+    num_labels, labels = loss.num_labels, table.labels
     if num_labels is not None and labels is not None:
         low_label, high_label = int(labels.min()), int(labels.max())
         if low_label < 0 or high_label >= num_labels:
             yield finding(
                 f"{source.path} has labels {low_label} to {high_label}, but {name} has {num_labels} classes 0 to "
                 f"{num_labels - 1}",
-                "set num_labels or a label_map",
+                "set num_labels or a label_map" if "num_labels" in vars(loss) else "set a label_map",
             )

@@ -48,12 +48,31 @@ def false_negatives(situation: Situation) -> Iterator[Finding]:
     for path, facts, loss in situation.judged():
         rows = min(situation.batch_size, facts.num_rows)
         expected = facts.clash_share * rows * (rows - 1)
-        if loss.in_batch_negatives and expected >= _PER_CENT * rows:
+        if loss.in_batch_negatives and not situation.no_duplicates and expected >= _PER_CENT * rows:
             yield Finding(
                 "false_negatives", "warning", path,
                 f"in a batch of {rows} rows {expected:.1f} times a row is punished for what another row calls right, "
                 "because texts stand in several rows",
-                "keep one row of each text, or lower data.batch_size",
+                "put batches together without them, or keep one row of each text", "data:\n  no_duplicates: true",
+            )  # fmt: skip
+
+
+def rows_without_place(situation: Situation) -> Iterator[Finding]:
+    for (path, facts), (num_rows, told) in zip(situation.each(), situation.left_out, strict=False):
+        if num_rows >= _PER_CENT * facts.num_rows:
+            yield Finding("rows_without_place", "warning", path, told, "gather more rows, or lower data.batch_size")
+
+
+def unused_columns(situation: Situation) -> Iterator[Finding]:
+    for path, facts in situation.each():
+        used = [column.name for column in facts.columns if column.num_texts]
+        if len(used) < len(facts.columns):
+            num_negatives = sum(name.startswith("negative") for name in used)
+            yield Finding(
+                "unused_columns", "warning", path,
+                f"no row has more than {num_negatives} negatives, but {len(facts.columns) - len(used)} more are "
+                "embedded for each row, as placeholders",
+                "lower max_negatives", f"data:\n  train:\n    - max_negatives: {max(1, num_negatives)}",
             )  # fmt: skip
 
 
@@ -72,8 +91,9 @@ def num_negatives(loss: Loss, facts: SourceFacts, batch_size: int) -> int | None
     """Texts that an anchor is told apart from in a full batch; None where the loss takes none from the batch."""
     if not loss.in_batch_negatives:
         return None
-    rows, candidates = min(batch_size, facts.num_rows), len(facts.columns) - 1
-    return rows * candidates - 1
+    rows = min(batch_size, facts.num_rows)
+    candidates = sum(column.num_texts for column in facts.columns[1:]) / facts.num_looked_at  # of a row, on average
+    return round(rows * candidates) - 1
 
 
 def duplicate_rows(situation: Situation) -> Iterator[Finding]:
@@ -127,13 +147,14 @@ _MULTILINGUAL = "model:\n  encoder: {backbone: sentence-transformers/paraphrase-
 def truncated_texts(situation: Situation) -> Iterator[Finding]:
     for path, facts in situation.each():
         for column in facts.columns:
-            share = column.num_truncated / facts.num_looked_at
+            share = column.num_truncated / max(1, column.num_texts)
             if share >= _PER_CENT:
                 yield Finding(
                     "truncated_texts", "warning", path,
-                    f"{column.num_truncated} of {facts.num_looked_at} texts of column '{column.name}' ({share:.1%}) "
-                    f"are longer than max_length {situation.max_length} and lose their end",
-                    "raise model.encoder.max_length as far as the backbone goes, or split the texts",
+                    f"{column.num_truncated} of {column.num_texts} texts of column '{column.name}' ({share:.1%}) "
+                    f"are longer than max_length {column.max_length} and lose their end",
+                    "raise it (max_lengths of the source, or model.encoder.max_length) as far as the backbone goes, or "
+                    "split the texts",
                 )  # fmt: skip
 
 
@@ -146,7 +167,8 @@ def leak(situation: Situation) -> Iterator[Finding]:
             share = facts.num_known_rows / facts.num_rows
             yield Finding(
                 "leak", "error" if share >= 0.5 else "warning", facts.name,
-                f"{facts.num_known_rows:,} of {facts.num_rows:,} validation rows ({share:.1%}) are training rows too: "
+                f"{facts.num_known_rows:,} of {facts.num_rows:,} validation {facts.unit} ({share:.1%}) "
+                f"{'are training rows' if facts.unit == 'rows' else 'stand in training'} too: "
                 "its metrics measure memory",
                 "take them out of the training set",
             )  # fmt: skip

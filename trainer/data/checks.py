@@ -10,8 +10,19 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from trainer.data.columns import Column, find_column
+from trainer.data.hashes import hash_value
 from trainer.data.rows import Record, Rows
-from trainer.data.values import BadValueError, check_id, check_text, is_word, label_check, rule, score_check
+from trainer.data.values import (
+    BadValueError,
+    check_group,
+    check_id,
+    check_text,
+    is_word,
+    label_check,
+    rule,
+    score_check,
+    texts_check,
+)
 
 if TYPE_CHECKING:
     from trainer.data.sources import Source
@@ -32,6 +43,7 @@ def checked_rows(source: Source, rows: Rows, bad: BadRows) -> Iterator[list[Any]
     wanted = [(find_column(column, rows.name, rows.columns, "where"), rule(values)) for column, values in where]
     records = _refuse_words(source, rows, columns)
     checks = _checks(source, rows, columns)
+    has_lists = not columns.keys().isdisjoint(("positives", "negatives"))
     for number, row in records:
         if isinstance(row, str):
             bad.add(f"{rows.place(number)}: {row}")
@@ -44,7 +56,10 @@ def checked_rows(source: Source, rows: Rows, bad: BadRows) -> Iterator[list[Any]
             else:
                 for column, check in checks:
                     cells.append(check(column.cell(row)))
-                yield cells
+                if has_lists:
+                    yield from _spread(source, dict(zip(_keys(source), cells, strict=True)))
+                else:
+                    yield cells
         except BadValueError as error:
             bad.add(f"{rows.place(number)}: column '{column}' {error}")
         except LookupError:
@@ -53,19 +68,42 @@ def checked_rows(source: Source, rows: Rows, bad: BadRows) -> Iterator[list[Any]
 
 def _checks(source: Source, rows: Rows, columns: dict[str, Column]) -> list[tuple[Column, Callable[[object], Any]]]:
     checks: list[tuple[Column, Callable[[object], Any]]] = []
-    for name in source.canonical_columns:
+    for name in _keys(source):
         column = columns[name]
         label_map = source.label_map if name == source.mapped_column else None
         class_names = rows.class_names.get(column.name)
         if name == "score":
             checks.append((column, score_check(source.score_range, label_map, class_names)))
+        elif name in source.candidate_scores:
+            checks.append((column, score_check(None, None, None)))  # on a teacher's own scale
         elif name == "label":
             checks.append((column, label_check(label_map, class_names)))
         elif name == "id":
             checks.append((column, check_id))
+        elif name == "group":
+            checks.append((column, check_group))
+        elif name in ("positives", "negatives"):
+            checks.append((column, texts_check(source.max_negatives if name == "negatives" else None)))
         else:
             checks.append((column, check_text))
     return checks
+
+
+def _keys(source: Source) -> list[str]:
+    """Keys of ``source.columns`` in canonical order."""
+    return [key for key in dict.fromkeys(map(source.key_of, source.canonical_columns)) if key in source.columns]
+
+
+def _spread(source: Source, cells: dict[str, Any]) -> Iterator[list[Any]]:
+    """The rows of a record with lists: one for each positive, and a column for each of its negatives."""
+    if "positives" in cells:
+        # Of the anchor, so that records that ask the same thing are one group.
+        cells.setdefault("group", hash_value(cells["anchor"]))
+    for place, text in enumerate(cells.pop("negatives", ())):
+        cells[f"negative_{place + 1}"] = text
+    for positive in cells.pop("positives", [cells.get("positive")]):
+        cells["positive"] = positive
+        yield [cells.get(name) for name in source.canonical_columns]
 
 
 def _refuse_words(source: Source, rows: Rows, columns: dict[str, Column]) -> Iterator[Record]:

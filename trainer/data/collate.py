@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from trainer.batch import PackedBatch, Targets
+from trainer.data.hashes import NO_TEXT
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,40 @@ class TokenSpans(Sequence[NDArray[np.int32]]):
     def __reduce__(self) -> tuple[Any, ...]:  # another process gets these texts, not the file they lie in
         values = np.concatenate([*self, np.empty(0, np.int32)])
         return TokenSpans, (values, np.cumsum(self.lengths_S) - self.lengths_S, self.lengths_S)
+
+
+def targets_of(
+    rows: NDArray[np.int64],
+    values: Mapping[str, NDArray[Any]],
+    hashes_BC: NDArray[np.int64],
+    may_lack_texts: bool,
+    rows_per_rank: tuple[int, ...],
+    rank: int,
+) -> Targets:
+    """Targets of this rank's rows.
+
+    Args:
+        rows: numbers of the rows.
+        values: what they have of label, score and group, by name.
+        hashes_BC: of their texts, NO_TEXT where there is none.
+        may_lack_texts: of the source, so that all ranks know the same fields.
+        rows_per_rank: of the global batch.
+        rank: whose rows these are.
+    """
+
+    def tensor(name: str, kind: type[np.generic]) -> Tensor | None:
+        return torch.from_numpy(values[name].astype(kind)) if name in values else None
+
+    return Targets(
+        rows_per_rank=rows_per_rank,
+        row_ids_B=torch.from_numpy(rows),
+        labels_B=tensor("label", np.int64),
+        scores_B=tensor("score", np.float32),
+        rank=rank,
+        texts_BC=torch.from_numpy(hashes_BC),
+        groups_B=tensor("group", np.int64),
+        present_BC=torch.from_numpy(hashes_BC != NO_TEXT) if may_lack_texts else None,
+    )
 
 
 def pack(
@@ -92,7 +128,7 @@ def _as_spans(columns: Sequence[Sequence[NDArray[np.integer]]]) -> TokenSpans:
     return TokenSpans(np.concatenate(texts), np.cumsum(lengths) - lengths, lengths)
 
 
-def pack_texts(ids: Sequence[Sequence[int]]) -> PackedBatch:
+def pack_texts(ids: Sequence[Sequence[int] | NDArray[np.integer]]) -> PackedBatch:
     """Texts without targets, one column: what evaluation and inference embed."""
     targets = Targets(rows_per_rank=(len(ids),), row_ids_B=torch.arange(len(ids)))
     return pack([[np.asarray(i, dtype=np.int64) for i in ids]], targets, num_rows=len(ids))

@@ -15,7 +15,8 @@ class Column:
 
     Attributes:
         name: of the column itself.
-        fields: the way from its cell to the wanted value: keys of objects, places in lists.
+        fields: the way from its cell to the wanted value: keys of objects, places in lists. A key behind a list
+            is looked up in each of its elements.
     """
 
     name: str
@@ -32,8 +33,12 @@ class Column:
         """
         value = row[self.name]
         for field in self.fields:
+            if value is None:
+                return None
             if isinstance(value, list) and field.isdecimal():
                 value = value[int(field)]
+            elif isinstance(value, list) and all(isinstance(one, dict) for one in value):
+                value = [one[field] for one in value]
             elif isinstance(value, dict):
                 value = value[field]
             else:

@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from trainer.data.cache import build_once
+from trainer.data.hashes import NO_TEXT
 from trainer.data.sources import Source, fingerprint, load
 from trainer.data.streaming import StreamedTable
 from trainer.data.tokens import TokenTable
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 MAX_ROWS = 1_000_000
 STREAMED_ROWS = 4096  # the first of a streamed source
-_VERSION = 1  # of the files: raise it when the same source gives other facts
+_VERSION = 2  # of the files: raise it when the same source gives other facts
 CHUNK_ROWS = 50_000  # rows whose texts or ids are in memory at once
 _SCRIPT_TEXTS = 2000
 _BINS = 16
@@ -46,6 +47,7 @@ class ColumnFacts:
 
     Attributes:
         name: canonical.
+        num_texts: rows that have a text here; the numbers below are of these.
         min, median, p95, max: pieces of a text, special tokens included.
         histogram: texts in bins of equal width between 0 and ``max`` pieces.
         num_truncated: texts that lose their end; where not all rows are looked at, that fill max_length.
@@ -53,9 +55,11 @@ class ColumnFacts:
         pieces_per_character: of a sample of whole texts, blanks not counted.
         scripts: script -> share of the letters of that sample, the largest first.
         num_distinct: different texts.
+        max_length: pieces that are kept of a text.
     """
 
     name: str
+    num_texts: int
     min: int
     median: int
     p95: int
@@ -66,6 +70,7 @@ class ColumnFacts:
     pieces_per_character: float
     scripts: dict[str, float]
     num_distinct: int
+    max_length: int
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,7 @@ class LabelFacts:
         num_classes: different ones.
         smallest, largest: rows of the smallest and of the largest class.
         num_single: classes with one row.
+        pair_share: probability that two rows have the same class.
         counts: class -> rows, where there are few; else None.
     """
 
@@ -104,6 +110,7 @@ class LabelFacts:
     smallest: int
     largest: int
     num_single: int
+    pair_share: float
     counts: Optional[dict[str, int]]
 
 
@@ -190,14 +197,18 @@ def _count(
     else:  # streamed: to read all of it would take as long as an epoch, and its texts are known as pieces alone
         places = np.arange(min(num_rows, STREAMED_ROWS))
         decode: Any = partial(text.tokenizer.batch_decode, skip_special_tokens=True)
-        texts = {name: pa.array(decode(table.ids(name, places)), pa.large_string()) for name in table.columns}
+        absent = table.hashes(places) == NO_TEXT
+        texts = {
+            name: pa.array(decode(table.ids(name, places)), pa.large_string(), mask=absent[:, i])
+            for i, name in enumerate(table.columns)
+        }
         targets = table.targets(places)
     keys = [*texts.values(), *(pa.array(values).cast(pa.large_string()) for values in targets.values())]
     return SourceFacts(
         num_rows=num_rows,
         num_looked_at=len(places),
         num_skipped=getattr(table, "num_skipped", 0),
-        columns=[_column(name, texts[name], table, text, places) for name in table.columns],
+        columns=[_column(name, texts[name], table, text.of_column(name), places) for name in table.columns],
         num_duplicates=len(places) - pc.count_distinct(joined(keys)).as_py(),
         clash_share=_clash_share(list(texts.values())),
         scores=_scores(targets["score"]) if "score" in targets else None,
@@ -209,12 +220,16 @@ def joined(columns: Sequence[pa.Array]) -> pa.Array:
     """One string a row."""
     if len(columns) == 1:
         return columns[0]
-    return pc.binary_join_element_wise(*columns, pa.scalar(_SEPARATOR, pa.large_string()))
+    separator = pa.scalar(_SEPARATOR, pa.large_string())
+    return pc.binary_join_element_wise(*columns, separator, null_handling="replace", null_replacement="")
 
 
 def _column(
     name: str, texts: pa.Array, table: TokenTable | StreamedTable, text: TextPreparation, places: NDArray[np.int64]
 ) -> ColumnFacts:
+    places, texts = places[texts.is_valid().to_numpy(zero_copy_only=False)], texts.drop_null()
+    if not len(places):
+        return ColumnFacts(name, 0, 0, 0, 0, 0, [0] * _BINS, 0, 0.0, 0.0, {}, 0, text.max_length)
     unknown_id, num_unknown = text.tokenizer.unk_token_id, 0
     parts = []
     for start in range(0, len(places), CHUNK_ROWS):
@@ -233,6 +248,7 @@ def _column(
     num_characters = sum(count for letter, count in letters.items() if not letter.isspace())
     return ColumnFacts(
         name=name,
+        num_texts=len(places),
         min=int(lengths.min()),
         median=int(np.median(lengths)),
         p95=int(np.quantile(lengths, 0.95)),
@@ -243,6 +259,7 @@ def _column(
         pieces_per_character=int((lengths[sample] - special).sum()) / max(1, num_characters),
         scripts=_scripts(letters),
         num_distinct=pc.count_distinct(texts).as_py(),
+        max_length=text.max_length,
     )
 
 
@@ -305,5 +322,6 @@ def _labels(labels: NDArray[np.int64]) -> LabelFacts:
         smallest=int(counts.min()),
         largest=int(counts.max()),
         num_single=int(np.count_nonzero(counts == 1)),
+        pair_share=float((counts * (counts - 1)).sum() / max(1, len(labels) * (len(labels) - 1))),
         counts={str(k): int(c) for k, c in zip(classes, counts, strict=True)} if few else None,
     )

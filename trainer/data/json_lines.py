@@ -7,26 +7,17 @@ block, as a whole, of which it can tell that line by line reading would give the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.json
 
-from trainer.data.ahead import map_ahead, num_cores
-from trainer.data.rows import MAX_TEXT_CHARS, Block, Record, Rows, json_records, text_blocks
-from trainer.data.values import MAX_LABEL
+from trainer.data.blocks import PEEKED, checked_batch, is_plain, parsed_blocks
+from trainer.data.rows import Block, Record, Rows, json_records, text_blocks
 
 if TYPE_CHECKING:
     from trainer.data.sources import Source
-
-# Fields of a Source that `_parse` knows about; with any other one set, every line goes the general way.
-_KNOWN = {"path", "columns", "score_range", "label_map", "split", "subset", "revision", "on_bad_row", "max_bad_rows"}
-_NOT_OF_ROWS = {"name", "evaluator", "prompts", "loss", "weight", "streaming"}
-_PEEK = 100  # JSON lines have no header: their first rows say which columns there are
 
 
 def read_json_lines(path: Path, source: Source, accept: Callable[[pa.RecordBatch], None]) -> Rows:
@@ -41,41 +32,31 @@ def read_json_lines(path: Path, source: Source, accept: Callable[[pa.RecordBatch
     """
     blocks = text_blocks(path)
     head: list[Record] = []
-    for block in blocks:  # the first rows say which columns there are, and what they hold
+    for block in blocks:  # there is no header: the first rows say which columns there are, and what they hold
         head += json_records(path, block)
-        if len(head) >= _PEEK:
+        if len(head) >= PEEKED:
             break
-    columns = list(dict.fromkeys(key for _, row in head[:_PEEK] if isinstance(row, dict) for key in row))
+    columns = list(dict.fromkeys(key for _, row in head[:PEEKED] if isinstance(row, dict) for key in row))
     types = _types(source, head)
+
+    def parse(block: Block) -> pa.RecordBatch | None:
+        return None if types is None else _parse(block, source, types)
 
     def records() -> Iterator[Record]:
         yield from head
-        if types is None:
-            for block in blocks:
+        for block, batch in parsed_blocks(path, blocks, parse):
+            if batch is None:
                 yield from json_records(path, block)
-            return
-
-        def parse(block: Block) -> tuple[Block, pa.RecordBatch | None]:
-            return block, _parse(block, source, types)
-
-        with ThreadPoolExecutor(num_cores()) as pool:  # Arrow lets go of the interpreter
-            for block, batch in map_ahead(pool, parse, blocks, ahead=2 * num_cores()):
-                if batch is None:
-                    yield from json_records(path, block)
-                else:
-                    accept(batch)
+            else:
+                accept(batch)
 
     return Rows(str(path), ":", columns, records())
 
 
 def _types(source: Source, head: list[Record]) -> pa.Schema | None:
     """Types of the columns of the file, None where Arrow cannot do what the source asks for."""
-    for field in fields(source):
-        if field.name in _KNOWN | _NOT_OF_ROWS:
-            continue
-        default = field.default if field.default_factory is MISSING else field.default_factory()
-        if getattr(source, field.name) != default:
-            return None
+    if not is_plain(source):
+        return None
     row = next((row for _, row in head if isinstance(row, dict)), {})
     types: dict[str, pa.DataType] = {}
     for name in source.canonical_columns:
@@ -116,40 +97,4 @@ def _parse(block: Block, source: Source, types: pa.Schema) -> pa.RecordBatch | N
         return None
     if len(table) != num_lines or any(column.null_count for column in table.columns):
         return None
-    arrays: dict[str, pa.Array] = {}
-    for name in source.canonical_columns:
-        values = table.column(source.columns[name]).combine_chunks()
-        is_text = name == "id" or name in source.text_columns
-        array = _text(values) if is_text else _number(values, name, source)
-        if array is None:
-            return None
-        arrays[name] = array
-    return pa.RecordBatch.from_pydict(arrays)
-
-
-def _text(values: pa.Array) -> pa.Array | None:
-    sizes = pc.min_max(pc.binary_length(values)).as_py()
-    if sizes["min"] == 0 or sizes["max"] > MAX_TEXT_CHARS or pc.any(pc.utf8_is_space(values)).as_py():
-        return None
-    return values
-
-
-def _number(values: pa.Array, name: str, source: Source) -> pa.Array | None:
-    if name == source.mapped_column:
-        assert source.label_map is not None
-        places = pc.index_in(values, pa.array(list(source.label_map), pa.large_string()))
-        if places.null_count:
-            return None
-        values = pa.array(list(source.label_map.values()), pa.float64()).take(places)
-    extremes: dict[str, Any] = pc.min_max(values).as_py()
-    if not pc.all(pc.is_finite(values)).as_py():
-        return None
-    if name == "label":
-        whole = pc.all(pc.equal(pc.floor(values), values)).as_py()
-        return values.cast(pa.int64()) if whole and extremes["min"] >= 0 and extremes["max"] <= MAX_LABEL else None
-    if source.score_range is not None:
-        low, high = source.score_range
-        if not low <= extremes["min"] <= extremes["max"] <= high:
-            return None
-        values = pc.divide(pc.subtract(values, low), high - low)
-    return values.cast(pa.float32(), safe=False)
+    return checked_batch(source, {name: table.column(source.columns[name]) for name in source.canonical_columns})

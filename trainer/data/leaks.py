@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
+from typing import Literal, Optional
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +14,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 
 from trainer.data.facts import CHUNK_ROWS, cached_facts, facts_key, joined
+from trainer.data.retrieval import collections_fingerprint, load_collections
 from trainer.data.sources import EvalSource, Source, fingerprint, load
 
 
@@ -23,9 +24,11 @@ class LeakFacts:
 
     Attributes:
         name: of the set.
-        num_rows, num_texts: rows, and different texts.
-        num_known_rows: rows whose texts (the first two columns) stand together in a training row.
+        num_rows, num_texts: rows, and different texts; of a set that is searched the rows are its queries.
+        num_known_rows: rows whose texts (the first two columns) stand together in a training row; queries that stand
+            anywhere in training.
         num_known_texts: texts that stand in training.
+        unit: what a row is.
     """
 
     name: str
@@ -33,29 +36,31 @@ class LeakFacts:
     num_texts: int
     num_known_rows: int
     num_known_texts: int
+    unit: Literal["rows", "queries"] = "rows"
 
 
 def leak_facts(
     validation: EvalSource, train: Sequence[Source], cache_dir: Path, max_rows: Optional[int] = None
 ) -> LeakFacts:
     """What of ``validation`` stands in training, whatever the size of that."""
-    key = facts_key(fingerprint(validation), [fingerprint(source) for source in train], max_rows)
+    whole = collections_fingerprint(validation) if validation.searches else fingerprint(validation)
+    key = facts_key(whole, [fingerprint(source) for source in train], max_rows)
     counts = cached_facts(cache_dir, key, lambda: _leaks(validation, train, cache_dir, max_rows))
-    return LeakFacts(name=validation.name, **counts)
+    return LeakFacts(name=validation.name, unit="queries" if validation.searches else "rows", **counts)
 
 
 def _leaks(validation: EvalSource, train: Sequence[Source], cache_dir: Path, max_rows: Optional[int]) -> dict[str, int]:
-    rows = load(validation, cache_dir).with_format("arrow")[:]
-    names = validation.text_columns
-    row_keys = joined([rows[name].combine_chunks() for name in names[:2]])
-    texts = pc.unique(pa.chunked_array([chunk for name in names for chunk in rows[name].chunks]))
+    row_keys, texts, num_columns = _held_out(validation, cache_dir)
     known_texts = np.zeros(len(texts), dtype=bool)
     distinct_rows = pc.unique(row_keys)
     hit = np.zeros(len(distinct_rows), dtype=bool)
     for columns in _chunks(train, cache_dir, max_rows):
         for column in columns:
             _mark(known_texts, column, texts)
-        if min(len(columns), 2) == len(names[:2]):
+        if validation.searches:
+            for column in columns:
+                _mark(hit, column, distinct_rows)
+        elif min(len(columns), 2) == min(num_columns, 2):
             _mark(hit, joined(columns[:2]), distinct_rows)
     known_rows = hit[pc.index_in(row_keys, value_set=distinct_rows).to_numpy()]
     return {
@@ -64,6 +69,19 @@ def _leaks(validation: EvalSource, train: Sequence[Source], cache_dir: Path, max
         "num_known_rows": int(known_rows.sum()),
         "num_known_texts": int(known_texts.sum()),
     }
+
+
+def _held_out(validation: EvalSource, cache_dir: Path) -> tuple[pa.Array, pa.Array, int]:
+    """A key for each row, the different texts, and the number of text columns."""
+    if validation.searches:
+        sets = load_collections(validation, cache_dir).values()
+        queries = pa.array([text for one in sets for text in one.queries], pa.large_string())
+        documents = pa.array([text for one in sets for text in one.documents], pa.large_string())
+        return queries, pc.unique(pa.chunked_array([queries, documents])), 2
+    rows = load(validation, cache_dir).with_format("arrow")[:]
+    names = validation.text_columns
+    row_keys = joined([rows[name].combine_chunks() for name in names[:2]])
+    return row_keys, pc.unique(pa.chunked_array([chunk for name in names for chunk in rows[name].chunks])), len(names)
 
 
 def _chunks(train: Sequence[Source], cache_dir: Path, max_rows: Optional[int]) -> Iterator[list[pa.Array]]:

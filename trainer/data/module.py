@@ -4,7 +4,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
@@ -12,7 +12,6 @@ from typing import Any, Literal, Optional, Union
 
 import numpy as np
 import torch
-from datasets import Dataset as Rows
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Sampler
 
@@ -20,15 +19,18 @@ from trainer.batch import PackedBatch
 from trainer.data.batches import StepBatches
 from trainer.data.cache import default_cache_dir
 from trainer.data.opaque import OpaqueBatches, OpaqueStream
-from trainer.data.order import Order, steps_per_window
+from trainer.data.order import Order, Part, steps_per_window
+from trainer.data.plans import DistinctTexts, LabelBatches
+from trainer.data.retrieval import load_collections
 from trainer.data.rowgroups import group_files
 from trainer.data.sources import EvalSource, Source, load
 from trainer.data.streaming import GIB, StreamedTable
+from trainer.data.teacher import TeacherTable
 from trainer.data.tokens import TokenTable, end_with, tokenize, worker_context
 from trainer.distributed import gather
 from trainer.encoder.spec import EncoderSpec
 from trainer.encoder.text import TextPreparation, load_text_preparation
-from trainer.evaluation.base import Evaluator
+from trainer.evaluation.base import Evaluator, Rows
 from trainer.interruption import shielded, stop_if_asked
 
 logger = logging.getLogger(__name__)
@@ -36,12 +38,36 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class ValidationSet:
-    """A set that an evaluator scores."""
+    """A set that an evaluator scores.
+
+    Attributes:
+        rows: or the `Collection` that it searches.
+        suite: name of the source, where it holds several sets.
+        teacher: of an evaluator that compares with one.
+    """
 
     name: str
     rows: Rows
     evaluator: Evaluator
     text: TextPreparation
+    suite: str = ""
+    teacher: Optional[EncoderSpec] = None
+
+    @property
+    def primary_metric(self) -> str:
+        """The metric that stands for the source, as it is logged: of a suite the mean over its sets."""
+        return f"eval/{self.suite or self.name}/{self.evaluator.primary}"
+
+
+def open_validation(source: EvalSource, text: TextPreparation, cache_dir: Path) -> list[ValidationSet]:
+    """The sets of a source: one, or those of a suite."""
+    if not source.searches:
+        rows = load(source, cache_dir)
+        return [ValidationSet(source.name, rows, source.evaluator, text, teacher=source.teacher)]
+    return [
+        ValidationSet(name, collection, source.evaluator, text, suite="" if name == source.name else source.name)
+        for name, collection in load_collections(source, cache_dir).items()
+    ]
 
 
 class StepSampler(Sampler[list[int]]):
@@ -92,6 +118,7 @@ class PairData(LightningDataModule):
         train: training sources; a step takes rows of one of them.
         validation: sets to evaluate on.
         batch_size: rows per optimizer step over all ranks.
+        no_duplicates: no text stands twice in a batch, in no column: it would be its own negative.
         mixing: of several sources, one per step: proportional to their rows, round_robin until the smallest is used up,
             or weighted by their weight.
         num_workers: loader processes per rank.
@@ -108,6 +135,7 @@ class PairData(LightningDataModule):
         encoder: EncoderSpec,
         validation: Optional[list[EvalSource]] = None,
         batch_size: int = 16,
+        no_duplicates: bool = False,
         mixing: Literal["proportional", "round_robin", "weighted"] = "proportional",
         num_workers: int = 0,
         max_rows: Optional[int] = None,
@@ -127,6 +155,16 @@ class PairData(LightningDataModule):
                     f"{source.path}: on_bad_row: skip does not go with streaming: true, for rows are numbered before "
                     "they are read; set on_bad_row: fail, or streaming: false"
                 )
+            if no_duplicates and source.streaming:
+                raise ValueError(
+                    f"{source.path}: data.no_duplicates does not go with streaming: true, for the texts of a batch are "
+                    "known when they are read; set one of them to false"
+                )
+            if no_duplicates and source.rows_per_label:
+                raise ValueError(
+                    f"{source.path}: data.no_duplicates does not go with rows_per_label: a batch is put together in "
+                    "one of the two ways; leave one out"
+                )
             if not (math.isfinite(source.weight) and source.weight > 0):
                 raise ValueError(f"{source.path}: weight is {source.weight:g}; it must be above 0")
         for held_out in validation or []:
@@ -134,7 +172,13 @@ class PairData(LightningDataModule):
                 raise ValueError(
                     f"{held_out.path}: streaming: true is for data.train; an evaluation takes all rows: set it to false"
                 )
+            if held_out.max_lengths:
+                raise ValueError(
+                    f"{held_out.path}: max_lengths is for data.train; an evaluation embeds as the exported model will, "
+                    "with model.encoder.max_length: leave it out"
+                )
         self.batch_size = batch_size
+        self.no_duplicates = no_duplicates
         self.mixing = mixing
         self.num_workers = num_workers
         self.max_rows = max_rows
@@ -142,7 +186,9 @@ class PairData(LightningDataModule):
         self.stream_cache_gib = stream_cache_gib
         self.seed = seed
         self.tables: list[TokenTable | StreamedTable] = []
+        self.parts: list[Part] = []
         self.stream: Optional[OpaqueStream] = None
+        self.teachers: dict[int, TeacherTable] = {}  # of the training sources that have one, by their number
         self._positions: dict[int, dict[str, Any]] = {}  # of this rank's readers of the stream
         self.validation_sets: list[ValidationSet] = []
         self.allow_zero_length_dataloader_with_multiple_devices = True
@@ -152,14 +198,34 @@ class PairData(LightningDataModule):
         """Of the encoder; reading a vocabulary of 250,000 pieces takes a second, so it is read once."""
         return load_text_preparation(self.encoder_spec)
 
+    def text_of(self, source: Source) -> TextPreparation:
+        """That of the encoder, with the shorter lengths of a source's columns.
+
+        Raises:
+            ValueError: one is no length, or longer than the encoder's.
+        """
+        for column, length in (source.max_lengths or {}).items():
+            if not self.text.shortest < length <= self.text.max_length:
+                raise ValueError(
+                    f"{source.path}: max_lengths gives '{column}' {length} pieces; give {self.text.shortest + 1} to "
+                    f"{self.text.max_length}, which is model.encoder.max_length"
+                )
+        lengths = {column: source.max_length_of(column) for column in source.text_columns}
+        return replace(self.text, max_lengths={c: length for c, length in lengths.items() if length is not None})
+
     def prepare_data(self) -> None:
         """Build the caches, once per node; the other ranks wait and open them."""
-        for source in self.train_sources:
+        # What only evaluates reads no training data: it may not even be there.
+        reads_training = self.trainer is None or self.trainer.state.fn in (None, "fit")
+        for source in self.train_sources if reads_training else ():
             if not source.streaming:
-                tokenize(source, self.text, self.cache_dir, verify=True)
+                tokenize(source, self.text_of(source), self.cache_dir, verify=True)
             stop_if_asked()
         for source in self.validation_sources:
-            load(source, self.cache_dir, verify=True)
+            if source.searches:
+                load_collections(source, self.cache_dir, verify=True)
+            else:
+                load(source, self.cache_dir, verify=True)
             stop_if_asked()
 
     def _open_training(self) -> None:
@@ -169,11 +235,22 @@ class PairData(LightningDataModule):
             return
         max_bytes = int(self.stream_cache_gib * GIB)
         self.tables = [
-            StreamedTable(source, self.text, self.cache_dir, max_bytes)
+            StreamedTable(source, self.text_of(source), self.cache_dir, max_bytes)
             if source.streaming
-            else tokenize(source, self.text, self.cache_dir)
+            else tokenize(source, self.text_of(source), self.cache_dir)
             for source in self.train_sources
         ]
+        self.parts = [self._part(*both) for both in zip(self.train_sources, self.tables, strict=True)]
+
+    def _part(self, source: Source, table: TokenTable | StreamedTable) -> Part:
+        """Which rows form the batches of a source."""
+        if source.rows_per_label:
+            assert isinstance(table, TokenTable)
+            by_label = LabelBatches(table, source.rows_per_label, self.max_rows)
+            by_label.refuse_unfit(self.batch_size, source.path)
+            return by_label
+        shuffle = table.shuffle(self.max_rows)
+        return DistinctTexts(shuffle, table.hashes) if self.no_duplicates else shuffle
 
     def _open_stream(self, source: Source) -> None:
         what = f"{source.path}: a stream that is no Parquet or Arrow has no index and no length"
@@ -181,7 +258,7 @@ class PairData(LightningDataModule):
             raise ValueError(f"{what}, so it can't be mixed with other sources; convert it to Parquet")
         if self.trainer is not None and self.trainer.max_steps < 1:
             raise ValueError(f"{what}; set trainer.max_steps")
-        self.stream = OpaqueStream(source, self.text, self.seed, self.max_rows)
+        self.stream = OpaqueStream(source, self.text_of(source), self.seed, self.max_rows)
 
     def setup(self, stage: Optional[str] = None) -> None:
         if self.validation_sets or self.inputs:
@@ -190,8 +267,7 @@ class PairData(LightningDataModule):
             self._open_training()
             self._check_sizes()
         self.validation_sets = [
-            ValidationSet(source.name, load(source, self.cache_dir), source.evaluator, self.text)
-            for source in self.validation_sources
+            one for source in self.validation_sources for one in open_validation(source, self.text, self.cache_dir)
         ]
 
     def _check_sizes(self) -> None:
@@ -209,6 +285,15 @@ class PairData(LightningDataModule):
                 f"data.mixing round_robin: {left_out:,} of {sum(self.sizes):,} rows are left out of an epoch, "
                 "others in each: the source with the fewest steps ends it",
             )
+        if gather.rank() == 0:  # counting takes a moment
+            for source, part, num_rows in zip(self.train_sources, self.parts, self.rows_without_place, strict=True):
+                if num_rows:
+                    logger.warning("%s: %s", source.path, part.tell_left_out(num_rows))
+
+    @cached_property
+    def rows_without_place(self) -> list[int]:
+        """For each source the rows that no batch of the first epoch can hold."""
+        return [self.order.rows_without_place(source) for source in range(len(self.parts))]
 
     @property
     def inputs(self) -> Sequence[TokenTable | StreamedTable | OpaqueStream]:
@@ -218,15 +303,14 @@ class PairData(LightningDataModule):
     @property
     def sizes(self) -> list[int]:
         """Rows of each training source; none of a stream."""
-        return [table.shuffle(self.max_rows).size for table in self.tables]
+        return [part.size for part in self.parts]
 
     @property
     def order(self) -> Order:
         if self.stream is not None:
             raise ValueError(f"{self.stream.source.path}: the rows of a stream have no order that can be planned")
-        parts = [table.shuffle(self.max_rows) for table in self.tables]
         weights = tuple(source.weight for source in self.train_sources)
-        return Order(parts, self.batch_size, self.seed, self.mixing, weights)
+        return Order(self.parts, self.batch_size, self.seed, self.mixing, weights)
 
     @property
     def whole_steps_per_epoch(self) -> int:
@@ -268,7 +352,7 @@ class PairData(LightningDataModule):
                 dict(self._positions),
             )
         else:
-            batches = StepBatches(self.tables, self.order, self.steps_per_epoch, rank, world_size)
+            batches = StepBatches(self.tables, self.order, self.steps_per_epoch, rank, world_size, self.teachers)
         return StepLoader(
             batches,
             batch_sampler=StepSampler(self),

@@ -14,20 +14,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from datasets import ClassLabel, IterableDataset, load_dataset
 from datasets.distributed import split_dataset_by_node
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from trainer.batch import PackedBatch, Targets
+from trainer.batch import PackedBatch
 from trainer.data.checks import checked_rows
-from trainer.data.collate import pack
+from trainer.data.collate import pack, targets_of
 from trainer.data.files import data_format, is_hub_id
 from trainer.data.order import mix, permute, split_rows
 from trainer.data.rowgroups import StreamError, file_urls
 from trainer.data.rows import Rows
-from trainer.data.streaming import StreamedBadRows
+from trainer.data.streaming import StreamedBadRows, tokenize_column
 
 if TYPE_CHECKING:
     from trainer.data.sources import Source
@@ -84,6 +83,7 @@ class OpaqueStream:
 
 
 _FORMATS = ", ".join(dict.fromkeys(_READERS))
+_HASHES = ""  # of the texts of a buffer, beside its columns
 
 
 class Reader:
@@ -130,11 +130,14 @@ class Reader:
             "start": copy.deepcopy(self._start),
         }
 
-    def take(self, num_rows: int) -> tuple[list[list[NDArray[np.int32]]], dict[str, NDArray[Any]], NDArray[np.int64]]:
+    def take(
+        self, num_rows: int
+    ) -> tuple[list[list[NDArray[np.int32]]], dict[str, NDArray[Any]], NDArray[np.int64], NDArray[np.int64]]:
         """The next rows.
 
         Returns:
-            Token ids of each text column; targets by name; numbers of the rows, distinct within a pass.
+            Token ids of each text column; targets by name; hashes of the texts, (num_rows, columns); numbers of the
+            rows, distinct within a pass.
 
         Raises:
             ValueError: a bad row, or a share without any row.
@@ -149,10 +152,11 @@ class Reader:
         columns = [[cells[name][slot] for cells, slot, _ in places] for name in self.stream.columns]
         targets = {
             name: np.array([cells[name][slot] for cells, slot, _ in places], kind)
-            for name, kind in (("label", np.int64), ("score", np.float32))
+            for name, kind in (("label", np.int64), ("score", np.float32), ("group", np.int64))
             if name in self.stream.source.columns
         }
-        return columns, targets, np.array([number for _, _, number in places], dtype=np.int64)
+        hashes = np.array([cells[_HASHES][slot] for cells, slot, _ in places], np.int64)
+        return columns, targets, hashes, np.array([number for _, _, number in places], dtype=np.int64)
 
     def _next_buffer(self) -> None:
         self._buffer, self._before = self._buffer + 1, self._before + self._size
@@ -189,12 +193,15 @@ class Reader:
         cells = list(checked_rows(source, rows, bad))
         bad.close()
         values: dict[str, Any] = dict(zip(source.canonical_columns, zip(*cells, strict=True), strict=True))
+        hashes = []
         for name in self.stream.columns:
-            ids = text(source.prompted(name, values[name]))
-            if not all(ids):
-                row = rows.place(self._before + 1 + [bool(one) for one in ids].index(False))
-                raise ValueError(f"{row}: column '{source.columns[name]}': the text has no token")
-            values[name] = [np.array(one, dtype=np.int32) for one in ids]
+            texts = tokenize_column(source, name, values[name], text)
+            if not texts.lengths.all():
+                row = rows.place(self._before + 1 + int(np.argmin(texts.lengths)))
+                raise ValueError(f"{row}: column '{source.columns[source.key_of(name)]}': the text has no token")
+            values[name] = np.split(texts.ids, np.cumsum(texts.lengths)[:-1])
+            hashes.append(texts.hashes())
+        values[_HASHES] = np.stack(hashes, axis=1)
         return values
 
 
@@ -236,12 +243,7 @@ class OpaqueBatches(Dataset[PackedBatch]):
             number, all_readers = self.rank * self.num_readers + own, self.world_size * self.num_readers
             self._readers[own] = Reader(self.stream, number, all_readers, self.positions.get(own))
         num_rows = self.rows_per_rank[self.rank]
-        columns, found, numbers = self._readers[own].take(num_rows)
-        targets = Targets(
-            rows_per_rank=self.rows_per_rank,
-            row_ids_B=torch.from_numpy(numbers),
-            labels_B=torch.from_numpy(found["label"]) if "label" in found else None,
-            scores_B=torch.from_numpy(found["score"]) if "score" in found else None,
-            rank=self.rank,
-        )
+        columns, found, hashes, numbers = self._readers[own].take(num_rows)
+        may_lack_texts = self.stream.source.may_lack_texts
+        targets = targets_of(numbers, found, hashes, may_lack_texts, self.rows_per_rank, self.rank)
         return replace(pack(columns, targets, num_rows=num_rows), position=(own, self._readers[own].position))

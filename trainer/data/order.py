@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,23 +81,63 @@ def split_rows(num_rows: int, world_size: int) -> tuple[int, ...]:
     return tuple(base + (r < extra) for r in range(world_size))
 
 
+class Part:
+    """The rows of a source, and which of them form each batch of a pass. The base takes them as they come shuffled.
+
+    Attributes:
+        size: number of rows.
+        keeps_order: whether batches must be asked for one behind the other to be found at once.
+    """
+
+    keeps_order: ClassVar[bool] = False
+
+    if TYPE_CHECKING:  # a property here would take the place of a field below
+
+        @property
+        def size(self) -> int: ...
+
+    def rows(self, places: NDArray[np.int64], key: int) -> NDArray[np.int64]:
+        """Rows that stand at ``places`` (0 to size) of the pass with this key."""
+        raise NotImplementedError
+
+    def num_batches(self, batch_size: int) -> int:
+        """Batches of a pass, whatever its key."""
+        return -(-self.size // batch_size)
+
+    def batch(self, index: int, batch_size: int, key: int) -> NDArray[np.int64]:
+        """Rows of batch ``index`` (from 0) of the pass with this key; never empty."""
+        # Neighbouring batches are planned together.
+        num_rows = batch_size * steps_per_window(batch_size)
+        first = index * batch_size // num_rows * num_rows
+        rows = _window(self, first, min(first + num_rows, self.size), key)
+        start = index * batch_size - first
+        return rows[start : start + batch_size].copy()
+
+    def num_left_out(self, batch_size: int, key: int) -> int:
+        """Rows that no batch of the pass with this key takes; an estimate where to count them takes long."""
+        return 0
+
+    def tell_left_out(self, num_rows: int) -> str:
+        """That no batch takes ``num_rows`` rows, and why."""
+        return f"{num_rows:,} of {self.size:,} rows ({num_rows / self.size:.1%}) find no place in an epoch"
+
+
 @dataclass(frozen=True)
-class Permutation:
+class Permutation(Part):
     """Rows that can be read in any order: one permutation of all of them.
 
     Args:
         size: number of rows.
     """
 
-    size: int
+    size: int  # type: ignore[misc]
 
     def rows(self, places: NDArray[np.int64], key: int) -> NDArray[np.int64]:
-        """Rows that stand at ``places`` (0 to size) of the pass with this key."""
         return permute(places, self.size, key)
 
 
 @dataclass(frozen=True, eq=False)  # known by itself, for a hash of all sizes would be taken at every step
-class BlockShuffle:
+class BlockShuffle(Part):
     """Rows that are fetched by group, as those of Parquet files: near rows stay near, so that few groups are open.
 
     The groups are permuted and bundled by 8. The slices of a bundle (2,048 rows of one group) are permuted and read
@@ -110,6 +150,7 @@ class BlockShuffle:
     """
 
     group_sizes: tuple[int, ...]
+    keeps_order: ClassVar[bool] = True
 
     @cached_property
     def group_starts(self) -> NDArray[np.int64]:
@@ -137,7 +178,6 @@ class BlockShuffle:
         return found
 
     def rows(self, places: NDArray[np.int64], key: int) -> NDArray[np.int64]:
-        """Rows that stand at ``places`` (0 to size) of the pass with this key."""
         groups, starts = self._bundles(key)
         rows = np.empty_like(places)
         bundle_of_place = np.searchsorted(starts, places, "right") - 1
@@ -167,7 +207,7 @@ class BlockShuffle:
 
 
 @lru_cache(maxsize=64)
-def _window(part: Permutation | BlockShuffle, first: int, stop: int, key: int) -> NDArray[np.int64]:
+def _window(part: Part, first: int, stop: int, key: int) -> NDArray[np.int64]:
     rows = part.rows(np.arange(first, stop), key)
     rows.flags.writeable = False
     return rows
@@ -201,7 +241,7 @@ class Order:
         weights: share of each source under weighted, above 0; their sum does not matter.
     """
 
-    parts: Sequence[Permutation | BlockShuffle]
+    parts: Sequence[Part]
     batch_size: int
     seed: int
     mixing: Literal["proportional", "round_robin", "weighted"] = "proportional"
@@ -213,7 +253,7 @@ class Order:
 
     def _steps_of(self, source: int) -> int:
         """Steps of one pass over a source."""
-        return -(-self.parts[source].size // self.batch_size)
+        return self.parts[source].num_batches(self.batch_size)
 
     @cached_property
     def steps_by_source(self) -> tuple[int, ...]:
@@ -235,6 +275,10 @@ class Order:
         used = zip(self.sizes, self.steps_by_source, strict=True)
         return sum(max(0, size - steps * self.batch_size) for size, steps in used if self.mixing == "round_robin")
 
+    def rows_without_place(self, source: int) -> int:
+        """Rows of a source that no batch of its first pass takes, because none can hold them."""
+        return self.parts[source].num_left_out(self.batch_size, mix(self.seed, 0, source))
+
     def step(self, epoch: int, index: int) -> Step:
         """The global batch of step ``index`` (from 0) of ``epoch``."""
         assert 0 <= index < self.steps_per_epoch, (index, self.steps_per_epoch)
@@ -242,13 +286,7 @@ class Order:
         number = epoch  # of the pass over this source
         if self.mixing == "weighted" and len(self.parts) > 1:
             number, slot = divmod(epoch * self.steps_by_source[source] + slot, self._steps_of(source))
-        part = self.parts[source]
-        # Neighbouring steps are planned together.
-        num_rows = self.batch_size * steps_per_window(self.batch_size)
-        first = slot * self.batch_size // num_rows * num_rows
-        rows = _window(part, first, min(first + num_rows, part.size), mix(self.seed, number, source))
-        start = slot * self.batch_size - first
-        return Step(source, rows[start : start + self.batch_size].copy())
+        return Step(source, self.parts[source].batch(slot, self.batch_size, mix(self.seed, number, source)))
 
     def _turn(self, epoch: int, index: int) -> tuple[int, int]:
         """The source of a step, and which of the source's steps of this epoch it is."""
@@ -257,7 +295,7 @@ class Order:
         if self.mixing == "round_robin":
             return index % len(self.parts), index // len(self.parts)
         steps_key = mix(self.seed, epoch, 0x57E9)
-        if self.mixing == "weighted" or any(isinstance(part, BlockShuffle) for part in self.parts):
+        if self.mixing == "weighted" or any(part.keeps_order for part in self.parts):
             return _interleaved(self.steps_by_source, index, steps_key)  # a source's steps must keep their order
         slot = int(permute(np.array([index]), self.steps_per_epoch, steps_key)[0])
         source = 0

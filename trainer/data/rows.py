@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import gzip
 import io
 import json
 import zlib
-from collections import deque
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,11 +48,11 @@ class Rows:
 
 
 def read_file(path: Path, wanted: Collection[str] | None) -> Rows:
-    """Open a data file other than JSON lines; its rows are read while the iterator runs.
+    """Open a table; its rows are read while the iterator runs.
 
     Args:
-        path: of a known format.
-        wanted: columns to read of a table, None for all; a text file yields all its columns.
+        path: of Parquet or Arrow.
+        wanted: columns to read, None for all.
 
     Raises:
         ValueError: the file as a whole cannot be read.
@@ -62,12 +61,8 @@ def read_file(path: Path, wanted: Collection[str] | None) -> Rows:
     try:
         if suffix == ".parquet":
             return _read_parquet(path, wanted)
-        if suffix == ".arrow":
-            return _read_arrow(path, wanted)
-        if suffix == ".csv":
-            return _read_csv(path)
-        assert suffix == ".tsv", suffix
-        return _read_tsv(path)
+        assert suffix == ".arrow", suffix
+        return _read_arrow(path, wanted)
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path}: cannot be read as {suffix[1:]}: {error}") from error
 
@@ -79,10 +74,12 @@ class Block:
     Attributes:
         first: number of the first line, from 1.
         lines: with their ends; the last line of the file may have none.
+        bytes_read: of the file, to the end of these lines or a little beyond.
     """
 
     first: int
     lines: bytes
+    bytes_read: int
 
     def numbered(self) -> Iterator[tuple[int, str]]:
         """Lines without their end.
@@ -101,12 +98,12 @@ def text_blocks(path: Path) -> Iterator[Block]:
         ValueError: it is no UTF-8 text, or the gzip data are damaged.
     """
     number, held, damage = 1, b"", None
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+    with path.open("rb") as raw, gzip.open(raw) if path.suffix == ".gz" else nullcontext(raw) as file:
         while damage is None:
             parts, missing, ended = [held], _BLOCK_BYTES if number > 1 else _BLOCK_BYTES // 32, False
             while missing > 0 and not ended and damage is None:
                 try:
-                    chunk = file.read1(min(1 << 20, missing))  # type: ignore[attr-defined]
+                    chunk = file.read1(min(1 << 20, missing))  # type: ignore[union-attr]
                 except (EOFError, zlib.error, gzip.BadGzipFile) as error:
                     damage, chunk = error, b""  # the lines before it count
                 else:
@@ -120,7 +117,7 @@ def text_blocks(path: Path) -> Iterator[Block]:
                 block = block.removeprefix(b"\xef\xbb\xbf")
             cut = len(block) if ended else block.rfind(b"\n") + 1
             if cut:
-                yield Block(number, block[:cut])
+                yield Block(number, block[:cut], raw.tell())
                 number += block.count(b"\n", 0, cut)
             if ended:
                 return
@@ -129,11 +126,6 @@ def text_blocks(path: Path) -> Iterator[Block]:
                 raise ValueError(f"{path}:{number}: a line over {_MAX_LINE_BYTES:,} bytes; is it text?")
     # Never skipped as one bad row: nobody knows how many rows are behind it.
     raise ValueError(f"{path}:{number}: gzip data cut short or damaged ({damage}); fetch the file again") from damage
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    for block in text_blocks(path):
-        yield from block.numbered()
 
 
 def json_records(path: Path, block: Block) -> Iterator[Record]:
@@ -152,86 +144,6 @@ def json_records(path: Path, block: Block) -> Iterator[Record]:
             yield number, f"invalid JSON: {cause}"
             continue
         yield number, row if isinstance(row, dict) else f"a JSON object is expected, not {type(row).__name__}"
-
-
-def _read_csv(path: Path) -> Rows:
-    return _with_header(path, _csv_records(path))
-
-
-def _csv_records(path: Path) -> Iterator[tuple[int, list[str] | str]]:
-    """Records of a CSV file, numbered by their first line; a quoted cell may span lines.
-
-    A quote that is never closed swallows lines up to the next quote. Reading goes on at the line after the
-    record's first one, so that only that row is lost.
-    """
-    lines = (line for _, line in _lines(path))
-    ahead: deque[str] = deque()
-    taken: list[str] = []
-
-    def feed() -> Iterator[str]:
-        while True:
-            line = ahead.popleft() if ahead else next(lines, None)
-            if line is None:
-                return
-            taken.append(line)
-            yield line + "\n"
-
-    limit = csv.field_size_limit(MAX_TEXT_CHARS)
-    try:
-        reader = csv.reader(feed(), strict=True)
-        number = 1
-        while True:
-            taken.clear()
-            try:
-                cells: list[str] | str = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                cells = f"a quote is not closed or a text is over {MAX_TEXT_CHARS:,} characters ({error})"
-                ahead.extendleft(reversed(taken[1:]))
-                del taken[1:]
-                reader = csv.reader(feed(), strict=True)
-            if cells:  # a blank line is no row
-                yield number, cells
-            number += len(taken)
-    finally:
-        csv.field_size_limit(limit)
-
-
-def _read_tsv(path: Path) -> Rows:
-    return _with_header(path, ((number, _split_tabs(line)) for number, line in _lines(path) if line))
-
-
-def _split_tabs(line: str) -> list[str]:
-    """Cells of a line. Many TSV files hold bare quotes: a quote binds only if it closes in its own cell."""
-    cells = line.split("\t")
-    if '"' not in line:
-        return cells
-    try:
-        return next(csv.reader([line], delimiter="\t", strict=True))
-    except csv.Error:
-        return cells
-
-
-def _with_header(path: Path, records: Iterator[tuple[int, list[str] | str]]) -> Rows:
-    _, header = next(records, (1, []))
-    if isinstance(header, str):
-        raise ValueError(f"{path}:1: {header}")
-    header = [name.strip() for name in header]
-    twice = sorted({name for name in header if header.count(name) > 1})
-    if twice:
-        raise ValueError(f"{path}:1: the header names column '{twice[0]}' twice")
-
-    def rows() -> Iterator[Record]:
-        for number, cells in records:
-            if isinstance(cells, str):
-                yield number, cells
-            elif len(cells) != len(header):
-                yield number, f"{len(cells)} cells, the header has {len(header)}"
-            else:
-                yield number, dict(zip(header, cells, strict=True))
-
-    return Rows(str(path), ":", header, rows())
 
 
 def _read_parquet(path: Path, wanted: Collection[str] | None) -> Rows:

@@ -19,19 +19,30 @@ from jsonargparse import lazy_instance
 
 from trainer.data.cache import use
 from trainer.data.checks import BadRows, checked_rows
+from trainer.data.delimited import read_delimited
 from trainer.data.derived import draw, held_out, triplets
 from trainer.data.files import JSON_LINES, data_files, data_format, did_you_mean, is_hub_id
 from trainer.data.json_lines import read_json_lines
 from trainer.data.rows import Rows, read_file, table_rows
 from trainer.data.values import rule
+from trainer.encoder.spec import EncoderSpec
 from trainer.evaluation.base import Evaluator
+from trainer.evaluation.search import Search
 from trainer.evaluation.sts import STS
 from trainer.files import sha256_of
 
 _VERSION = 1  # of the cached rows: raise it when the same files and spec give other rows
 _TEXT = re.compile(r"text|anchor|positive|negative(_[1-9]\d*)?")
-_KNOWN = ("text", "anchor", "positive", "negative", "negative_1", "label", "score", "id")
+_CANDIDATE_SCORE = re.compile(r"score_[1-9]\d*")
+_LISTS = ("positives", "negatives")
+_KNOWN = (
+    "text", "anchor", "positive", "negative", "negative_1", *_LISTS, "label", "score", "score_1", "group", "id",
+)  # fmt: skip
 _BATCH_ROWS = 10_000
+# What a set that is searched has: of the queries, of the corpus, of the judgements.
+SEARCH_COLUMNS = (
+    "query_id", "query", "document_id", "title", "document", "judged_query", "judged_document", "relevance",
+)  # fmt: skip
 
 
 @dataclass
@@ -41,8 +52,10 @@ class Source:
     Attributes:
         path: file, glob or folder of JSON lines, CSV, TSV, Parquet or Arrow (also .gz), or a hub data set id.
         columns: canonical name -> column in the data: its name, its position from 0, or a field inside it
-            (translation.en, negatives.0). Texts are text, or anchor, positive, negative, negative_1, ...; targets
-            are label (class number) and score. id is kept beside the text, as text.
+            (translation.en, hits.0, passages.text). Texts are text, or anchor, positive, negative, negative_1, ...;
+            lists of texts are positives (each makes a row) and negatives; targets are label (class number), score,
+            score_1, score_2, ... (a teacher's of each candidate: scores.0, ...) and group (rows with the same value:
+            the positive of one is no negative of another). id is kept beside the text, as text.
         score_range: lowest and highest score of the data, mapped linearly to 0..1; unset: left as they are.
         label_map: value in the data -> number; feeds score where columns has score, else label.
         split: of a hub data set, a saved DatasetDict, or a folder whose file names say train, dev, test.
@@ -56,7 +69,12 @@ class Source:
         holdout: share of the rows that a training source leaves out and a validation source of the same path keeps.
         holdout_by: text column whose hash decides, so that equal texts stay together; unset: the first.
         max_rows: most rows, drawn evenly over the whole source.
+        max_negatives: most texts taken of a row's negatives, the first ones; a row may have fewer.
         prompts: text column -> what is put before each of its texts (query:, passage:); it is pooled like the text.
+        rows_per_label: a batch takes so many rows of each of its labels, for losses whose positives are the rows of a
+            label.
+        max_lengths: text column -> pieces kept of each of its texts while training, special ones included (anchor: 64);
+            unset: model.encoder.max_length.
         loss: which of model.losses trains on this source; unset: model.loss.
         weight: share of the steps under data.mixing weighted.
         streaming: read while training instead of first. Parquet and Arrow files, here, on the hub or at an address of
@@ -77,7 +95,10 @@ class Source:
     holdout: float = 0.0
     holdout_by: Optional[str] = None
     max_rows: Optional[int] = None
+    max_negatives: int = 7
     prompts: Optional[dict[str, str]] = None
+    rows_per_label: Optional[int] = None
+    max_lengths: Optional[dict[str, int]] = None
     loss: Optional[str] = None
     keeps_holdout: ClassVar[bool] = False
     weight: float = 1.0
@@ -85,11 +106,18 @@ class Source:
 
     def __post_init__(self) -> None:
         for name in self.columns:
-            if not _TEXT.fullmatch(name) and name not in ("label", "score", "id"):
+            if not _TEXT.fullmatch(name) and name not in _KNOWN and not _CANDIDATE_SCORE.fullmatch(name):
                 raise ValueError(
                     f"{self.path}: columns has '{name}', which is none of text, anchor, positive, negative, "
-                    f"negative_1, ..., label, score, id.{did_you_mean(name, _KNOWN)}"
+                    "negative_1, ..., positives, negatives, label, score, score_1, ..., group, id."
+                    f"{did_you_mean(name, _KNOWN)}"
                 )
+        expected = tuple(f"score_{number + 1}" for number in range(len(self.candidate_scores)))
+        if self.candidate_scores != expected:
+            raise ValueError(
+                f"{self.path}: columns has {', '.join(self.candidate_scores)}; number them {', '.join(expected)}"
+            )
+        self._check_lists()
         texts = self.text_columns
         if texts != ("text",) and texts[:2] != ("anchor", "positive"):
             raise ValueError(
@@ -105,12 +133,39 @@ class Source:
             raise ValueError(f"{self.path}: max_bad_rows is {self.max_bad_rows}; it must be 0 or more")
         if self.max_rows is not None and self.max_rows < 1:
             raise ValueError(f"{self.path}: max_rows is {self.max_rows}; it must be 1 or more")
+        if self.rows_per_label is not None:
+            self._check_rows_per_label(self.rows_per_label)
         for values in (self.where or {}).values():
             rule(values)
         self._check_derivation()
 
+    def _check_lists(self) -> None:
+        for plural in _LISTS:
+            single = [name for name in self.columns if name != plural and name.startswith(plural[:-1])]
+            if plural in self.columns and single:
+                raise ValueError(f"{self.path}: columns has {plural} and {single[0]}; name one of the two")
+        if self.max_negatives < 1:
+            raise ValueError(f"{self.path}: max_negatives is {self.max_negatives}; it must be 1 or more")
+        if "positives" in self.columns and self.streaming:
+            raise ValueError(
+                f"{self.path}: positives does not go with streaming: true, for rows are numbered before they are read; "
+                "write a row for each positive, with a group, or set streaming: false"
+            )
+
+    def _check_rows_per_label(self, rows: int) -> None:
+        if rows < 2:
+            raise ValueError(f"{self.path}: rows_per_label is {rows}; a positive of a text takes 2 rows or more")
+        if "label" not in self.canonical_columns:
+            raise ValueError(f"{self.path}: rows_per_label needs a column label; columns has {', '.join(self.columns)}")
+        if self.streaming:
+            raise ValueError(
+                f"{self.path}: rows_per_label does not go with streaming: true, for the label of a row is known when "
+                "it is read; set streaming: false"
+            )
+
     def _check_derivation(self) -> None:
         planned = {"where": self.where, "triplets": self.triplets, "holdout": self.holdout, "max_rows": self.max_rows}
+        planned |= dict.fromkeys(self.candidate_scores, True)
         if self.streaming and (asked := [name for name, value in planned.items() if value]):
             raise ValueError(
                 f"{self.path}: {asked[0]} does not go with streaming: true, for rows are numbered before they are "
@@ -129,9 +184,12 @@ class Source:
         for key, names in (
             ("holdout_by", [self.holdout_by] if self.holdout_by else []),
             ("prompts", self.prompts or []),
+            ("max_lengths", self.max_lengths or []),
         ):
             for name in names:
-                if name not in self.text_columns:
+                if name not in self.text_columns and not (
+                    key != "holdout_by" and name in self.columns and name in _LISTS
+                ):
                     raise ValueError(
                         f"{self.path}: {key} names '{name}', which is no text column; there are "
                         f"{', '.join(self.text_columns)}"
@@ -164,13 +222,37 @@ class Source:
             base, _, number = name.partition("_")
             return ("text", "anchor", "positive", "negative").index(base), int(number or 0)
 
-        made = ("negative",) if self.triplets else ()
+        made = ["negative"] if self.triplets else []
+        if "positives" in self.columns:
+            made.append("positive")
+        if "negatives" in self.columns:
+            made += [f"negative_{number + 1}" for number in range(self.max_negatives)]
         return tuple(sorted((*(name for name in self.columns if _TEXT.fullmatch(name)), *made), key=place))
 
     @property
+    def candidate_scores(self) -> tuple[str, ...]:
+        """The columns score_1, score_2, ... in their order."""
+        names = (name for name in self.columns if _CANDIDATE_SCORE.fullmatch(name))
+        return tuple(sorted(names, key=lambda name: int(name.partition("_")[2])))
+
+    @property
     def canonical_columns(self) -> tuple[str, ...]:
-        others = ("id",) if self.triplets else ("score", "label", "id")
-        return (*self.text_columns, *(name for name in others if name in self.columns))
+        targets = ("id",) if self.triplets else ("score", "label", *self.candidate_scores, "group", "id")
+        made = {"group"} if "positives" in self.columns else set()
+        return (*self.text_columns, *(name for name in targets if name in {*self.columns, *made}))
+
+    def key_of(self, name: str) -> str:
+        """The key of ``columns`` that a canonical column comes from: one of a list for the texts of lists."""
+        if name not in self.columns:
+            for plural in _LISTS:
+                if plural in self.columns and name.startswith(plural[:-1]):
+                    return plural
+        return name
+
+    @property
+    def may_lack_texts(self) -> bool:
+        """Whether a row may have no text in some column."""
+        return "negatives" in self.columns
 
     @property
     def mapped_column(self) -> Optional[str]:
@@ -179,9 +261,19 @@ class Source:
             return None
         return "score" if "score" in self.columns else "label"
 
+    def prompt_of(self, column: str) -> str:
+        """What is put before each text of a column."""
+        prompts = self.prompts or {}
+        return prompts.get(column, prompts.get(self.key_of(column), ""))
+
+    def max_length_of(self, column: str) -> Optional[int]:
+        """Pieces that are kept of each text of a column; None: what the encoder keeps."""
+        lengths = self.max_lengths or {}
+        return lengths.get(column, lengths.get(self.key_of(column)))
+
     def prompted(self, column: str, texts: Sequence[str]) -> list[str]:
         """Texts of a column behind its prompt."""
-        prompt = (self.prompts or {}).get(column, "")
+        prompt = self.prompt_of(column)
         return [prompt + text for text in texts]
 
     @property
@@ -195,23 +287,81 @@ class Source:
 
 @dataclass(kw_only=True)
 class EvalSource(Source):
-    """A set to evaluate on.
+    """A set to evaluate on. Where its evaluator searches, path is the queries, or a folder or hub data set that holds
+    queries, corpus and qrels of one set or of many; columns names what is not found by its usual name.
 
     Attributes:
         name: of the set; its metrics are logged as eval/<name>/<metric>.
         evaluator: what to measure.
+        corpus: documents to search, where path is a file of queries.
+        qrels: which documents are relevant to which query: a table, or lines of TREC.
+        corpus_size: search this many documents only, the judged ones among them; for a quick look while training.
+        teacher: of an evaluator that compares with one.
     """
 
+    columns: dict[str, Union[int, str]] = field(default_factory=dict, kw_only=False)
     name: str
     # Lazy, because jsonargparse can write only such a default into config.yaml.
     evaluator: Evaluator = field(default_factory=lambda: lazy_instance(STS))
+    corpus: Optional[str] = None
+    qrels: Optional[str] = None
+    corpus_size: Optional[int] = None
+    teacher: Optional[EncoderSpec] = None
 
     keeps_holdout: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        if lists := [name for name in _LISTS if name in self.columns]:
+            raise ValueError(f"{self.path}: {lists[0]} is for data.train; name one text in a validation set")
         if not re.fullmatch(r"\w[\w.-]*", self.name):
             raise ValueError(f"validation set name '{self.name}': letters, digits, '.', '_' and '-' are allowed")
+        kind = type(self.evaluator).__name__
+        if self.evaluator.teacher_column is not None and self.teacher is None:
+            raise ValueError(f"{self.path}: {kind} compares with a teacher; name it: teacher: {{backbone: ...}}")
+        if self.evaluator.teacher_column is None and self.teacher is not None:
+            raise ValueError(f"{self.path}: {kind} compares with no teacher; leave teacher out")
+        if self.searches:
+            self._check_search()
+            return
+        super().__post_init__()
+        planned = {"corpus": self.corpus, "qrels": self.qrels, "corpus_size": self.corpus_size}
+        if asked := [name for name, value in planned.items() if value is not None]:
+            raise ValueError(
+                f"{self.path}: {asked[0]} is for an evaluator that searches (InformationRetrieval), {kind} does not"
+            )
+
+    @property
+    def searches(self) -> bool:
+        """Whether the set is queries, documents and judgements instead of rows of texts."""
+        return isinstance(self.evaluator, Search)
+
+    def _check_search(self) -> None:
+        for name in self.columns:
+            if name not in SEARCH_COLUMNS:
+                raise ValueError(
+                    f"{self.path}: columns has '{name}', which is none of {', '.join(SEARCH_COLUMNS)}."
+                    f"{did_you_mean(name, SEARCH_COLUMNS)}"
+                )
+        others = {f.name: f for f in fields(Source)}
+        for name in ("score_range", "label_map", "where", "triplets", "holdout", "holdout_by", "loss", "streaming"):
+            if getattr(self, name) != others[name].default:
+                raise ValueError(f"{self.path}: {name} does not go with an evaluator that searches; leave it out")
+        if (self.corpus is None) != (self.qrels is None):
+            lacking = "corpus" if self.corpus is None else "qrels"
+            raise ValueError(
+                f"{self.path}: {lacking} is missing; name queries (path), corpus and qrels, or a folder of them (path)"
+            )
+        for name, number in (("max_rows", self.max_rows), ("corpus_size", self.corpus_size)):
+            if number is not None and number < 1:
+                raise ValueError(f"{self.path}: {name} is {number}; it must be 1 or more")
+        for name in self.prompts or ():
+            if name not in self.text_columns:
+                raise ValueError(f"{self.path}: prompts names '{name}'; there are {', '.join(self.text_columns)}")
+
+    @property
+    def text_columns(self) -> tuple[str, ...]:
+        """Canonical names of the texts of a row, in their order; of a set that is searched, its two kinds of text."""
+        return Search.text_columns if self.searches else super().text_columns
 
 
 def load(source: Source, cache_dir: Path, verify: bool = False) -> Dataset:
@@ -242,7 +392,8 @@ def _base(source: Source) -> Optional[Source]:
     if not (source.triplets or source.holdout or source.max_rows or source.prompts):
         return None
     spec: dict[str, Any] = {f.name: getattr(source, f.name) for f in fields(Source)}
-    spec.update(triplets=None, holdout=0.0, holdout_by=None, max_rows=None, prompts=None, loss=None)
+    spec.update(triplets=None, holdout=0.0, holdout_by=None, max_rows=None, prompts=None, max_lengths=None)
+    spec.update(loss=None)
     if source.triplets:
         positive, negative = map(str, source.triplets)
         column = str(source.columns["label"])
@@ -283,8 +434,9 @@ def _derive(source: Source, base: Source, cache_dir: Path, folder: Path) -> None
     with pa.OSFile(str(folder / "rows.arrow"), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         for start in range(0, num_rows, _BATCH_ROWS):
             part = {name: columns[name].take(pa.array(n[start : start + _BATCH_ROWS])) for name, n in picked.items()}
-            for name, prompt in (source.prompts or {}).items():
-                part[name] = pc.binary_join_element_wise(large(prompt), part[name], large(""))
+            for name in source.text_columns:
+                if prompt := source.prompt_of(name):  # an absent text stays absent
+                    part[name] = pc.binary_join_element_wise(large(prompt), part[name], large(""))
             writer.write_table(pa.table(part, schema=schema).combine_chunks())
     report = {"source": source.path, "num_rows": num_rows, "num_skipped": skipped}
     (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
@@ -310,9 +462,9 @@ def fingerprint(source: Source) -> str:
 
         return streamed(source)
     if is_hub_id(source.path):
-        contents = [_hub_rows(source.path, source.subset, source.split, source.revision)._fingerprint]
+        contents = [hub_rows(source.path, source.subset, source.split, source.revision)._fingerprint]
     else:
-        contents = [_hash_file(str(f), *_identity(f)) + data_format(f) for f in data_files(source.path, source.split)]
+        contents = [content_hash(file) for file in data_files(source.path, source.split)]
     columns = sorted(source.columns.items())
     maps = [
         source.score_range and list(source.score_range),
@@ -320,7 +472,8 @@ def fingerprint(source: Source) -> str:
         source.where and sorted(source.where.items()),
     ]
     budget = [source.on_bad_row, source.max_bad_rows]
-    spec = json.dumps([_VERSION, contents, columns, maps, budget], ensure_ascii=True)
+    lists = [source.max_negatives] if source.may_lack_texts else []
+    spec = json.dumps([_VERSION, contents, columns, maps, budget, *lists], ensure_ascii=True)
     return hashlib.sha256(spec.encode()).hexdigest()[:24]
 
 
@@ -328,9 +481,10 @@ def _folder(source: Source, cache_dir: Path) -> Path:
     return Path(cache_dir) / "rows" / fingerprint(source)
 
 
-def _identity(file: Path) -> tuple[int, int]:
+def content_hash(file: Path) -> str:
+    """Of the bytes of a file and of how they are read."""
     stat = file.stat()
-    return stat.st_size, stat.st_mtime_ns
+    return _hash_file(str(file), stat.st_size, stat.st_mtime_ns) + data_format(file)
 
 
 @cache  # one process asks several times; size and time of change make a changed file a new one
@@ -342,7 +496,7 @@ def _hash_file(path: str, size: int, mtime_ns: int) -> str:
 
 
 @cache
-def _hub_rows(path: str, subset: Optional[str], split: str, revision: Optional[str]) -> Dataset:
+def hub_rows(path: str, subset: Optional[str], split: str, revision: Optional[str]) -> Dataset:
     try:
         return load_dataset(path, name=subset, split=split, revision=revision)
     except Exception as error:  # the hub, the network, the split, the format: each has its own type
@@ -372,7 +526,8 @@ class _RowsFile:
     """Checked rows on their way into an Arrow file, single ones and whole batches, in the order they come."""
 
     def __init__(self, source: Source, path: Path) -> None:
-        types = {"score": pa.float32(), "label": pa.int64()}
+        types = {"score": pa.float32(), "label": pa.int64(), "group": pa.int64()}
+        types |= dict.fromkeys(source.candidate_scores, pa.float32())
         self.schema = pa.schema([(name, types.get(name, pa.large_string())) for name in source.canonical_columns])
         self.path = path
         self.num_rows = 0
@@ -408,15 +563,17 @@ class _RowsFile:
 
 
 def _open(source: Source, accept: Callable[[pa.RecordBatch], None]) -> Iterator[Rows]:
-    """The rows to check, file by file; ``accept`` gets those of JSON lines that Arrow has read and found good."""
+    """The rows to check, file by file; ``accept`` gets those of text files that Arrow has read and found good."""
     wanted = source.read_columns
     if is_hub_id(source.path):
-        rows = _hub_rows(source.path, source.subset, source.split, source.revision)
+        rows = hub_rows(source.path, source.subset, source.split, source.revision)
         here = rows.select_columns([c for c in rows.column_names if wanted is None or c in wanted])
         yield table_rows(source.path, rows.features.arrow_schema, here.with_format("arrow").iter(1000))
     else:
         for file in data_files(source.path, source.split):
             if data_format(file) in JSON_LINES:
                 yield read_json_lines(file, source, accept)
+            elif data_format(file) in (".csv", ".tsv"):
+                yield read_delimited(file, source, accept)
             else:
                 yield read_file(file, wanted)

@@ -12,9 +12,9 @@ import json
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -25,6 +25,7 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from trainer.data.checks import BadRows, checked_rows
+from trainer.data.hashes import NO_TEXT, hash_tokens
 from trainer.data.order import SLICE_ROWS, BlockShuffle
 from trainer.data.rowgroups import (
     StreamError,
@@ -40,10 +41,41 @@ if TYPE_CHECKING:
     from trainer.data.sources import Source
     from trainer.encoder.text import TextPreparation
 
-_VERSION = 1  # of the blocks: raise it when the same source and tokenizer give other files
+_VERSION = 2  # of the blocks: raise it when the same source and tokenizer give other files
 _LOCKS = 64
 _OPEN_SLICES = 64  # that a process keeps mapped
+_TARGETS = {"score": pa.float32(), "label": pa.int64(), "group": pa.int64()}
+_HASH = ".hash"  # behind the name of a text column: hashes of its texts
 GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class ColumnTokens:
+    """The texts of a column as pieces.
+
+    Attributes:
+        ids: pieces of all texts, one behind the other, int32.
+        lengths: pieces of each text, int64.
+        is_absent: whether a row has no text here, bool; a placeholder stands in its place.
+    """
+
+    ids: NDArray[np.int32]
+    lengths: NDArray[np.int64]
+    is_absent: NDArray[np.bool_]
+
+    def hashes(self) -> NDArray[np.int64]:
+        """Of each text; NO_TEXT where there is none."""
+        return np.where(self.is_absent, NO_TEXT, hash_tokens(self.ids, self.lengths))
+
+
+def tokenize_column(source: Source, name: str, texts: Sequence[str | None], text: TextPreparation) -> ColumnTokens:
+    """The texts of a column of ``source`` behind its prompt."""
+    ids = text.of_column(name)(source.prompted(name, [one or "" for one in texts]))
+    is_absent = np.fromiter((one is None for one in texts), bool, len(texts))
+    for place in np.flatnonzero(is_absent).tolist():
+        ids[place] = text.no_text
+    lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+    return ColumnTokens(np.fromiter(chain.from_iterable(ids), np.int32, int(lengths.sum())), lengths, is_absent)
 
 
 class _Slice:
@@ -55,7 +87,8 @@ class _Slice:
         names = [field.name for field in batch.schema if pa.types.is_large_list(field.type)]
         self.values = {c: batch.column(c).values.to_numpy(zero_copy_only=True) for c in names}
         self.offsets = {c: batch.column(c).offsets.to_numpy(zero_copy_only=True) for c in names}
-        self.targets = {c: batch.column(c).to_numpy() for c in ("label", "score") if c in batch.schema.names}
+        self.targets = {c: batch.column(c).to_numpy() for c in _TARGETS if c in batch.schema.names}
+        self.hashes = np.stack([batch.column(f"{c}{_HASH}").to_numpy() for c in names], axis=1)
 
 
 class StreamedTable:
@@ -86,6 +119,7 @@ class StreamedTable:
         assert files is not None, source.path
         self.source, self.text, self.cache_dir, self.max_bytes = source, text, Path(cache_dir), max_bytes
         self.columns = source.text_columns
+        self.may_lack_texts = source.may_lack_texts
         self._groups = [(file, number) for file in files for number in range(len(file.group_sizes))]
         self._first_in_file = np.concatenate([np.cumsum(file.group_sizes) - file.group_sizes for file in files])
         self.group_sizes = tuple(chain.from_iterable(file.group_sizes for file in files))
@@ -121,11 +155,15 @@ class StreamedTable:
         return found
 
     def targets(self, rows: NDArray[np.integer]) -> dict[str, NDArray[np.generic]]:
-        """What the rows have of label (int64) and score (float32): name -> one value per row."""
+        """What the rows have of label, group (int64) and score (float32): name -> one value per row."""
         located = list(self._locate(rows))
-        types = {"label": np.int64, "score": np.float32}
-        names = [name for name in types if name in self.source.columns]
-        return {c: np.array([block.targets[c][place] for block, place in located], types[c]) for c in names}
+        kinds = {name: kind.to_pandas_dtype() for name, kind in _TARGETS.items() if name in self.source.columns}
+        return {c: np.array([block.targets[c][place] for block, place in located], kinds[c]) for c in kinds}
+
+    def hashes(self, rows: NDArray[np.integer]) -> NDArray[np.int64]:
+        """Hash of each text of ``rows``, (B, C): equal where the pieces are; NO_TEXT where a row has none."""
+        found = [block.hashes[place] for block, place in self._locate(rows)]
+        return np.array(found, np.int64).reshape(len(rows), len(self.columns))
 
     def prefetch(self, rows: NDArray[np.integer]) -> None:
         """Start to build the slices of ``rows`` in the background; a thread that is at work goes on alone."""
@@ -225,15 +263,15 @@ class StreamedTable:
         values = dict(zip(self.source.canonical_columns, zip(*cells, strict=True), strict=True))
         arrays: dict[str, pa.Array] = {}
         for name in self.columns:
-            ids = self.text(self.source.prompted(name, values[name]))  # type: ignore[arg-type]
-            lengths = np.fromiter(map(len, ids), np.int64, len(ids))
-            if not lengths.all():
-                place = numbered.place(before + int(np.argmin(lengths)) + 1)
-                raise ValueError(f"{place}: column '{self.source.columns[name]}': the text has no token")
-            flat = np.fromiter(chain.from_iterable(ids), np.int32, int(lengths.sum()))
-            offsets = np.concatenate([[0], np.cumsum(lengths)])
-            arrays[name] = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(flat))
-        for name, kind in (("score", pa.float32()), ("label", pa.int64())):
+            texts = tokenize_column(self.source, name, values[name], self.text)  # type: ignore[arg-type]
+            if not texts.lengths.all():
+                place = numbered.place(before + int(np.argmin(texts.lengths)) + 1)
+                column = self.source.columns[self.source.key_of(name)]
+                raise ValueError(f"{place}: column '{column}': the text has no token")
+            offsets = np.concatenate([[0], np.cumsum(texts.lengths)])
+            arrays[name] = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(texts.ids))
+            arrays[f"{name}{_HASH}"] = pa.array(texts.hashes())
+        for name, kind in _TARGETS.items():
             if name in values:
                 arrays[name] = pa.array(values[name], kind)
         batch = pa.record_batch(list(arrays.values()), names=list(arrays))
@@ -322,5 +360,6 @@ def fingerprint(source: Source) -> str:
     columns = sorted(source.columns.items())
     maps = [source.score_range and list(source.score_range), source.label_map and sorted(source.label_map.items())]
     prompts = sorted((source.prompts or {}).items())
-    spec = json.dumps([_VERSION, digests, columns, maps, prompts], ensure_ascii=True)
+    lists = [source.max_negatives] if source.may_lack_texts else []
+    spec = json.dumps([_VERSION, digests, columns, maps, prompts, *lists], ensure_ascii=True)
     return hashlib.sha256(spec.encode()).hexdigest()[:24]

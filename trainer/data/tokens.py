@@ -1,9 +1,10 @@
 """Token ids of a source, made once and memory-mapped: no text is tokenised while a model trains.
 
 A table is a folder of plain arrays whose suffix is their type. ``ids.int32`` holds the pieces of the distinct texts,
-one behind the other, ``offsets.int64`` where each begins, and a file per text column which of them each row has
-(``anchor.int64``): a text that repeats is tokenised and stored once. ``score.float32`` and ``label.int64`` are the
-targets, ``used_ids.npy`` the pieces that occur. Ranks and loader workers map the same files and share their pages.
+one behind the other, ``offsets.int64`` where each begins, ``hashes.int64`` a hash of each, and a file per text column
+which of them each row has (``anchor.int64``): a text that repeats is tokenised and stored once. ``score.float32``,
+``label.int64`` and ``group.int64`` are the targets, ``used_ids.npy`` the pieces that occur. Where rows may lack texts,
+text 0 stands in their place. Ranks and loader workers map the same files and share their pages.
 """
 
 from __future__ import annotations
@@ -27,12 +28,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset
 from numpy.typing import NDArray
 
 from trainer.data.ahead import map_ahead, num_cores
 from trainer.data.cache import use
 from trainer.data.collate import TokenSpans
+from trainer.data.hashes import NO_TEXT, hash_tokens
 from trainer.data.order import Permutation
 from trainer.data.progress import Advance, shown_progress
 from trainer.data.sources import Source, fingerprint, load, num_skipped
@@ -42,14 +45,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_VERSION = 2  # of the files: raise it when the same source and tokenizer give another folder
+_VERSION = 3  # of the files: raise it when the same source and tokenizer give another folder
 _SPAN = 2000  # texts per task
 _TEXTS_PER_PROCESS = 20_000  # fewer are tokenised before another process has started
 # Rows among which a text that repeats is found; memory is bounded by the bytes of their texts.
 _SEGMENT_ROWS, _SEGMENT_BYTES = 1 << 20, 1 << 27
 
-# Ids of all texts of a span, pieces per text, whether each was cut.
-_Tokens = tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.bool_]]
+# Ids of all texts of a span, pieces per text, whether each was cut, hash of each.
+_Tokens = tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.bool_], NDArray[np.int64]]
 
 
 class TokenTable:
@@ -61,6 +64,8 @@ class TokenTable:
         labels: class numbers, int64 (N,), or None.
         scores: float32 (N,), or None.
         num_skipped: bad rows of the source that were left out.
+        may_lack_texts: whether a row may have no text in some column.
+        candidate_scores: of each candidate, float32 (N,), or none.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -72,26 +77,35 @@ class TokenTable:
         self.columns = tuple(self._num_truncated)
         self._values: NDArray[np.int32] = _map(folder / "ids.int32")
         self._offsets: NDArray[np.int64] = _map(folder / "offsets.int64")
+        self._hashes: NDArray[np.int64] = _map(folder / "hashes.int64")
+        self.may_lack_texts: bool = report["may_lack_texts"]
         self._text_ids: dict[str, NDArray[np.int64]] = {c: _map(folder / f"{c}.int64") for c in self.columns}
-        targets = {
-            file.stem: _map(file) for file in (folder / "label.int64", folder / "score.float32") if file.exists()
-        }
-        self.labels: NDArray[np.int64] | None = targets.get("label")
-        self.scores: NDArray[np.float32] | None = targets.get("score")
+        files = [folder / name for name in ("label.int64", "score.float32", "group.int64")]
+        self._targets: dict[str, NDArray[Any]] = {file.stem: _map(file) for file in files if file.exists()}
+        self.labels: NDArray[np.int64] | None = self._targets.get("label")
+        self.scores: NDArray[np.float32] | None = self._targets.get("score")
+        names = [f"score_{number + 1}" for number in range(report["num_candidate_scores"])]
+        self.candidate_scores = [_map(folder / f"{name}.float32") for name in names]
 
     def __reduce__(self) -> tuple[type[TokenTable], tuple[Path]]:
         return TokenTable, (self.folder,)  # another process maps the files itself
 
     def ids(self, column: str, rows: NDArray[np.integer]) -> TokenSpans:
-        """Token ids of the texts of ``rows``: a sequence of read-only views into the file, (length,) int32 per row."""
+        """Token ids of the texts of ``rows``: a sequence of read-only views into the file, (length,) int32 per row.
+
+        Where a row has no text, those of an empty one.
+        """
         texts = self._text_ids[column][rows]
         starts = self._offsets[texts]
         return TokenSpans(self._values, starts, self._offsets[texts + 1] - starts)
 
     def targets(self, rows: NDArray[np.integer]) -> dict[str, NDArray[np.generic]]:
-        """What the rows have of label (int64) and score (float32): name -> one value per row."""
-        targets = {"label": self.labels, "score": self.scores}
-        return {name: values[rows] for name, values in targets.items() if values is not None}
+        """What the rows have of label, group (int64) and score (float32): name -> one value per row."""
+        return {name: values[rows] for name, values in self._targets.items()}
+
+    def hashes(self, rows: NDArray[np.integer]) -> NDArray[np.int64]:
+        """Hash of each text of ``rows``, (B, C): equal where the pieces are; NO_TEXT where a row has none."""
+        return np.stack([self._hashes[texts[rows]] for texts in self._text_ids.values()], axis=1)
 
     def shuffle(self, max_rows: int | None) -> Permutation:
         """The order of its rows, or of the first ``max_rows`` of them."""
@@ -104,9 +118,14 @@ class TokenTable:
     def text_ids(self, column: str) -> NDArray[np.int64]:
         """Number of each row's text, (N,), over all columns: rows with the same number have the same text.
 
-        The reverse holds among some million neighbouring rows: beyond that a text may get a second number.
+        Where rows may lack texts, 0 is that of none. The reverse holds among some million neighbouring rows, and
+        columns of one max_length: beyond that a text may get a second number.
         """
         return self._text_ids[column]
+
+    def distinct_texts(self) -> TokenSpans:
+        """Token ids of all distinct texts, in the order of their numbers."""
+        return TokenSpans(self._values, self._offsets[:-1], np.diff(self._offsets))
 
     def num_truncated(self, column: str) -> int:
         """Texts that were longer than the encoder's max_length and lost their end."""
@@ -150,12 +169,26 @@ def _build(source: Source, text: TextPreparation, cache_dir: Path, folder: Path)
 
         numbers = {c: array(f"{c}.int64") for c in source.text_columns}
         values, offsets, truncated = array("ids.int32"), array("offsets.int64"), array("truncated.bool")
+        hashes = array("hashes.int64")
         offsets.write(np.zeros(1, np.int64).tobytes())
         num_texts = num_ids = 0
         what = f"{source.path}: tokenising {len(rows):,} rows"
         advance = stack.enter_context(shown_progress(what, len(rows), "rows", len(rows) >= _TEXTS_PER_PROCESS))
-        spans = _spans(rows, source.text_columns, numbers, advance)
-        for ids, pieces, cut in _tokenize_spans(spans, text, len(rows) * len(source.text_columns)):
+        # Columns of one length together, so that they share the texts that repeat.
+        by_length: dict[int, list[str]] = {}
+        for column in source.text_columns:
+            by_length.setdefault(text.of_column(column).max_length, []).append(column)
+        share = 1.0 / len(by_length)
+        tokens = (
+            _tokenize_spans(
+                _spans(rows, tuple(columns), numbers, lambda done: advance(share * done), first=num_texts),
+                text.of_column(columns[0]),
+                len(rows) * len(columns),
+            )
+            for columns in by_length.values()
+        )
+        nothing = [_no_text(text)] if source.may_lack_texts else []
+        for ids, pieces, cut, digests in chain(nothing, chain.from_iterable(tokens)):
             if not pieces.all():
                 for file in numbers.values():
                     file.flush()
@@ -164,6 +197,7 @@ def _build(source: Source, text: TextPreparation, cache_dir: Path, folder: Path)
             ends = num_ids + np.cumsum(pieces, dtype=np.int64)
             offsets.write(ends.tobytes())
             truncated.write(cut.tobytes())
+            hashes.write(digests.tobytes())
             num_ids, num_texts = int(ends[-1]), num_texts + len(pieces)
             used = np.pad(used, (0, max(0, int(ids.max()) + 1 - len(used))))
             used[ids] = True
@@ -173,18 +207,32 @@ def _build(source: Source, text: TextPreparation, cache_dir: Path, folder: Path)
         "source": source.path,
         "num_rows": len(rows),
         "num_skipped": num_skipped_rows,
+        "may_lack_texts": source.may_lack_texts,
+        "num_candidate_scores": len(source.candidate_scores),
         "num_truncated": {c: _count_truncated(folder, c) for c in source.text_columns},
     }
     (folder / "truncated.bool").unlink()
     (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
 
 
-def _spans(rows: Dataset, columns: tuple[str, ...], numbers: dict[str, Any], advance: Advance) -> Iterator[list[str]]:
-    """Distinct texts, some at a time; ``numbers`` are the files that get each row's number of its text."""
-    num_texts = 0
+def _no_text(text: TextPreparation) -> _Tokens:
+    """What stands in place of a text that is not there: special pieces alone, or one piece where there are none."""
+    ids = np.array(text.no_text, np.int32)
+    return ids, np.array([len(ids)], np.int32), np.zeros(1, np.bool_), np.array([NO_TEXT])
+
+
+def _spans(
+    rows: Dataset, columns: tuple[str, ...], numbers: dict[str, Any], advance: Advance, first: int
+) -> Iterator[list[str]]:
+    """Distinct texts, some at a time, numbered from ``first``; absent ones are number 0.
+
+    ``numbers`` are the files that get each row's number of its text.
+    """
+    num_texts = first
     for batches in _segments(rows, columns):
         texts = pa.concat_arrays([batch.column(c) for c in columns for batch in batches]).dictionary_encode()
-        texts_of_column = num_texts + texts.indices.to_numpy().astype(np.int64).reshape(len(columns), -1)
+        places = pc.fill_null(texts.indices, -1).to_numpy().astype(np.int64).reshape(len(columns), -1)
+        texts_of_column = np.where(places < 0, 0, num_texts + places)
         for column, texts_of_rows in zip(columns, texts_of_column, strict=True):
             numbers[column].write(texts_of_rows.tobytes())
         num_distinct, num_rows = len(texts.dictionary), texts_of_column.shape[1]
@@ -208,7 +256,8 @@ def _segments(rows: Dataset, columns: tuple[str, ...]) -> Iterator[list[pa.Recor
 
 
 def _write_targets(rows: Dataset, folder: Path) -> None:
-    for target, suffix in (("score", "float32"), ("label", "int64")):
+    scores = [name for name in rows.column_names if name.partition("_")[0] == "score"]
+    for target, suffix in (*((name, "float32") for name in scores), ("label", "int64"), ("group", "int64")):
         if target in rows.column_names:
             with (folder / f"{target}.{suffix}").open("wb") as file:
                 for batch in rows.data.table.select([target]).to_batches():
@@ -263,7 +312,7 @@ def _tokenize_span(text: TextPreparation, texts: list[str]) -> _Tokens:
     if len(full):
         longer = replace(text, max_length=text.max_length + 1)([texts[i] for i in full])
         cut[full] = [len(t) > text.max_length for t in longer]
-    return flat, pieces, cut
+    return flat, pieces, cut, hash_tokens(flat, pieces) if pieces.all() else np.zeros(len(ids), np.int64)
 
 
 # Of a worker process: what all its spans share.

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
+from trainer.data.hashes import hash_value
 from trainer.data.rows import MAX_TEXT_CHARS
 
 MAX_LABEL = 2**31 - 1
@@ -19,7 +20,8 @@ class BadValueError(ValueError):
 
 def check_text(value: object) -> str:
     if not isinstance(value, str):
-        raise BadValueError("is null" if value is None else f"holds {_kind(value)} ({value!s:.40}), not text")
+        lists = "; map a list as positives or negatives" if isinstance(value, list) else ""
+        raise BadValueError("is null" if value is None else f"holds {_kind(value)} ({value!s:.40}), not text{lists}")
     if not value or value.isspace():
         raise BadValueError("is empty" if not value else "is blank")
     if len(value) > MAX_TEXT_CHARS:
@@ -35,6 +37,34 @@ def check_text(value: object) -> str:
 def check_id(value: object) -> str:
     """A name of a row: text, or a whole number."""
     return str(value) if type(value) is int else check_text(value)
+
+
+def texts_check(most: int | None) -> Callable[[object], list[str]]:
+    """A check that turns a cell into a list of texts, the first ``most`` of them; without ``most`` it needs one."""
+
+    def check(value: object) -> list[str]:
+        if value is None and most is not None:
+            return []
+        if not isinstance(value, list):
+            raise BadValueError("is null" if value is None else f"holds {_kind(value)} ({value!s:.40}), not a list")
+        if not value and most is None:
+            raise BadValueError("is an empty list")
+        texts = []
+        for place, text in enumerate(value[:most]):
+            try:
+                texts.append(check_text(text))
+            except BadValueError as error:
+                raise BadValueError(f"in place {place} {error}") from None
+        return texts
+
+    return check
+
+
+def check_group(value: object) -> int:
+    """A number for the value that names a group: the same for equal values."""
+    if value is None or isinstance(value, (list, dict)):
+        raise BadValueError("is null" if value is None else f"holds {_kind(value)}, not the name of a group")
+    return hash_value(_key(value))
 
 
 def score_check(
@@ -154,5 +184,6 @@ def _key(value: object) -> str:
 
 
 def _kind(value: Any) -> str:
-    names = {bool: "a truth value", int: "a number", float: "a number", Decimal: "a number", list: "a list"}
+    numbers = {int: "a number", float: "a number", Decimal: "a number"}
+    names = {bool: "a truth value", list: "a list", str: "a text", **numbers}
     return names.get(type(value), f"a {type(value).__name__}")

@@ -20,7 +20,7 @@ from trainer.batch import PackedBatch
 from trainer.data.batches import StepBatches
 from trainer.distributed import gather
 from trainer.distributed.strategies import keep_on_first_rank, whole_gradients, whole_weights
-from trainer.evaluation.sharded import evaluate
+from trainer.evaluation.scoring import evaluate
 from trainer.module import EmbeddingModule
 
 NUM_STEPS = 2
@@ -140,7 +140,8 @@ class ExactnessCheck(Callback):
         module.load_state_dict(record.weights)
         module.zero_grad()
         data = module.data
-        batch = StepBatches(data.tables, data.order, data.steps_per_epoch, rank=0, world_size=1)[record.number]
+        one = StepBatches(data.tables, data.order, data.steps_per_epoch, 0, 1, data.teachers)
+        batch = one[record.number]
         rows = batch.targets.row_ids_B.tolist()
         with trainer.precision_plugin.train_step_context():
             loss = module.training_step(batch.to(module.device), record.number)
@@ -201,16 +202,17 @@ def check_exact(cli: Any) -> int:
 
 
 def _evaluate(trainer: Trainer, module: EmbeddingModule, rank: int, world_size: int) -> dict[str, float]:
-    """Metrics of the first validation set, if there is one."""
+    """Metrics of the first validation set, if there is one that needs no teacher."""
     encoder, device = module.encoder, module.device
     module.eval()
     with trainer.precision_plugin.val_step_context():
         metrics = evaluate(
             lambda batch: encoder.embed(batch.to(device)),
-            trainer.datamodule.validation_sets[:1],  # type: ignore[attr-defined]
+            [one for one in trainer.datamodule.validation_sets if one.teacher is None][:1],  # type: ignore[attr-defined]
             rank,
             world_size,
             encoder.max_tokens,
+            module.classify,
         )
     module.train()
     return metrics

@@ -125,6 +125,14 @@ def gather_rows(x_B: Tensor, rows_per_rank: Sequence[int]) -> Tensor:
     return torch.cat(_all_gather_rows(x_B, rows_per_rank))
 
 
+def gather_columns(columns_BD: Sequence[Tensor], rows_per_rank: Sequence[int]) -> list[Tensor]:
+    """``gather_rows`` of several tensors of one width in one collective, (B, D) -> (b, D) each."""
+    if len(rows_per_rank) == 1 or len(columns_BD) == 1:
+        return [gather_rows(column, rows_per_rank) for column in columns_BD]
+    width = columns_BD[0].shape[1]
+    return list(gather_rows(torch.cat(list(columns_BD), dim=1), rows_per_rank).split(width, dim=1))
+
+
 def reduce_sum(x: Tensor) -> Tensor:
     """Sum over ranks, no gradient; x is not changed."""
     if world_size() == 1:

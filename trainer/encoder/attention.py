@@ -2,7 +2,8 @@
 
 The stream holds segments sorted by length. It is cut into a few buckets of neighbouring segments; in a bucket
 attention is padded to the longest segment, which is little longer than the shortest. Nothing outside attention
-is ever padded. Attention dropout is SDPA's own, on every path.
+is ever padded. Attention dropout is SDPA's own, on every path. Causal attention and sliding windows are counted
+inside a segment.
 
 Shape suffixes: T tokens of the stream, N heads, D head dimension, S segments, L longest segment of a bucket.
 """
@@ -10,7 +11,7 @@ Shape suffixes: T tokens of the stream, N heads, D head dimension, S segments, L
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from transformers import AttentionInterface
 PACKED_ATTENTION = "packed_segments"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Bucket:
     """Neighbouring segments of the stream that attend in one call.
 
@@ -32,6 +33,7 @@ class Bucket:
         slots: (num * L,) token of the bucket in each padded slot, 0 in padding; None where lengths are equal.
         real: (stop - start,) slot of each token; None where lengths are equal.
         mask: (num, 1, 1, L) True where a slot holds a token; None where lengths are equal.
+        windows: masks of sliding windows that a layer has asked for, for the layers behind it.
     """
 
     start: int
@@ -41,6 +43,21 @@ class Bucket:
     slots: Tensor | None = None
     real: Tensor | None = None
     mask: Tensor | None = None
+    windows: dict[tuple[int, bool], Tensor] = field(default_factory=dict)
+
+    def window(self, size: int, is_causal: bool, device: torch.device) -> Tensor:
+        """(num or 1, 1, L, L) True where a query sees a key: less than ``size`` places away, and not behind it."""
+        if (size, is_causal) not in self.windows:
+            place_L = torch.arange(self.longest, device=device)
+            distance_LL = place_L[:, None] - place_L
+            seen = (distance_LL.abs() < size)[None, None]
+            if is_causal:  # a token sees no padding, which stands behind it
+                seen = seen & (distance_LL >= 0)
+            elif self.mask is not None:
+                # The softmax of padding that sees nothing would be NaN, and so would the gradient of all keys.
+                seen = (seen & self.mask) | (distance_LL == 0)
+            self.windows[size, is_causal] = seen
+        return self.windows[size, is_causal]
 
 
 def padded_layout(lengths_S: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,8 +74,8 @@ def _bucket(lengths: Tensor, start: int, device: torch.device) -> Bucket:
     mask, real = padded_layout(lengths)
     slots = torch.zeros(num * longest, dtype=torch.int64)
     slots[real] = torch.arange(tokens)
-    to_device = [t.to(device, non_blocking=True) for t in (slots, real, mask[:, None, None, :])]
-    return Bucket(start, start + tokens, num, longest, *to_device)
+    slots, real, mask = (t.to(device, non_blocking=True) for t in (slots, real, mask[:, None, None, :]))
+    return Bucket(start, start + tokens, num, longest, slots, real, mask)
 
 
 def plan_buckets(lengths: Sequence[int], device: torch.device) -> list[Bucket]:
@@ -90,26 +107,37 @@ def packed_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     packing: Sequence[Bucket] | None = None,
+    sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Block-diagonal attention over one packed stream; transformers' attention interface.
 
     Args:
-        query, key, value: (1, N, T, D).
+        module: the attention layer; its ``is_causal`` says whether a token sees those behind it.
+        query, key, value: (1, N, T, D); keys and values may have fewer heads, each for a group of queries.
         packing: the buckets that cover the stream, from :func:`plan_buckets`.
+        sliding_window: a token sees those less than so many places away; None: all of its segment.
 
     Returns:
         (1, T, N, D) and no weights.
     """
     assert packing is not None, "packed attention needs the buckets of the stream"
+    is_causal = bool(getattr(module, "is_causal", False))
+    if (group := query.shape[1] // key.shape[1]) > 1:
+        key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
     sizes = [bucket.stop - bucket.start for bucket in packing]
     # One split, not a slice per bucket: the backward of a slice fills a gradient as long as the stream.
     streams = [x[0].transpose(0, 1).split(sizes) for x in (query, key, value)]
     parts = []
     for bucket, *tokens in zip(packing, *streams, strict=True):
         q_SNLD, k_SNLD, v_SNLD = (_padded(x_TND, bucket) for x_TND in tokens)
+        mask, causal = bucket.mask, False
+        if sliding_window is not None and sliding_window < bucket.longest:
+            mask = bucket.window(sliding_window, is_causal, query.device)
+        elif is_causal:  # hides padding, too
+            mask, causal = None, True
         out_SNLD = scaled_dot_product_attention(
-            q_SNLD, k_SNLD, v_SNLD, attn_mask=bucket.mask, dropout_p=dropout, scale=scaling
+            q_SNLD, k_SNLD, v_SNLD, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scaling
         )
         out = out_SNLD.transpose(1, 2).flatten(0, 1)
         parts.append(out if bucket.real is None else out.index_select(0, bucket.real))

@@ -5,10 +5,11 @@ Shape suffixes: T tokens of the stream, S segments (texts), H hidden, D embeddin
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import pickle
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -23,12 +24,13 @@ from trainer.distributed import gather
 from trainer.encoder.attention import PACKED_ATTENTION, padded_layout, plan_buckets
 from trainer.encoder.spec import EncoderSpec
 from trainer.encoder.text import load_text_preparation, position_offset
+from trainer.encoder.trainable import merged_adapters, restrict
 from trainer.encoder.vocabulary import CompactEmbedding
 
 logger = logging.getLogger(__name__)
 
-# Backbones whose attention goes through transformers' interface, with learned absolute positions.
-PACKED_MODEL_TYPES = frozenset({"bert", "roberta", "xlm-roberta"})
+# Backbones whose attention goes through transformers' interface and whose positions, learned or rotary, are told.
+PACKED_MODEL_TYPES = frozenset({"bert", "distilbert", "modernbert", "qwen3", "roberta", "xlm-roberta"})
 _ST_POOLING = {"mean": "mean", "cls": "cls", "max": "max", "last": "lasttoken"}
 
 
@@ -73,6 +75,8 @@ class Encoder(nn.Module):
         # Where a forward is a collective (ZeRO-3), all ranks must run the same number of them.
         self.lockstep = False
         self._position_offset = position_offset(self.backbone.config)
+        # Decoders would keep keys and values for a next token that never comes.
+        self._options = {"use_cache": False} if getattr(self.backbone.config, "use_cache", False) else {}
         self.packed = self.backbone.config.model_type in PACKED_MODEL_TYPES
         if self.packed:
             self.backbone.set_attn_implementation(PACKED_ATTENTION)
@@ -82,12 +86,11 @@ class Encoder(nn.Module):
                 f"backbone type '{self.backbone.config.model_type}' runs padded; packed forward: "
                 + ", ".join(sorted(PACKED_MODEL_TYPES)),
             )
-        # BERT's pooler is not part of the embedding: a parameter without gradient would stall DDP.
-        pooler = getattr(self.backbone, "pooler", None)
-        if isinstance(pooler, nn.Module):
-            pooler.requires_grad_(False)
         if spec.dropout is not None:
             self.set_dropout(spec.dropout)
+        restrict(self.backbone, spec)
+        self._has_adapters = spec.lora is not None
+        self._keeps_base = spec.lora is not None or spec.freeze is not None
 
     @property
     def embedding_dimension(self) -> int:
@@ -95,11 +98,20 @@ class Encoder(nn.Module):
         assert dimension is not None
         return dimension
 
+    @property
+    def pools_prompt(self) -> bool:
+        """Whether the pieces of a prompt are part of the embedding; the folder says it."""
+        return all(module.include_prompt for module in self.head if isinstance(module, Pooling))
+
     def set_dropout(self, rate: float) -> None:
         """Set every dropout of the encoder, attention included."""
-        for module in self.modules():
+        for module in list(self.modules()):
             if isinstance(module, nn.Dropout):
                 module.p = rate
+            # ModernBERT leaves out a dropout whose rate is 0.
+            for name, child in module.named_children():
+                if isinstance(child, nn.Identity) and "drop" in name:
+                    setattr(module, name, nn.Dropout(rate))
             # Some attentions keep their rate as a plain number.
             for name, value in list(vars(module).items()):
                 if "dropout" in name and isinstance(value, float):
@@ -114,14 +126,34 @@ class Encoder(nn.Module):
         return embedding if isinstance(embedding, CompactEmbedding) else None
 
     def compact_vocabulary(self, used_ids: Tensor) -> None:
-        """Train only these rows of the embedding matrix (and those of special pieces)."""
+        """Train only these rows of the embedding matrix (and those of special pieces); of a frozen one, none."""
         vocabulary = self.vocabulary
         embedding = self.backbone.get_input_embeddings()
         assert isinstance(embedding.weight, Tensor)
+        if not embedding.weight.requires_grad:
+            return
         full = embedding.weight if vocabulary is None else vocabulary.frozen_VH
+        padding_id = embedding.padding_idx if vocabulary is None else vocabulary.padding_id
+        assert padding_id is None or isinstance(padding_id, int)
         special = torch.tensor(self.text.tokenizer.all_special_ids, dtype=torch.int64)
         used_ids = torch.unique(torch.cat([used_ids.to("cpu", torch.int64), special]))
-        self.backbone.set_input_embeddings(CompactEmbedding(full, used_ids.to(full.device)))
+        self.backbone.set_input_embeddings(CompactEmbedding(full, used_ids.to(full.device), padding_id))
+
+    # -- what is not trained ------------------------------------------------------------------------------
+
+    @property
+    def base_names(self) -> list[str]:
+        """Weights that adapters or frozen layers leave as the backbone's folder has them."""
+        frozen = self.backbone.named_parameters() if self._keeps_base else ()
+        return [f"backbone.{name}" for name, parameter in frozen if not parameter.requires_grad]
+
+    def base_checksum(self) -> str:
+        """sha256 of those weights, so that a checkpoint is not continued on another base."""
+        digest = hashlib.sha256()
+        for name in self.base_names:
+            weight = self.get_parameter(name).detach().cpu().contiguous()
+            digest.update(name.encode() + weight.view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     # -- forward ------------------------------------------------------------------------------------------
 
@@ -164,6 +196,7 @@ class Encoder(nn.Module):
                 input_ids=input_ids_T[None],
                 position_ids=positions_T[None] + self._position_offset,
                 packing=plan_buckets(lengths, device),
+                **self._options,
             ).last_hidden_state[0]
         else:
             hidden_TH = self._padded_forward(input_ids_T, lengths)
@@ -183,7 +216,7 @@ class Encoder(nn.Module):
         input_ids = torch.full((mask.numel(),), pad, dtype=torch.int64, device=device)
         input_ids = input_ids.index_copy(0, real, input_ids_T).view(mask.shape)
         hidden = self.backbone(
-            input_ids=input_ids, attention_mask=mask.to(device=device, dtype=torch.int64)
+            input_ids=input_ids, attention_mask=mask.to(device=device, dtype=torch.int64), **self._options
         ).last_hidden_state
         return hidden.flatten(0, 1).index_select(0, real)
 
@@ -191,17 +224,18 @@ class Encoder(nn.Module):
 
     @contextmanager
     def as_sentence_transformer(self) -> Iterator[SentenceTransformer]:
-        """The same weights as a plain sentence-transformers model inside the block: full vocabulary, stock
-        attention, evaluation mode."""
+        """The same weights as a plain sentence-transformers model inside the block: full vocabulary, adapters added
+        in, stock attention, evaluation mode."""
         shell, vocabulary, training = self._shell[0], self.vocabulary, self.training
         if vocabulary is not None:
-            full = nn.Embedding.from_pretrained(vocabulary.full_weight())
+            full = nn.Embedding.from_pretrained(vocabulary.full_weight(), padding_idx=vocabulary.padding_id)
             self.backbone.set_input_embeddings(full)
         if self.packed:
             self.backbone.set_attn_implementation("sdpa")
         shell.eval()
         try:
-            yield shell
+            with merged_adapters(self.backbone) if self._has_adapters else nullcontext():
+                yield shell
         finally:
             if vocabulary is not None:
                 self.backbone.set_input_embeddings(vocabulary)

@@ -10,24 +10,35 @@ from transformers import AutoModel
 
 from trainer.encoder.spec import EncoderSpec
 from trainer.encoder.text import read_config
+from trainer.encoder.trainable import restrict
+
+_GATED_MODEL_TYPES = frozenset({"modernbert", "qwen3"})
 
 
 @dataclass(frozen=True)
 class BackboneSize:
     """Attributes:
-    num_parameters: all of them.
-    num_pooler: of the pooler, which is not part of an embedding and never trained.
+    num_parameters: all of them, adapters included.
+    num_trained: those that get a gradient: not a pooler, which is no part of an embedding, nor what is frozen.
     num_pieces: rows of the embedding matrix.
+    trains_pieces: whether the embedding matrix gets a gradient.
     hidden, intermediate: width of the stream and of the feed-forward layers.
+    attention: width of all heads together.
+    is_gated: the feed-forward layers multiply two branches (SwiGLU and the like).
     num_layers: blocks of attention and feed-forward.
+    num_frozen: the first of them, which keep nothing for a backward.
     """
 
     num_parameters: int
-    num_pooler: int
+    num_trained: int
     num_pieces: int
+    trains_pieces: bool
     hidden: int
     intermediate: int
+    attention: int
+    is_gated: bool
     num_layers: int
+    num_frozen: int
 
 
 def backbone_size(spec: EncoderSpec) -> BackboneSize:
@@ -39,13 +50,21 @@ def backbone_size(spec: EncoderSpec) -> BackboneSize:
     config: Any = read_config(spec)
     with torch.device("meta"):
         model: Any = AutoModel.from_config(config, trust_remote_code=spec.trust_remote_code)
-    pooler = getattr(model, "pooler", None)
+    with torch.device("meta"):
+        restrict(model, spec)
     hidden = config.hidden_size
+    embeddings = model.get_input_embeddings().weight
+    intermediate = getattr(config, "intermediate_size", None) or getattr(config, "hidden_dim", None) or 4 * hidden
+    head_dim = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
     return BackboneSize(
         num_parameters=sum(p.numel() for p in model.parameters()),
-        num_pooler=sum(p.numel() for p in pooler.parameters()) if pooler is not None else 0,
-        num_pieces=model.get_input_embeddings().weight.shape[0],
+        num_trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        num_pieces=embeddings.shape[0],
+        trains_pieces=embeddings.requires_grad,
         hidden=hidden,
-        intermediate=getattr(config, "intermediate_size", None) or 4 * hidden,
+        intermediate=intermediate,
+        attention=head_dim * config.num_attention_heads,
+        is_gated=config.model_type in _GATED_MODEL_TYPES,
         num_layers=config.num_hidden_layers,
+        num_frozen=spec.freeze or 0,
     )

@@ -5,6 +5,30 @@ from typing import Literal, Optional, Union
 
 
 @dataclass
+class LoRA:
+    """Low-rank adapters: the backbone stays as it is, and a small product of two matrices beside each linear layer is
+    trained. The exported folder holds the sum, and loads without peft.
+
+    Attributes:
+        r: rank of the product.
+        alpha: the product is scaled by alpha / r.
+        dropout: before the product.
+        target_modules: names of linear layers in a block, e.g. [query, value]; auto: all of them.
+    """
+
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    target_modules: Union[Literal["auto"], list[str]] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.r < 1 or self.alpha < 1:
+            raise ValueError(f"model.encoder.lora has r {self.r} and alpha {self.alpha}; both must be 1 or more")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"model.encoder.lora.dropout is {self.dropout:g}; it is a rate, 0 to below 1")
+
+
+@dataclass
 class EncoderSpec:
     """The encoder to fine-tune. ``auto`` takes what the folder says; an override is said in the log.
 
@@ -16,6 +40,9 @@ class EncoderSpec:
         prompt: put before every text; unset: the folder's default prompt.
         compact_vocabulary: train only the embedding rows that training texts use (exact; auto), or all (off).
         dropout: overrides every dropout rate of the backbone; unset: its own.
+        freeze: leave the embeddings and this many of the first layers as they are; 0: the embeddings alone; unset:
+            train all.
+        lora: train low-rank adapters instead of the backbone's own weights.
         revision: of a hub id.
         trust_remote_code: run Python code that comes with the model.
     """
@@ -27,5 +54,7 @@ class EncoderSpec:
     prompt: Optional[str] = None
     compact_vocabulary: Literal["auto", "off"] = "auto"
     dropout: Optional[float] = None
+    freeze: Optional[int] = None
+    lora: Optional[LoRA] = None
     revision: Optional[str] = None
     trust_remote_code: bool = False

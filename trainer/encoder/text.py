@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -30,11 +30,17 @@ class TextPreparation:
         tokenizer: a fast tokenizer with its special tokens.
         max_length: pieces kept of a text, special tokens included.
         prompt: put before every text; empty for none.
+        max_lengths: of text columns that keep fewer pieces; by name.
     """
 
     tokenizer: PreTrainedTokenizerBase
     max_length: int
     prompt: str = ""
+    max_lengths: dict[str, int] = field(default_factory=dict)
+
+    def of_column(self, column: str) -> TextPreparation:
+        """What turns the texts of a column into token ids."""
+        return replace(self, max_length=self.max_lengths.get(column, self.max_length), max_lengths={})
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
         if self.prompt:
@@ -60,13 +66,23 @@ class TextPreparation:
         # A trailing separator is not part of the prompt when text follows it.
         return len(ids) - (1 if ids and ids[-1] in self.tokenizer.all_special_ids else 0)
 
+    @property
+    def shortest(self) -> int:
+        """Pieces that every text has: the special ones."""
+        return self.tokenizer.num_special_tokens_to_add(pair=False)
+
+    @cached_property
+    def no_text(self) -> list[int]:
+        """Pieces that stand where a row has no text: the special ones, or one where the tokenizer has none."""
+        return replace(self, prompt="")([""])[0] or [self.tokenizer.pad_token_id or 0]
+
     @cached_property
     def fingerprint(self) -> str:
         """Changes whenever the ids of some text could change."""
         backend = json.loads(self.tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
         # Both are set by the last call, not by the tokenizer's files.
         backend["truncation"] = backend["padding"] = None
-        knobs = [backend, self.max_length, self.prompt]
+        knobs = [backend, self.max_length, self.prompt, *([self.max_lengths] if self.max_lengths else [])]
         return hashlib.sha256(json.dumps(knobs, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -23,6 +23,8 @@ class CompactEmbedding(nn.Module):
     Args:
         full: the matrix, (V, H); not copied, not trained.
         used_ids: rows to train, ascending, int64 (U,).
+        padding_id: the piece whose row gets no gradient even where a text holds it, as in ``nn.Embedding``. Decoders
+            may pad with the piece that ends every text.
     """
 
     used_ids: Tensor
@@ -30,7 +32,7 @@ class CompactEmbedding(nn.Module):
     frozen_VH: Tensor
     place_V: Tensor
 
-    def __init__(self, full: Tensor, used_ids: Tensor) -> None:
+    def __init__(self, full: Tensor, used_ids: Tensor, padding_id: int | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(full.detach()[used_ids].clone())
         self.register_buffer("used_ids", used_ids)
@@ -40,12 +42,15 @@ class CompactEmbedding(nn.Module):
         place_V = torch.full((full.shape[0],), -1, dtype=torch.int64)
         place_V[used_ids] = torch.arange(len(used_ids))
         self.register_buffer("place_V", place_V, persistent=False)
+        self.padding_id = padding_id
+        place = -1 if padding_id is None else int(place_V[padding_id])
+        self._padding_place = place if place >= 0 else None
 
     def forward(self, input_ids: Tensor) -> Tensor:
         places = self.place_V[input_ids]
         if self.training:
             # Every training text was counted, so each id has a place; -1 would raise here.
-            return F.embedding(places, self.weight)
+            return F.embedding(places, self.weight, self._padding_place)
         trained = F.embedding(places.clamp(min=0), self.weight)
         frozen = F.embedding(input_ids, self.frozen_VH) * self.decay.to(self.frozen_VH.dtype)
         return torch.where((places < 0)[..., None], frozen, trained)

@@ -5,7 +5,7 @@ Shape suffixes: N texts, B rows, D embedding.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Optional
 
 import torch
 from torch import Tensor
@@ -23,11 +23,14 @@ class Evaluator(ABC):
         columns: canonical columns the rows must have; those named in `text_columns` are embedded.
         text_columns: the columns with text, in the order of their embeddings.
         primary: the metric that stands for the whole, higher is better.
+        teacher_column: the column whose texts a teacher embeds; `score` finds its embeddings (B, D) in the rows, as
+            the column `teacher`. None: it compares with none.
     """
 
     columns: ClassVar[tuple[str, ...]]
     text_columns: ClassVar[tuple[str, ...]]
-    primary: ClassVar[str]
+    primary: str
+    teacher_column: ClassVar[Optional[str]] = None
 
     def texts(self, rows: Rows) -> list[str]:
         """All texts to embed, column by column: (len(text_columns) * B,)."""
@@ -49,23 +52,32 @@ class Evaluator(ABC):
         """
         num_columns = len(self.text_columns)
         assert embeddings_ND.shape[0] == num_columns * len(rows[self.text_columns[0]]), embeddings_ND.shape
-        num_bad = int((~torch.isfinite(embeddings_ND)).any(dim=1).sum())
-        if num_bad:
-            raise ValueError(
-                f"{num_bad} of {embeddings_ND.shape[0]} embeddings are not finite: the weights diverged. "
-                "Lower model.learning_rate, or train in bf16 or fp32 instead of fp16."
-            )
+        refuse_not_finite(num_not_finite(embeddings_ND), len(embeddings_ND))
         return embeddings_ND.chunk(num_columns)
 
 
-def _cosine(a_BD: Tensor, b_BD: Tensor) -> Tensor:
+def num_not_finite(embeddings_ND: Tensor) -> int:
+    """Embeddings that hold a value that is no finite number."""
+    return int((~torch.isfinite(embeddings_ND)).any(dim=1).sum())
+
+
+def refuse_not_finite(num_bad: int, num_embeddings: int) -> None:
+    """Raises ValueError where some embeddings are not finite: no score of them means anything."""
+    if num_bad:
+        raise ValueError(
+            f"{num_bad} of {num_embeddings} embeddings are not finite: the weights diverged. "
+            "Lower model.learning_rate, or train in bf16 or fp32 instead of fp16."
+        )
+
+
+def cosine(a_BD: Tensor, b_BD: Tensor) -> Tensor:
     normalize = torch.nn.functional.normalize
     return (normalize(a_BD, dim=-1) * normalize(b_BD, dim=-1)).sum(dim=-1)
 
 
 # Row by row, higher is more similar; in float32 like sentence-transformers, so that ties are the same ties.
 SIMILARITIES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "cosine": _cosine,
+    "cosine": cosine,
     "dot": lambda a_BD, b_BD: (a_BD * b_BD).sum(dim=-1),
     "euclidean": lambda a_BD, b_BD: -torch.linalg.vector_norm(a_BD - b_BD, dim=-1),
     "manhattan": lambda a_BD, b_BD: -(a_BD - b_BD).abs().sum(dim=-1),

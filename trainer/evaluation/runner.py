@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from trainer.batch import PackedBatch
 from trainer.distributed import gather
-from trainer.evaluation.sharded import TokenizedSet, evaluate, tokenize_set
+from trainer.encoder import Encoder
+from trainer.evaluation.scoring import evaluate
+from trainer.evaluation.sharded import Encode, TokenizedSet, ask_teacher, tokenize_set
 from trainer.memory import explained_memory
 from trainer.module import EmbeddingModule
 from trainer.tracking.metrics import MetricsLog
@@ -118,14 +120,14 @@ class Evaluation(Callback):
 
     def _run(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
         assert isinstance(pl_module, EmbeddingModule)
-        encoder, device, max_tokens = pl_module.encoder, pl_module.device, pl_module.max_tokens
-
-        def encode(batch: PackedBatch) -> Tensor:
-            with explained_memory("evaluation", batch, max_tokens):
-                return encoder.embed(batch.to(device))
-
-        with _evaluation_mode(pl_module, device), trainer.precision_plugin.val_step_context():
-            return evaluate(encode, self.sets, gather.rank(), gather.world_size(), max_tokens)
+        device, max_tokens = pl_module.device, pl_module.max_tokens
+        encode = _encode_with(pl_module.encoder, device, max_tokens)
+        ranks = gather.rank(), gather.world_size()
+        with _evaluation_mode(pl_module, device):
+            # In float32 whatever the precision of the run, once: a teacher does not change.
+            self.sets = [_taught(one, device, *ranks, max_tokens) if one.teacher else one for one in self.sets]
+            with trainer.precision_plugin.val_step_context():
+                return evaluate(encode, self.sets, *ranks, max_tokens, pl_module.classify)
 
     def _evaluate_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.sets:
@@ -141,8 +143,26 @@ class Evaluation(Callback):
 
     def _evaluate_outside_fit(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit" and self.sets:
+            self.last_metrics = self._run(trainer, pl_module)
             # Equal on all ranks: sync_dist only keeps Lightning from warning that they might not be.
-            pl_module.log_dict(self._run(trainer, pl_module), sync_dist=True)
+            pl_module.log_dict(self.last_metrics, sync_dist=True)
+
+
+def _encode_with(encoder: Encoder, device: torch.device, max_tokens: int) -> Encode:
+    def encode(batch: PackedBatch) -> Tensor:
+        with explained_memory("evaluation", batch, max_tokens):
+            return encoder.embed(batch.to(device))
+
+    return encode
+
+
+def _taught(one: TokenizedSet, device: torch.device, rank: int, world_size: int, max_tokens: int) -> TokenizedSet:
+    """The set with its teacher's embeddings; the teacher is on the device as long as it embeds."""
+    assert one.teacher is not None
+    gather.enter(f"embeddings of the teacher of {one.name}")
+    teacher = Encoder(one.teacher, max_tokens).eval().to(device)
+    encode = _encode_with(teacher, device, max_tokens)
+    return ask_teacher(encode, teacher.text, one, rank, world_size, max_tokens)
 
 
 def is_due(step: int, interval: int | float, steps_per_epoch: int, every_n_epoch: int = 1) -> bool:

@@ -1,42 +1,70 @@
-"""Metrics of validation sets: texts are shared out over ranks, embedded, gathered and scored as one whole.
+"""The texts of validation sets, shared out over ranks: tokenised, embedded, gathered or searched where they are.
 
-Shape suffixes: N texts of a set, U distinct texts of it, B texts of this rank, b of all ranks, D embedding.
+Of a set that is searched only the queries are gathered. A document's embedding stays on the rank that made it, each
+rank finds the nearest of its own documents, and these are merged: a rank holds N / W documents and the neighbours.
+
+Shape suffixes: N texts of a set, U distinct texts of it, B texts of this rank, b of all ranks, D embedding, Q queries,
+k neighbours of a query.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from trainer.batch import PackedBatch
-from trainer.data.collate import pack_texts
+from trainer.data.collate import TokenSpans, pack_texts
 from trainer.distributed import gather
-from trainer.evaluation.base import Evaluator, Rows
+from trainer.encoder.spec import EncoderSpec
+from trainer.encoder.text import TextPreparation
+from trainer.evaluation.base import Evaluator, Rows, num_not_finite
+from trainer.evaluation.search import Search
+from trainer.evaluation.topk import Neighbours, merge_top_k, top_k
 
 if TYPE_CHECKING:
     from trainer.data.module import ValidationSet
 
 Encode = Callable[[PackedBatch], Tensor]
 
+_TOKENIZED_TEXTS = 10_000  # lists of Python numbers in memory at once
+_MERGED_QUERIES = 1024  # whose neighbours of all ranks are in memory at once
+
+
+@dataclass(frozen=True)
+class TokenizedTexts:
+    """Token ids of some texts, each distinct one once.
+
+    Attributes:
+        ids_U: of each distinct text.
+        text_N: for each text the distinct text it is.
+    """
+
+    ids_U: TokenSpans
+    text_N: Tensor
+
 
 @dataclass(frozen=True)
 class TokenizedSet:
-    """A validation set with the token ids of its distinct texts.
+    """A validation set with the token ids of its texts.
 
     Attributes:
-        ids_U: token ids of each distinct text.
-        text_N: for each text of the evaluator the distinct text it is.
+        texts: what is embedded; of a search the queries, and ``documents`` apart.
+        suite: of which it is one of several sets; empty for none.
+        teacher: that embeds the teacher's column of the rows; None for none, and when it has done so.
     """
 
     name: str
     evaluator: Evaluator
     rows: Rows
-    ids_U: list[list[int]]
-    text_N: Tensor
+    texts: TokenizedTexts
+    documents: TokenizedTexts | None = None
+    suite: str = ""
+    teacher: EncoderSpec | None = None
 
 
 def tokenize_set(validation_set: ValidationSet) -> TokenizedSet:
@@ -45,21 +73,36 @@ def tokenize_set(validation_set: ValidationSet) -> TokenizedSet:
     Raises:
         ValueError: a column that the evaluator needs is not there, or there are no rows.
     """
-    evaluator, rows = validation_set.evaluator, validation_set.rows
+    name, evaluator, rows = validation_set.name, validation_set.evaluator, validation_set.rows
+    suite, teacher = validation_set.suite, validation_set.teacher
+    if isinstance(evaluator, Search):
+        queries, documents = (tokenize(texts, validation_set.text) for texts in (rows.queries, rows.documents))
+        return TokenizedSet(name, evaluator, rows, queries, documents, suite)
     found = list(rows) if isinstance(rows, Mapping) else list(rows.column_names)
     missing = [column for column in evaluator.columns if column not in found]
     if missing:
         raise ValueError(
-            f"Validation set '{validation_set.name}': {type(evaluator).__name__} needs {', '.join(missing)}, "
+            f"Validation set '{name}': {type(evaluator).__name__} needs {', '.join(missing)}, "
             f"but the set has {', '.join(found)}. Map it under `columns`, or choose another evaluator."
         )
     texts = evaluator.texts(rows)
     if not texts:
-        raise ValueError(f"Validation set '{validation_set.name}' has no rows. Remove it or check its path.")
-    number = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-    ids_U = validation_set.text(list(number))
-    text_N = torch.tensor([number[text] for text in texts])
-    return TokenizedSet(validation_set.name, evaluator, rows, ids_U, text_N)
+        raise ValueError(f"Validation set '{name}' has no rows. Remove it or check its path.")
+    return TokenizedSet(name, evaluator, rows, tokenize(texts, validation_set.text), teacher=teacher)
+
+
+def tokenize(texts: Sequence[str], text: TextPreparation) -> TokenizedTexts:
+    """Token ids of each distinct text; their numbers are in the order in which they first stand in ``texts``."""
+    number = {one: i for i, one in enumerate(dict.fromkeys(texts))}
+    distinct = list(number)
+    values, lengths = [], []
+    for start in range(0, len(distinct), _TOKENIZED_TEXTS):
+        ids = text(distinct[start : start + _TOKENIZED_TEXTS])
+        lengths += [len(one) for one in ids]
+        values.append(np.fromiter((i for one in ids for i in one), np.int32))
+    lengths_U = np.array(lengths, dtype=np.int64)
+    spans = TokenSpans(np.concatenate(values), np.cumsum(lengths_U) - lengths_U, lengths_U)
+    return TokenizedTexts(spans, torch.tensor([number[one] for one in texts]))
 
 
 def plan_rounds(lengths: Sequence[int], world_size: int, max_tokens: int) -> list[list[list[int]]]:
@@ -83,69 +126,123 @@ def plan_rounds(lengths: Sequence[int], world_size: int, max_tokens: int) -> lis
     return rounds
 
 
-def embed_texts(encode: Encode, ids_U: Sequence[list[int]], rank: int, world_size: int, max_tokens: int) -> Tensor:
-    """Embeddings of all texts, (U, D) float32 on the CPU; only rank 0 keeps them, others return nothing."""
-    parts, order = [], []
-    for shares in plan_rounds([len(ids) for ids in ids_U], world_size, max_tokens):
+def _rounds(
+    encode: Encode, ids_U: TokenSpans, rounds: Sequence[list[list[int]]], rank: int
+) -> Iterator[tuple[Tensor, list[list[int]]]]:
+    """Embeddings of this rank's share of each round, (B, D) float32 on its device, and the shares of all ranks."""
+    for shares in rounds:
         # A rank without a share embeds a text whose embedding is dropped: under ZeRO-3 a forward is a
         # collective, so all ranks must do the same number of them.
         mine = shares[rank] or shares[0][:1]
-        embeddings_BD = encode(pack_texts([ids_U[i] for i in mine])).float()[: len(shares[rank])]
+        yield encode(pack_texts([ids_U[i] for i in mine])).float()[: len(shares[rank])], shares
+
+
+def embed(
+    encode: Encode, ids_U: TokenSpans, rank: int, world_size: int, max_tokens: int, everywhere: bool = False
+) -> Tensor:
+    """Embeddings of all texts, (U, D) float32: on the CPU of rank 0, where others get none, or on every device."""
+    parts, order = [], []
+    rounds = plan_rounds(ids_U.lengths_S.tolist(), world_size, max_tokens)
+    for embeddings_BD, shares in _rounds(encode, ids_U, rounds, rank):
         gathered_bD = gather.gather_rows(embeddings_BD, [len(share) for share in shares])
-        if rank == 0:
-            parts.append(gathered_bD.cpu())
+        if everywhere or rank == 0:
+            parts.append(gathered_bD if everywhere else gathered_bD.cpu())
             order += [text for share in shares for text in share]
-    if rank != 0:
+    if not parts:
         return torch.empty(0)
-    embeddings_UD = torch.empty(len(ids_U), parts[0].shape[1])
-    embeddings_UD[torch.tensor(order)] = torch.cat(parts)
+    gathered_UD = torch.cat(parts)
+    embeddings_UD = torch.empty_like(gathered_UD)
+    embeddings_UD[torch.tensor(order, device=gathered_UD.device)] = gathered_UD
     return embeddings_UD
 
 
-def _score(one: TokenizedSet, embeddings_UD: Tensor, rank: int, world_size: int) -> dict[str, float]:
-    """Score on rank 0 and tell the others, a failure too: nobody may wait for a rank that has raised."""
-    metrics: dict[str, float] = {}
-    failure = None
-    if rank == 0:
-        try:
-            metrics = one.evaluator.score(embeddings_UD[one.text_N], one.rows)
-        except Exception as error:
-            failure = error
-    if world_size > 1:
-        metrics, message = gather.broadcast_object((metrics, str(failure) if failure else None))
-        if message and rank != 0:
-            failure = gather.SharedError(message)
-    if failure:
-        raise failure
-    return {f"eval/{one.name}/{metric}": value for metric, value in metrics.items()}
-
-
 @torch.no_grad()
-def evaluate(
-    encode: Encode,
-    sets: Sequence[ValidationSet | TokenizedSet],
-    rank: int,
-    world_size: int,
-    max_tokens: int,
-) -> dict[str, float]:
-    """Metrics of all sets, the same on every rank. All ranks call it together.
+def ask_teacher(
+    encode: Encode, text: TextPreparation, one: TokenizedSet, rank: int, world_size: int, max_tokens: int
+) -> TokenizedSet:
+    """The set with the teacher's embeddings in its rows (on rank 0, which scores). All ranks call it together.
 
     Args:
-        encode: embeddings (S, D) of the texts of a batch, in their order, in evaluation mode.
-        sets: what to evaluate; every rank passes the same sets.
-        rank: of this process among `world_size`.
-        world_size: ranks that share the texts; 1 evaluates everything here, without any collective.
-        max_tokens: of one forward on one rank.
-
-    Returns:
-        `eval/<set>/<metric>` -> value.
-
-    Raises:
-        ValueError: on every rank, what an evaluator can't score.
+        encode, text: of the teacher.
     """
-    metrics: dict[str, float] = {}
-    for validation_set in sets:
-        gather.enter(f"evaluation of {validation_set.name}")
-        one = validation_set if isinstance(validation_set, TokenizedSet) else tokenize_set(validation_set)
-        metrics |= _score(one, embed_texts(encode, one.ids_U, rank, world_size, max_tokens), rank, world_size)
-    return metrics
+    evaluator = one.evaluator
+    assert evaluator.teacher_column is not None
+    texts = tokenize(one.rows[evaluator.teacher_column], text)
+    teacher_UD = embed(encode, texts.ids_U, rank, world_size, max_tokens)
+    columns: dict[str, Any] = {column: one.rows[column][:] for column in evaluator.columns}
+    if rank == 0:
+        columns["teacher"] = teacher_UD[texts.text_N]
+    return replace(one, rows=columns, teacher=None)
+
+
+# -- search -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Found:
+    """What rank 0 knows after a search.
+
+    Attributes:
+        neighbours: of the distinct queries among the distinct documents; None on other ranks.
+        num_bad: documents and queries whose embeddings are not finite.
+    """
+
+    neighbours: Neighbours | None
+    num_bad: int
+
+
+def search(encode: Encode, one: TokenizedSet, rank: int, world_size: int, max_tokens: int) -> Found:
+    """The nearest documents of each query of a set whose evaluator searches."""
+    evaluator, documents = one.evaluator, one.documents
+    assert isinstance(evaluator, Search)
+    assert documents is not None
+    queries_UD = embed(encode, one.texts.ids_U, rank, world_size, max_tokens, everywhere=True)
+    rounds = plan_rounds(documents.ids_U.lengths_S.tolist(), world_size, max_tokens)
+    num_held = [sum(len(shares[r]) for shares in rounds) for r in range(world_size)]
+    # In the order of the corpus: of equal scores the earlier document comes first, on any number of ranks.
+    held = sorted(text for shares in rounds for text in shares[rank])
+    place = {text: i for i, text in enumerate(held)}
+    documents_BD = queries_UD.new_empty(len(held), queries_UD.shape[1])
+    for embeddings_BD, shares in _rounds(encode, documents.ids_U, rounds, rank):
+        places = torch.tensor([place[text] for text in shares[rank]], dtype=torch.int64)
+        documents_BD[places.to(documents_BD.device)] = embeddings_BD
+    num_bad = torch.tensor([num_not_finite(documents_BD)], device=queries_UD.device)
+    if world_size > 1:  # 1 does without any collective, whatever group there is
+        num_bad = gather.reduce_sum(num_bad)
+    best = top_k(queries_UD, documents_BD, evaluator.depth, similarity=evaluator.similarity)
+    ids_Uk = torch.tensor(held, dtype=torch.int64, device=queries_UD.device)[best.ids_Qk]
+    merged = _merge(Neighbours(best.scores_Qk, ids_Uk), evaluator.depth, num_held, rank)
+    return Found(merged, int(num_bad) + num_not_finite(queries_UD))
+
+
+def _merge(own: Neighbours, k: int, num_held: Sequence[int], rank: int) -> Neighbours | None:
+    """The nearest of all ranks' documents, on the CPU of rank 0."""
+    widths = [min(k, num) for num in num_held]
+    parts = []
+    for scores_Qk, ids_Qk in zip(own.scores_Qk.split(_MERGED_QUERIES), own.ids_Qk.split(_MERGED_QUERIES), strict=True):
+        # Neighbours as rows, for ranks may have different numbers of them.
+        scores_kQ = gather.gather_rows(scores_Qk.T.contiguous(), widths)
+        ids_kQ = gather.gather_rows(ids_Qk.T.contiguous(), widths)
+        if rank == 0:
+            parts.append(merge_top_k([Neighbours(scores_kQ.T, ids_kQ.T)], k))
+    if rank != 0:
+        return None
+    return Neighbours(torch.cat([p.scores_Qk for p in parts]).cpu(), torch.cat([p.ids_Qk for p in parts]).cpu())
+
+
+def of_all_texts(found: Neighbours, queries: TokenizedTexts, documents: TokenizedTexts, k: int) -> Neighbours:
+    """Neighbours of every query, among all documents: those with the same text stand one behind the other."""
+    scores_Qk, ids_Qk = found.scores_Qk[queries.text_N], found.ids_Qk[queries.text_N]
+    num_documents, num_distinct = len(documents.text_N), len(documents.ids_U)
+    if num_documents == num_distinct:
+        return Neighbours(scores_Qk, ids_Qk)
+    with_text: list[list[int]] = [[] for _ in range(num_distinct)]
+    for number, text in enumerate(documents.text_N.tolist()):
+        with_text[text].append(number)
+    width = min(k, num_documents)
+    scores, ids = [], []
+    for row_scores, row_texts in zip(scores_Qk.tolist(), ids_Qk.tolist(), strict=True):
+        row = [(s, number) for s, text in zip(row_scores, row_texts, strict=True) for number in with_text[text]]
+        scores.append([s for s, _ in row[:width]])
+        ids.append([number for _, number in row[:width]])
+    return Neighbours(torch.tensor(scores), torch.tensor(ids))

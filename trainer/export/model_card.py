@@ -16,15 +16,16 @@ from typing import Any
 
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.model_card import get_losses
 from sentence_transformers.sentence_transformer.model_card import SentenceTransformerModelCardData
 from sentence_transformers.util import fullname
 
 from trainer.data.files import is_hub_id
 from trainer.data.order import Order, Permutation
+from trainer.data.retrieval import load_collections
 from trainer.data.sources import EvalSource, Source, load
 from trainer.encoder import EncoderSpec
 from trainer.export.record import Run, evaluations, hyperparameters, non_default, training_logs
+from trainer.losses import Loss
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +117,9 @@ def _read(source: Source, cache_dir: Path) -> Dataset | None:
     if source.streaming:  # reading all of it for a few samples is no bargain
         return None
     try:
+        if isinstance(source, EvalSource) and source.searches:
+            sets = load_collections(source, cache_dir).values()
+            return Dataset.from_dict({"query": [text for one in sets for text in one.queries]})
         return load(source, cache_dir)
     except Exception as error:
         # Data may have moved since the training; the model is worth more than its samples.
@@ -151,20 +155,19 @@ def _dataset_entry(
     return entry
 
 
-def _set_citations(card: SentenceTransformerModelCardData, losses: Sequence[Any]) -> None:
+def _set_citations(card: SentenceTransformerModelCardData, losses: Sequence[Loss]) -> None:
     """Sentence-BERT and the papers of the losses, each once."""
     card.set_losses([])
     (sbert,) = card.citations.values()
     key = sbert.split("{", 1)[1].split(",", 1)[0]
     names, others = ["Sentence Transformers"], {}
-    for part in (part for loss in losses for part in get_losses(loss)):
+    for part in (part for loss in losses for part in loss.parts()):
         name = type(part).__name__
         card.add_tags(f"loss:{name}")
-        citation = getattr(part, "citation", "")
-        if f"{{{key}," in citation:
+        if f"{{{key}," in part.citation:
             names.append(name)
-        elif citation:
-            others[name] = citation
+        elif part.citation:
+            others[name] = part.citation
     card.citations = {" and ".join(names): sbert, **others}
 
 

@@ -18,7 +18,13 @@ from trainer.evaluation.base import Evaluator
 from trainer.module import EmbeddingModule
 
 # Headings of sentence-transformers' evaluators, so that model indexes sort ours beside them.
-_DESCRIPTIONS = {"STS": "Semantic Similarity"}
+_DESCRIPTIONS = {
+    "STS": "Semantic Similarity",
+    "BinaryClassification": "Binary Classification",
+    "InformationRetrieval": "Information Retrieval",
+    "LabelAccuracy": "Label Accuracy",
+    "MSE": "Knowledge Distillation",
+}
 _MAX_LOSS_LINES = 100
 
 
@@ -89,6 +95,8 @@ def hyperparameters(run: Run) -> dict[str, Any]:
         "normalize": spec.normalize,
         "prompt": None if spec.prompt is None else repr(spec.prompt),
         "dropout": spec.dropout,
+        "freeze": spec.freeze,
+        "lora": None if spec.lora is None else vars(spec.lora),
         "compact_vocabulary": spec.compact_vocabulary,
     }
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,16 @@ from sentence_transformers import SentenceTransformer
 
 from trainer.check.report import FILE_NAME as CHECK_FILE
 from trainer.data.module import PairData
+from trainer.data.sources import Source
+from trainer.distributed import gather
 from trainer.encoder import Encoder
 from trainer.export.model_card import DISTRIBUTION, complete_readme, fill_card
 from trainer.export.record import Run, allowed_findings, read_log
 from trainer.manifest import STATE, best, newest, problem, read_state
 from trainer.module import EmbeddingModule
 from trainer.tracking.metrics import FILE_NAME
+
+logger = logging.getLogger(__name__)
 
 
 def export_run(source: Path, out: Path) -> None:
@@ -54,6 +60,7 @@ def export_run(source: Path, out: Path) -> None:
     )
     with module.encoder.as_sentence_transformer() as model:
         _set_prompt(model, module.encoder_spec.prompt)
+        _set_column_prompts(model, module.encoder.text.prompt, data.train_sources)
         fill_card(model, run)
         _write(model, run, out)
 
@@ -163,6 +170,36 @@ def _set_prompt(model: SentenceTransformer, prompt: str | None) -> None:
     empty = {name: prompt for name in ("query", "document") if not model.prompts.get(name)}
     model.prompts = {**model.prompts, **empty, "default": prompt}
     model.default_prompt_name = "default"
+
+
+def _set_column_prompts(model: SentenceTransformer, before: str, sources: Sequence[Source]) -> None:
+    """Give encode_query the prompt of the anchors, and encode_document that of all other columns.
+
+    Args:
+        before: put before every text, and so before those prompts.
+    """
+    if not any(source.prompts for source in sources):
+        return
+    found: dict[str, set[str]] = {"query": set(), "document": set()}
+    for source in sources:
+        for column in source.text_columns:
+            prompt = source.prompt_of(column)
+            for name, columns in (("query", ("anchor", "text")), ("document", ("positive", "negative", "text"))):
+                if column.startswith(columns):
+                    found[name].add(prompt)
+    for name, prompts in found.items():
+        if len(prompts) == 1:
+            model.prompts[name] = before + next(iter(prompts))
+        else:
+            kept = repr(model.prompts.get(name)) if model.prompts.get(name) else "nothing"
+            gather.warn(
+                logger,
+                f"the training columns of a {name} have {len(prompts)} prompts, and a model has one: encode_{name} "
+                f"puts {kept} before a text; name another by encode(..., prompt=...)",
+            )
+    if found["query"] == found["document"] and len(found["query"]) == 1:
+        model.prompts["default"] = model.prompts["query"]
+        model.default_prompt_name = "default"
 
 
 def _refuse_foreign(out: Path) -> None:

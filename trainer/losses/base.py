@@ -11,8 +11,8 @@ Shape suffixes: B rows of this rank, b rows of the global batch, N candidates, D
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -32,28 +32,47 @@ class Loss(nn.Module, ABC):
     """Turns the columns of a batch into a scalar. It may own small heads, never an encoder.
 
     Attributes:
-        needs: which targets it wants besides row ids: "scores", "labels".
+        needs: which targets it wants besides row ids: "scores" (one a row), "candidate_scores" (one a candidate),
+            "labels", "teacher".
         min_columns, max_columns: text columns it takes; max_columns None for any number.
+        num_labels: the labels it has a place for are 0 .. num_labels - 1; None: any, or it wants none.
         score_range: lowest and highest score it can reach; None: any, or it wants none.
         in_batch_negatives: whether texts of other rows of the global batch are negatives.
         positives_by_label: whether the positives of a text are the other texts of its label.
+        absent_texts: whether a row may lack some of its negatives (``Targets.present_BC``).
         citation: BibTeX of the paper, for the model card.
+        last_metrics: what the last forward found besides its value, detached: like the value, the mean over ranks
+            is that of the global batch. Logged as train/<name>.
     """
 
-    needs: ClassVar[frozenset[str]] = frozenset()
-    min_columns: ClassVar[int] = 2
-    max_columns: ClassVar[int | None] = 2
-    score_range: ClassVar[tuple[float, float] | None] = None
-    in_batch_negatives: ClassVar[bool] = False
-    positives_by_label: ClassVar[bool] = False
-    citation: ClassVar[str] = ""
+    needs: frozenset[str] = frozenset()
+    min_columns: int = 2
+    max_columns: int | None = 2
+    num_labels: int | None = None
+    score_range: tuple[float, float] | None = None
+    in_batch_negatives: bool = False
+    positives_by_label: bool = False
+    absent_texts: bool = False
+    citation: str = ""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last_metrics: dict[str, Tensor] = {}
 
     def build(self, embedding_dimension: int) -> None:
         """Make the heads, once the embedding dimension is known."""
 
+    def parts(self) -> Iterator[Loss]:
+        """Itself, and the losses that it wraps, if any, with theirs."""
+        yield self
+
     def margin_limit(self, normalized: bool) -> float | None:
         """The margin that no pair of distances can reach, for embeddings of length 1 or of any; None: there is none."""
         return None
+
+    def truncated(self, targets: Targets, dimension: int) -> Targets:
+        """What the first ``dimension`` values of each embedding are to be compared with."""
+        return targets
 
     @abstractmethod
     def forward(self, columns: Sequence[Tensor], targets: Targets) -> Tensor:

@@ -41,11 +41,15 @@ class CoSENT(Loss):
         assert targets.scores_B is not None
         rows_per_rank = targets.rows_per_rank
         # Only (b,) cosines cross the ranks; the value is the same on each of them.
-        cosines_b = self.scale * gather_rows(pairwise_cosine(columns[0], columns[1]), rows_per_rank)
+        cosines_b = self.scale * gather_rows(self.similarities(columns), rows_per_rank)
         scores_b = gather_rows(targets.scores_B, rows_per_rank)
         differences = cosines_b[:, None] - cosines_b[None, :]
         differences = differences.masked_fill(scores_b[:, None] >= scores_b[None, :], -1e12)
         return torch.logsumexp(torch.cat([differences.new_zeros(1), differences.flatten()]), dim=0)
+
+    def similarities(self, columns: Sequence[Tensor]) -> Tensor:
+        """Of each pair, (B,)."""
+        return pairwise_cosine(columns[0], columns[1])
 
     def describe(self) -> dict[str, Any]:
         return {"scale": self.scale}

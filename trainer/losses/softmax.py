@@ -31,12 +31,17 @@ class Softmax(Loss):
         self.num_labels = num_labels
 
     def build(self, embedding_dimension: int) -> None:
+        assert self.num_labels is not None
         self.classifier = nn.Linear(3 * embedding_dimension, self.num_labels)
+
+    def logits(self, columns: Sequence[Tensor]) -> Tensor:
+        """(B, num_labels) of two columns of embeddings; LabelAccuracy asks for them."""
+        u_BD, v_BD = columns
+        return self.classifier(torch.cat([u_BD, v_BD, (u_BD - v_BD).abs()], dim=-1))
 
     def forward(self, columns: Sequence[Tensor], targets: Targets) -> Tensor:
         assert targets.labels_B is not None
-        u_BD, v_BD = columns
-        logits = self.classifier(torch.cat([u_BD, v_BD, (u_BD - v_BD).abs()], dim=-1))
+        logits = self.logits(columns)
         return targets.weight * F.cross_entropy(logits.float(), targets.labels_B, reduction="sum")
 
     def describe(self) -> dict[str, Any]:

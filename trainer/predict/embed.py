@@ -25,7 +25,7 @@ from trainer.data.progress import shown_progress
 from trainer.distributed import gather
 from trainer.distributed.shared_work import SharedWork
 from trainer.encoder import Encoder
-from trainer.evaluation.sharded import embed_texts
+from trainer.evaluation.sharded import TokenizedTexts, embed, tokenize
 from trainer.memory import explained_memory
 from trainer.predict.shards import Shards
 
@@ -104,9 +104,13 @@ def embed_rows(
     work = Work()
     num_rows = sum(len(range(shards.num_rows)[shards.rows_of(number)]) for number in left)
 
-    def read(place: int) -> tuple[int, list[str], list[list[int]]]:
+    def read(place: int) -> tuple[int, TokenizedTexts]:
         texts = rows.data.table[column].slice(shards.rows_of(left[place]).start, shards.shard_rows).to_pylist()
-        return place, texts, encoder.text(list(dict.fromkeys(texts)))
+        tokenized = tokenize(texts, encoder.text)
+        if not (lengths_U := tokenized.ids_U.lengths_S).all():
+            row = int((tokenized.text_N == int(lengths_U.argmin())).nonzero()[0])
+            raise ValueError(f"the text {texts[row][:40]!r} has no token; leave its row out")
+        return place, tokenized
 
     what = f"{shards.folder}: embedding {num_rows:,} texts"
     shown = gather.rank() == 0 and num_rows >= _SHOWN_ROWS
@@ -117,11 +121,11 @@ def embed_rows(
         shown_progress(what, num_rows, "texts", shown) as advance,
         _arithmetic(settings, device),
     ):
-        for place, texts, ids_U in map_ahead(pool, read, places, ahead=2):
-            _write(shards, left[place], _embed_shard(encoder, texts, ids_U, settings, device), rows)
+        for place, texts in map_ahead(pool, read, places, ahead=2):
+            _write(shards, left[place], _embed_shard(encoder, texts, settings, device), rows)
             work.num_shards += 1
-            work.num_texts += len(texts)
-            work.num_tokens += sum(map(len, ids_U))
+            work.num_texts += len(texts.text_N)
+            work.num_tokens += int(texts.ids_U.lengths_S.sum())
             # Shards are handed out in order: all but a few before this one are finished too.
             done = max(finished, min((place + 1) * shards.shard_rows, num_rows))
             advance(done - finished)
@@ -145,9 +149,7 @@ def _arithmetic(settings: Settings, device: torch.device) -> torch.autocast:
 
 
 @torch.no_grad()
-def _embed_shard(
-    encoder: Encoder, texts: list[str], ids_U: list[list[int]], settings: Settings, device: torch.device
-) -> Tensor:
+def _embed_shard(encoder: Encoder, texts: TokenizedTexts, settings: Settings, device: torch.device) -> Tensor:
     """Embeddings of the texts, (B, D) float32 on the CPU; each distinct text is embedded once."""
 
     def encode(batch: PackedBatch) -> Tensor:
@@ -158,13 +160,9 @@ def _embed_shard(
             embeddings_SD = embeddings_SD[:, : settings.truncate_dim]
         return normalize(embeddings_SD, dim=-1) if settings.normalize else embeddings_SD
 
-    number = {text: i for i, text in enumerate(dict.fromkeys(texts))}
-    if not all(ids_U):
-        empty = list(number)[[bool(ids) for ids in ids_U].index(False)]
-        raise ValueError(f"the text {empty[:40]!r} has no token; leave its row out")
     # Every rank has a shard of its own: there is nothing to gather.
-    embeddings_UD = embed_texts(encode, ids_U, rank=0, world_size=1, max_tokens=settings.max_tokens)
-    return embeddings_UD[torch.tensor([number[text] for text in texts])]
+    embeddings_UD = embed(encode, texts.ids_U, rank=0, world_size=1, max_tokens=settings.max_tokens)
+    return embeddings_UD[texts.text_N]
 
 
 def _write(shards: Shards, number: int, embeddings_BD: Tensor, rows: Dataset) -> None:

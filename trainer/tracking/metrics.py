@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,8 @@ Listener = Callable[[Mapping[str, float], int], None]
 
 @dataclass
 class _Sums:
-    """Sums over the steps since the last log. Tokens and loss are this rank's share of the sum over ranks;
-    steps, rows and the norm of the global gradient are the same on every rank."""
+    """Sums over the steps since the last log. Tokens, loss and what the losses found besides are this rank's share of
+    the sum over ranks; steps, rows and the norm of the global gradient are the same on every rank."""
 
     steps: int = 0
     rows: int = 0
@@ -35,9 +35,16 @@ class _Sums:
     padded_tokens: int = 0
     loss: float | Tensor = 0.0
     grad_norm: float | Tensor = 0.0
+    found: dict[str, float | Tensor] = field(default_factory=dict)  # of losses, by name
+    found_steps: dict[str, int] = field(default_factory=dict)  # steps whose loss had it
 
     def as_numbers(self) -> dict[str, Any]:
-        return {name: value.item() if isinstance(value, Tensor) else value for name, value in vars(self).items()}
+        numbers = {name: _number(value) for name, value in vars(self).items() if name != "found"}
+        return {**numbers, "found": {name: _number(value) for name, value in self.found.items()}}
+
+
+def _number(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) else value
 
 
 class MetricsLog(Callback):
@@ -55,6 +62,8 @@ class MetricsLog(Callback):
     - `train/padding_efficiency`: tokens of the texts divided by the tokens a padded forward would take in
       which each rank pads each column of its rows to the longest text of that column. 1 means that padding
       would have cost nothing; our own forward is packed and pays for the tokens only.
+    - what a loss finds besides its value, over the steps of that loss: `train/false_negative_rate`, the share of
+      candidates that are left out because they are right.
 
     A value that is not finite is null in the file. Ranks and device are synchronised once per log and once
     per checkpoint, on no other step. Place it before callbacks that evaluate or save.
@@ -128,6 +137,9 @@ class MetricsLog(Callback):
         sums.loss = sums.loss + outputs["loss"].detach().double() / gather.world_size()
         grad_norm = getattr(pl_module, "last_grad_norm", None)
         sums.grad_norm = sums.grad_norm + (math.nan if grad_norm is None else grad_norm.detach().double())
+        for name, value in getattr(pl_module, "last_metrics", {}).items():
+            sums.found[name] = sums.found.get(name, 0.0) + value.double() / gather.world_size()
+            sums.found_steps[name] = sums.found_steps.get(name, 0) + 1
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         is_last = trainer.global_step == getattr(pl_module, "num_training_steps", None)
         if every and (trainer.global_step % every == 0 or is_last):
@@ -164,15 +176,19 @@ class MetricsLog(Callback):
 
     def _drop_share(self) -> None:
         self._sums.loss, self._sums.tokens, self._sums.padded_tokens = 0.0, 0, 0
+        self._sums.found = dict.fromkeys(self._sums.found, 0.0)
 
     def _reduce(self) -> None:
         """Move all shares to rank 0. A run that saves goes on with the same sums as one that resumes."""
         sums = self._sums
         if gather.world_size() > 1:
             assert self._trainer is not None
-            share = torch.zeros(3, dtype=torch.float64, device=self._trainer.strategy.root_device)
-            share[0], share[1], share[2] = sums.tokens, sums.padded_tokens, sums.loss
-            tokens, padded_tokens, loss = gather.reduce_sum(share).tolist()
+            # The same names on every rank, for all take a step with the same loss.
+            share = torch.zeros(3 + len(sums.found), dtype=torch.float64, device=self._trainer.strategy.root_device)
+            for place, value in enumerate([sums.tokens, sums.padded_tokens, sums.loss, *sums.found.values()]):
+                share[place] = value
+            tokens, padded_tokens, loss, *found = gather.reduce_sum(share).tolist()
+            sums.found = dict(zip(sums.found, found, strict=True))
             sums.tokens, sums.padded_tokens, sums.loss = int(tokens), int(padded_tokens), loss
             if gather.rank() != 0:
                 self._drop_share()
@@ -195,6 +211,7 @@ class MetricsLog(Callback):
                 "train/rows_per_s": (sums.rows - restored.rows) / seconds,
                 "train/tokens_per_s": (sums.tokens - restored.tokens) / seconds,
                 "train/padding_efficiency": efficiency,
+                **{f"train/{name}": float(total) / sums.found_steps[name] for name, total in sums.found.items()},
             },
             trainer.global_step,
         )

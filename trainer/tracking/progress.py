@@ -36,7 +36,7 @@ class Progress(ProgressBar):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         sets = trainer.datamodule.validation_sets  # type: ignore[attr-defined]
-        self._primaries = [f"eval/{one.name}/{one.evaluator.primary}" for one in sets]
+        self._primaries = list(dict.fromkeys(one.primary_metric for one in sets))
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, MetricsLog) and self._show not in callback.listeners:
                 callback.listeners.append(self._show)

@@ -1,0 +1,143 @@
+"""CSV and TSV by blocks: the rows, the skipped rows and the messages of reading record by record."""
+
+from __future__ import annotations
+
+import csv
+import io
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from trainer.data import delimited, rows
+from trainer.data.sources import Source, load, num_skipped
+
+SCORED = {"anchor": "a", "positive": "b", "score": "s"}
+# Whole lines, some with a record that goes on behind them; the last one opens a quote that nothing closes.
+ODD = [
+    'x,"in, quotes",1\n',
+    'x,"a ""word"" in quotes",1\n',
+    '"",empty,1\n',
+    'x,"over\ntwo lines, and\nthree",1\n',
+    'x,a "bare" quote,1\n',
+    'x,"closed" too early,1\n',
+    "x,one cell more,1,\n",
+    "x,one cell less\n",
+    "\n",
+    "   \n",
+    "x,carriage return\r\n",
+    "x,two cells and a return,1\r\n",
+    "x,inner \r return,1\n",
+    "x,nul \0 byte,1\n",
+    " ,blank,1\n",
+    "x,no number,one\n",
+    "x,spaces around, 1.5 \n",
+    "x,underscore,1_0\n",
+    "x,not finite,nan\n",
+    "x,over the range,7\n",
+    "x,\udcff\udcfe no utf-8,1\n",
+    "x,\u00e9\u4e2d\u6587,1e0\n",
+    'x,"never closed,1\n',
+]
+
+
+def write(path: Path, text: str) -> str:
+    path.write_bytes(text.encode("utf-8", errors="surrogateescape"))
+    return str(path)
+
+
+def mixed_file(delimiter: str) -> str:
+    second = ["number {}", '"number, {}"', "number {}"]
+    good = [f"text {n},{second[n % 3].format(n)},{n % 6}\n" for n in range(2500)]
+    for place, odd in enumerate(ODD):
+        good.insert(200 + 90 * place, odd)
+    text = "a,b,s\n" + "".join(good)
+    return text if delimiter == "," else text.replace(",", "\t")
+
+
+def failure(source: Source, cache: Path) -> str:
+    with pytest.raises(ValueError, match=":") as error:
+        load(source, cache)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_blocks_give_the_rows_and_the_places_that_records_give(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Good blocks, blocks with quotes, bad rows and records over blocks take turns."""
+    path = write(tmp_path / f"x{suffix}", mixed_file("," if suffix == ".csv" else "\t"))
+    monkeypatch.setattr(rows, "_BLOCK_BYTES", 1500)
+    accepted: Counter[bool] = Counter()
+    parse = delimited._parse
+
+    def counted(*args: Any) -> Any:
+        batch = parse(*args)
+        accepted[batch is not None] += 1
+        return batch
+
+    monkeypatch.setattr(delimited, "_parse", counted)
+    source = Source(path, SCORED, score_range=(0, 6), on_bad_row="skip")
+    by_blocks = load(source, tmp_path / "blocks")
+    assert accepted[True] > 15, "Arrow read next to nothing"
+    assert accepted[False] > 10, "no block was left to the general way"
+    strict = Source(path, SCORED, score_range=(0, 6))
+    message = failure(strict, tmp_path / "strict blocks")
+    monkeypatch.setattr(delimited, "_parse", lambda *args: None)
+    by_records = load(source, tmp_path / "records")
+    assert by_blocks[:] == by_records[:]
+    assert num_skipped(source, tmp_path / "blocks") == num_skipped(source, tmp_path / "records") > 8
+    assert message == failure(strict, tmp_path / "strict records")
+    assert 2480 < len(by_blocks) < 2500 + len(ODD)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".csv.gz", ".tsv"])
+def test_what_pandas_writes_is_read_by_arrow_alone(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Quoted cells with delimiters and quotes in them, mapped words, a column by position, one not asked for."""
+    rng = random.Random(0)
+    words = ["plain", "with, comma", 'a "quoted" word', "tab\there", "\u00fcber", "x" * 50, "'single'"]
+    frame = pd.DataFrame(
+        {
+            "more": range(900),
+            "a": [f"{rng.choice(words)} {rng.choice(words)} {n}" for n in range(900)],
+            "b": [f"{n} {rng.choice(words)}" for n in range(900)],
+            "y": [rng.choice(["yes", "no"]) for _ in range(900)],
+        }
+    )
+    frame.to_csv(tmp_path / f"x{suffix}", sep="\t" if suffix == ".tsv" else ",", index=False, quoting=csv.QUOTE_MINIMAL)
+    monkeypatch.setattr(rows, "_BLOCK_BYTES", 4000)
+    parse = delimited._parse
+
+    def always(*args: Any) -> Any:
+        batch = parse(*args)
+        assert batch is not None
+        return batch
+
+    monkeypatch.setattr(delimited, "_parse", always)
+    source = Source(
+        str(tmp_path / f"x{suffix}"), {"anchor": 1, "positive": "b", "label": "y"}, label_map={"no": 0, "yes": 1}
+    )
+    found = load(source, tmp_path / "c")
+    assert found["anchor"][:] == frame.a.tolist()
+    assert found["positive"][:] == frame.b.tolist()
+    assert found["label"][:] == (frame.y == "yes").astype(int).tolist()
+
+
+def test_any_text_of_cells_is_read_as_the_csv_module_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines drawn from commas, quotes and letters: what Arrow takes, it takes as the module does."""
+    rng = random.Random(1)
+    lines = ["".join(rng.choices('",ab', weights=[3, 2, 4, 4], k=rng.randint(1, 9))) for _ in range(20_000)]
+    source = Source("x.csv", {"anchor": "a", "positive": "b"})
+    taken = 0
+    for line in lines:
+        block = rows.Block(1, line.encode() + b"\n", 0)
+        batch = delimited._parse(block, source, ["a", "b"], {"anchor": "a", "positive": "b"}, ",")
+        if batch is not None:
+            taken += 1
+            assert [list(row.values()) for row in batch.to_pylist()] == list(csv.reader(io.StringIO(line), strict=True))
+    assert taken > 500

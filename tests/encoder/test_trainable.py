@@ -1,0 +1,140 @@
+"""What is frozen stays, what adapts is added in at the end, and nothing else changes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from tests.batches import gradients_of, largest_difference
+from trainer.check.memory import estimate
+from trainer.data.collate import pack_texts
+from trainer.encoder import Encoder, EncoderSpec
+from trainer.encoder.size import backbone_size
+from trainer.encoder.spec import LoRA
+from trainer.encoder.trainable import blocks
+
+TEXTS = ["The doctor bought the car at the shop.", "a", "In winter, at dusk, the physician purchased a vehicle."]
+KINDS = ("bert", "mpnet", "distilbert", "modernbert", "qwen3")
+
+
+def _load(folder: Path, max_tokens: int = 4096, **spec: Any) -> Encoder:
+    return Encoder(EncoderSpec(str(folder), dropout=0.0, **spec), max_tokens).train()
+
+
+def _embed(encoder: Encoder) -> Tensor:
+    return encoder.embed(pack_texts(encoder.text(TEXTS)))
+
+
+def _step(encoder: Encoder, rate: float = 0.1) -> dict[str, Tensor]:
+    """One SGD step of a function whose gradient differs at every element; returns the gradients."""
+    embeddings = _embed(encoder)
+    (embeddings * torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(3))).sum().backward()
+    gradients = gradients_of(encoder)
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            if parameter.grad is not None:
+                parameter.sub_(rate * parameter.grad)
+                parameter.grad = None
+    return gradients
+
+
+def _trained(encoder: Encoder) -> set[str]:
+    return {name for name, parameter in encoder.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_alone_are_trained_and_merge_into_the_folder(
+    tiny_encoders: dict[str, Path], tmp_path: Path, kind: str
+) -> None:
+    """Fresh adapters change nothing; after steps the exported folder, which knows no adapter, embeds as we do; and
+    behind the export the weights are what they were, bit for bit."""
+    encoder = _load(tiny_encoders[kind], lora=LoRA(r=4, alpha=16))
+    assert_close(_embed(encoder), _embed(_load(tiny_encoders[kind])), rtol=0.0, atol=0.0)
+    assert all("lora_" in name for name in _trained(encoder))
+    encoder.compact_vocabulary(torch.arange(20))
+    assert encoder.vocabulary is None
+    for _ in range(3):
+        gradients = _step(encoder)
+    assert gradients.keys() == _trained(encoder)
+    assert all(gradient.any() for gradient in gradients.values())
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    with encoder.as_sentence_transformer() as model:
+        model.save_pretrained(str(tmp_path / "model"))
+    after = encoder.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    with torch.no_grad():
+        ours, base = _embed(encoder.eval()), _embed(_load(tiny_encoders[kind]).eval())
+    exported = SentenceTransformer(str(tmp_path / "model"), device="cpu")
+    assert_close(exported.encode(TEXTS, convert_to_tensor=True), ours, rtol=0.0, atol=1e-5)
+    assert not [name for name, _ in exported.named_parameters() if "lora" in name]
+    assert float((ours - base).abs().max()) > 1e-2, "adapters that learnt nothing"
+
+
+def test_adapters_where_they_are_asked_for(tiny_encoder: Path) -> None:
+    encoder = _load(tiny_encoder, lora=LoRA(r=2, target_modules=["query", "value"]), freeze=1)
+    names = {name.split(".lora_")[0] for name in _trained(encoder)}
+    assert names == {f"backbone.encoder.layer.1.attention.self.{name}" for name in ("query", "value")}
+    message = r"lora.target_modules has 'q_proj', which no linear layer of 'bert' is called; there are query, key,"
+    with pytest.raises(ValueError, match=message):
+        _load(tiny_encoder, lora=LoRA(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="freeze is 2: all 2 layers are frozen, and none is left to adapt"):
+        _load(tiny_encoder, lora=LoRA(), freeze=2)
+    with pytest.raises(ValueError, match="r 0 and alpha 32; both must be 1 or more"):
+        LoRA(r=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_frozen_gets_no_gradient_and_the_rest_the_same(tiny_encoders: dict[str, Path], kind: str) -> None:
+    """As without freezing, also in chunks; and no backward runs through the frozen layers."""
+    frozen, free = _load(tiny_encoders[kind], freeze=1), _load(tiny_encoders[kind])
+    chunked = _load(tiny_encoders[kind], max_tokens=10, freeze=1)
+    output: list[Tensor] = []
+    blocks(frozen.backbone)[0].register_forward_hook(lambda *args: output.append(args[-1]))
+    gradients, all_gradients, in_chunks = _step(frozen), _step(free), _step(chunked)
+    assert gradients.keys() == in_chunks.keys() == _trained(frozen)
+    layer_0 = {name for name in all_gradients if any(part in name for part in ("layer.0.", "layers.0.", "embed"))}
+    assert all_gradients.keys() - gradients.keys() == layer_0
+    assert largest_difference(gradients, {name: all_gradients[name] for name in gradients}) < 1e-6
+    assert largest_difference(in_chunks, gradients) < 1e-6
+    hidden = output[0][0] if isinstance(output[0], tuple) else output[0]
+    assert hidden.requires_grad == (kind == "mpnet")  # its layers share one table of relative positions
+
+
+def test_frozen_embeddings_alone_and_too_many_layers(tiny_encoder: Path) -> None:
+    encoder = _load(tiny_encoder, freeze=0)
+    assert {name.split(".")[1] for name in _trained(encoder)} == {"encoder"}
+    with pytest.raises(ValueError, match=r"freeze is 3, but 'bert' has 2 layers; give 0 \(the embeddings alone\) to 2"):
+        _load(tiny_encoder, freeze=3)
+
+
+@pytest.mark.parametrize("spec", [{}, {"freeze": 1}, {"lora": LoRA(r=4)}], ids=["all", "freeze", "lora"])
+@pytest.mark.parametrize("kind", ["bert", "qwen3"])
+def test_size_counts_what_is_trained(tiny_encoders: dict[str, Path], kind: str, spec: dict[str, Any]) -> None:
+    size = backbone_size(EncoderSpec(str(tiny_encoders[kind]), **spec))
+    encoder = _load(tiny_encoders[kind], **spec)
+    assert size.num_parameters == sum(p.numel() for p in encoder.backbone.parameters())
+    assert size.num_trained == sum(p.numel() for p in encoder.backbone.parameters() if p.requires_grad)
+    assert size.trains_pieces == (spec == {})
+    memory = estimate(size, 30, num_tokens=100, is_half=False, has_moments=True)
+    if spec:  # nothing to compact
+        assert (memory.weights, memory.num_trained) == (4 * size.num_parameters, size.num_trained)
+    else:
+        assert memory.num_trained == size.num_trained - (size.num_pieces - 30) * size.hidden
+    assert memory.gradients + memory.optimizer == 12 * memory.num_trained
+    whole = estimate(replace(size, num_frozen=0), 30, num_tokens=100, is_half=False, has_moments=True)
+    assert memory.activations == whole.activations * (1 if "freeze" not in spec else 0.5)
+
+
+def test_adapter_dropout_is_its_own(tiny_encoder: Path) -> None:
+    encoder = _load(tiny_encoder, lora=LoRA(dropout=0.3))
+    rates = {name: m.p for name, m in encoder.named_modules() if isinstance(m, nn.Dropout)}
+    assert {rate for name, rate in rates.items() if "lora" in name} == {0.3}
+    assert {rate for name, rate in rates.items() if "lora" not in name} == {0.0}

@@ -1,0 +1,95 @@
+"""Reranking against sentence-transformers' evaluator and scikit-learn, on the same embeddings."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from sentence_transformers.sentence_transformer.evaluation import RerankingEvaluator
+from sklearn.metrics import ndcg_score
+
+from tests.evaluation.test_scores import Lookup
+from trainer.data.sources import EvalSource, load
+from trainer.evaluation import Reranking
+
+
+def make_candidates(grades: int) -> tuple[Dataset, Lookup, torch.Tensor]:
+    """40 queries with 2 to 15 candidates each, rows in mixed order; the labels go from 0 to ``grades``."""
+    rng = np.random.default_rng(3)
+    rows, table = [], {}
+    for query in range(40):
+        anchor = rng.normal(size=12)
+        table[f"query {query}"] = anchor
+        for candidate in range(rng.integers(2, 16)):
+            label = int(rng.integers(0, grades + 1)) if candidate else grades
+            text = f"candidate {query} {candidate}"
+            table[text] = anchor * label / grades + 1.5 * rng.normal(size=12)
+            rows.append({"anchor": f"query {query}", "positive": text, "label": label})
+    rng.shuffle(rows)
+    model = Lookup({text: vector.astype(np.float32) for text, vector in table.items()})
+    data = Dataset.from_list(rows)
+    embeddings = torch.from_numpy(model.encode([*data["anchor"], *data["positive"]]))
+    model.encode_query = model.encode_document = lambda texts, **kwargs: torch.from_numpy(model.encode(texts))
+    return data, model, embeddings
+
+
+@pytest.mark.parametrize("at", [1, 10])
+def test_equals_sentence_transformers(at: int) -> None:
+    rows, model, embeddings = make_candidates(grades=1)
+    samples = {query: {"query": query, "positive": [], "negative": []} for query in dict.fromkeys(rows["anchor"])}
+    for row in rows:
+        samples[row["anchor"]]["positive" if row["label"] else "negative"].append(row["positive"])
+    theirs = RerankingEvaluator(list(samples.values()), at_k=at, write_csv=False)(model)
+    ours = Reranking(at=at).score(embeddings, rows)
+    assert ours == pytest.approx(theirs, abs=1e-6)
+    assert Reranking(at=at).primary in ours
+    assert 0.3 < ours["map"] < 0.99
+
+
+def test_lists_of_positives_and_negatives(tmp_path: Path) -> None:
+    """The records that sentence-transformers takes: lists of unlike length, of which a source makes rows."""
+    rows, model, _ = make_candidates(grades=1)
+    samples: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        empty = {"query": row["anchor"], "positive": [], "negative": []}
+        samples.setdefault(row["anchor"], empty)["positive" if row["label"] else "negative"].append(row["positive"])
+    records = [sample for sample in samples.values() if sample["positive"] and sample["negative"]]
+    assert len({len(record["negative"]) for record in records}) > 3
+    (tmp_path / "lists.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    columns = {"anchor": "query", "positives": "positive", "negatives": "negative"}
+    source = EvalSource(str(tmp_path / "lists.jsonl"), columns, name="lists", max_negatives=20, evaluator=Reranking())
+    loaded = load(source, tmp_path / "cache")
+    embeddings = torch.from_numpy(model.encode(Reranking().texts(loaded)))
+    theirs = RerankingEvaluator(records, write_csv=False)(model)
+    assert Reranking().score(embeddings, loaded) == pytest.approx(theirs, abs=1e-6)
+
+
+def test_neither_labels_nor_negatives() -> None:
+    with pytest.raises(ValueError, match=r"needs a label that says which .*; the set has anchor, positive"):
+        Reranking().score(torch.randn(4, 3), {"anchor": ["q"] * 2, "positive": ["a", "b"]})
+
+
+def test_grades_are_gains() -> None:
+    """One query: ndcg by scikit-learn from the grades, map and mrr from grades above 0."""
+    angles = np.deg2rad([10, 20, 30, 40])
+    positives = torch.tensor(np.stack([np.cos(angles), np.sin(angles)], axis=1), dtype=torch.float32)
+    grades = [0, 1, 0, 3]
+    rows = {"anchor": ["q"] * 4, "positive": list("abcd"), "label": grades}
+    metrics = Reranking().score(torch.cat([torch.tensor([[1.0, 0.0]] * 4), positives]), rows)
+    assert metrics["ndcg@10"] == pytest.approx(ndcg_score([grades], [np.cos(angles)]))
+    assert metrics["mrr@10"] == 0.5
+    assert metrics["map"] == pytest.approx((1 / 2 + 2 / 4) / 2)
+
+
+def test_queries_without_a_choice_are_left_out_and_nothing_else_is_refused() -> None:
+    rows, _, embeddings = make_candidates(grades=1)
+    more = Dataset.from_list([*rows, {"anchor": "sure", "positive": "x", "label": 1}])
+    half = len(rows)
+    anchors, positives = embeddings[:half], embeddings[half:]
+    padded = torch.cat([anchors, anchors[:1], positives, positives[:1]])
+    assert Reranking().score(padded, more) == Reranking().score(embeddings, rows)
+    with pytest.raises(ValueError, match="none of 1 queries has both relevant and other candidates"):
+        Reranking().score(torch.randn(4, 3), {"anchor": ["q"] * 2, "positive": ["a", "b"], "label": [1, 1]})

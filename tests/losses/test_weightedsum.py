@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import pytest
+from sentence_transformers.sentence_transformer.losses import (
+    GlobalOrthogonalRegularizationLoss,
+    MultipleNegativesRankingLoss,
+)
+
+from tests.losses.side_by_side import D, assert_equals_peer, draw, embedded, targets_of
+from trainer.losses import (
+    CosineSimilarity,
+    GlobalOrthogonalRegularization,
+    InfoNCE,
+    Softmax,
+    Triplet,
+    WeightedSum,
+)
+
+
+def test_is_the_sum_of_its_losses() -> None:
+    contrast = MultipleNegativesRankingLoss(embedded())
+    spread = GlobalOrthogonalRegularizationLoss(embedded())
+    loss = WeightedSum([InfoNCE(), GlobalOrthogonalRegularization()], [0.5, 3.0])
+    assert_equals_peer(
+        loss,
+        lambda features, labels: 0.5 * contrast(features, labels) + 3.0 * sum(spread(features, labels).values()),
+        draw(3, 12, spread=1.0),
+        targets_of(12),
+    )
+
+
+def test_it_wants_what_its_losses_want() -> None:
+    loss = WeightedSum([InfoNCE(), Triplet(), Softmax(num_labels=4), CosineSimilarity()])
+    assert loss.needs == {"labels", "scores"}
+    assert (loss.min_columns, loss.max_columns, loss.num_labels) == (3, 2, 4)  # which no data can have: it is refused
+    assert loss.score_range == (-1.0, 1.0)
+    assert loss.in_batch_negatives
+    assert not loss.absent_texts
+    loss.build(D)
+    assert len(list(loss.parameters())) == 2
+    assert [type(part).__name__ for part in loss.parts()] == [
+        "WeightedSum",
+        "InfoNCE",
+        "Triplet",
+        "Softmax",
+        "CosineSimilarity",
+    ]
+
+
+def test_weights_that_do_not_fit() -> None:
+    with pytest.raises(ValueError, match="WeightedSum has 1 losses and 2 weights"):
+        WeightedSum([InfoNCE()], [1.0, 2.0])

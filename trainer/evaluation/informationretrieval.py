@@ -1,0 +1,93 @@
+"""Retrieval: do the documents that people judged relevant come first?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Optional
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainer.evaluation.search import Collection, Search
+from trainer.evaluation.topk import Neighbours, Similarity
+
+
+class InformationRetrieval(Search):
+    """Quality of a ranking of a whole corpus, as the mean over queries.
+
+    Metrics are named as in sentence-transformers, e.g. `cosine_ndcg@10`:
+
+    - `accuracy@k`: share of queries with a relevant document among the first k.
+    - `precision@k`, `recall@k`: relevant documents among the first k, of k and of all relevant ones.
+    - `mrr@k`: 1 / place of the first relevant document, 0 where it stands behind place k.
+    - `map@k`: mean precision at the places of relevant documents, of min(k, relevant documents).
+    - `ndcg@k`: with the relevance as gain, discounted by log2(1 + place): trec_eval's `ndcg_cut_k`, which BEIR and MTEB
+      report (Jaervelin and Kekaelaeinen 2002, https://doi.org/10.1145/582415.582418).
+    - `binary_ndcg@k`: with gain 1 for every relevant document, which sentence-transformers calls ndcg@k. The two are
+      equal where all judgements are 0 or 1.
+
+    Args:
+        similarity: of a query with a document.
+        ndcg_at, mrr_at, map_at: depths of these.
+        accuracy_at: depths of accuracy, precision and recall.
+    """
+
+    def __init__(
+        self,
+        similarity: Similarity = "cosine",
+        ndcg_at: Optional[list[int]] = None,
+        mrr_at: Optional[list[int]] = None,
+        map_at: Optional[list[int]] = None,
+        accuracy_at: Optional[list[int]] = None,
+    ) -> None:
+        self.similarity = similarity
+        self.ndcg_at = ndcg_at or [10]
+        self.mrr_at = mrr_at or [10]
+        self.map_at = map_at or [100]
+        self.accuracy_at = accuracy_at or [1, 3, 5, 10]
+        depths = [*self.ndcg_at, *self.mrr_at, *self.map_at, *self.accuracy_at]
+        if min(depths) < 1:
+            raise ValueError(f"InformationRetrieval: a depth of {min(depths)}; each must be 1 or more")
+        self.depth = max(depths)
+        self.primary = f"{similarity}_ndcg@{max(self.ndcg_at)}"
+
+    def score_neighbours(self, neighbours: Neighbours, collection: Collection) -> dict[str, float]:
+        judged = collection.relevance_Q
+        found = [
+            [max(0, relevance.get(document, 0)) for document in ids]
+            for relevance, ids in zip(judged, neighbours.ids_Qk.tolist(), strict=True)
+        ]
+        gains_Qk = np.zeros((len(judged), self.depth))  # a corpus may have fewer documents
+        gains_Qk[:, : neighbours.ids_Qk.shape[1]] = np.array(found)
+        ideal = [[float(r) for r in sorted(relevance.values(), reverse=True) if r > 0] for relevance in judged]
+        num_relevant_Q = np.array([len(gains) for gains in ideal])
+        hits_Qk = (gains_Qk > 0).astype(np.float64)
+        places_k = np.arange(1, self.depth + 1)
+        hits_so_far_Qk = hits_Qk.cumsum(axis=1)
+        metrics: dict[str, NDArray[np.float64]] = {}
+        for k in self.accuracy_at:
+            metrics[f"accuracy@{k}"] = (hits_so_far_Qk[:, k - 1] > 0).astype(np.float64)
+            metrics[f"precision@{k}"] = hits_so_far_Qk[:, k - 1] / k
+            metrics[f"recall@{k}"] = hits_so_far_Qk[:, k - 1] / num_relevant_Q
+        for k in self.ndcg_at:
+            metrics[f"ndcg@{k}"] = _dcg(gains_Qk[:, :k]) / _ideal_dcg(ideal, k)
+            ones = [[1.0] * len(gains) for gains in ideal]
+            metrics[f"binary_ndcg@{k}"] = _dcg(hits_Qk[:, :k]) / _ideal_dcg(ones, k)
+        for k in self.mrr_at:
+            metrics[f"mrr@{k}"] = (hits_Qk / places_k)[:, :k].max(axis=1)
+        for k in self.map_at:
+            precision_Qk = hits_so_far_Qk / places_k
+            metrics[f"map@{k}"] = (precision_Qk * hits_Qk)[:, :k].sum(axis=1) / np.minimum(num_relevant_Q, k)
+        return {f"{self.similarity}_{name}": float(values_Q.mean()) for name, values_Q in metrics.items()}
+
+
+def _dcg(gains_Qk: NDArray[np.float64]) -> NDArray[np.float64]:
+    return (gains_Qk / np.log2(np.arange(2, gains_Qk.shape[1] + 2))).sum(axis=1)
+
+
+def _ideal_dcg(gains_Q: Sequence[Sequence[float]], k: int) -> NDArray[np.float64]:
+    """Of the best order there is; above 0, for each query has a relevant document."""
+    best_Qk = np.zeros((len(gains_Q), k))
+    for row, gains in zip(best_Qk, gains_Q, strict=True):
+        row[: len(gains)] = gains[:k]
+    return _dcg(best_Qk)

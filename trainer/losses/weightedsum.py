@@ -1,0 +1,67 @@
+"""Several losses of the same rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Optional, cast
+
+import torch
+from torch import Tensor, nn
+
+from trainer.batch import Targets
+from trainer.losses.base import Loss
+
+
+class WeightedSum(Loss):
+    """Sum of w_i times loss i, all of the same embeddings.
+
+    Args:
+        losses: what is summed; the data must suit each of them.
+        weights: one for each loss; unset: 1.
+    """
+
+    def __init__(self, losses: list[Loss], weights: Optional[list[float]] = None) -> None:
+        super().__init__()
+        if not losses:
+            raise ValueError("WeightedSum has no losses; name one or more")
+        if weights is not None and len(weights) != len(losses):
+            raise ValueError(f"WeightedSum has {len(losses)} losses and {len(weights)} weights; give one for each")
+        self.losses = nn.ModuleList(losses)
+        self.weights = weights or [1.0] * len(losses)
+        self.needs = frozenset[str]().union(*(loss.needs for loss in losses))
+        self.min_columns = max(loss.min_columns for loss in losses)
+        limits = [loss.max_columns for loss in losses if loss.max_columns is not None]
+        self.max_columns = min(limits, default=None)
+        self.num_labels = min((n for loss in losses if (n := loss.num_labels) is not None), default=None)
+        ranges = [loss.score_range for loss in losses if loss.score_range is not None]
+        self.score_range = (max(low for low, _ in ranges), min(high for _, high in ranges)) if ranges else None
+        self.in_batch_negatives = any(loss.in_batch_negatives for loss in losses)
+        self.positives_by_label = any(loss.positives_by_label for loss in losses)
+        self.absent_texts = all(loss.absent_texts for loss in losses)
+
+    @property
+    def _summed(self) -> list[Loss]:
+        return [cast(Loss, loss) for loss in self.losses]
+
+    def parts(self) -> Iterator[Loss]:
+        yield self
+        for loss in self._summed:
+            yield from loss.parts()
+
+    def build(self, embedding_dimension: int) -> None:
+        for loss in self._summed:
+            loss.build(embedding_dimension)
+
+    def truncated(self, targets: Targets, dimension: int) -> Targets:
+        for loss in self._summed:
+            targets = loss.truncated(targets, dimension)
+        return targets
+
+    def forward(self, columns: Sequence[Tensor], targets: Targets) -> Tensor:
+        values = [weight * loss(columns, targets) for loss, weight in zip(self._summed, self.weights, strict=True)]
+        self.last_metrics = {name: value for loss in self._summed for name, value in loss.last_metrics.items()}
+        return torch.stack(values).sum()
+
+    def describe(self) -> dict[str, Any]:
+        described = [{type(loss).__name__: loss.describe()} for loss in self._summed]
+        return {"losses": described, "weights": self.weights}

@@ -1,0 +1,50 @@
+"""What `trainer validate` and `test` found: a table for people, metrics.json for programs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Optional
+
+from rich.console import Console
+from rich.table import Table
+
+from trainer.files import write_whole
+
+RESULTS_NAME = "metrics.json"
+
+
+def write_results(metrics: Mapping[str, float], about: Mapping[str, Any], run_dir: Path) -> None:
+    """Writes ``metrics.json``: what was evaluated, and `eval/<set>/<metric>` -> value; null where it is not finite."""
+    finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_whole(run_dir / RESULTS_NAME, json.dumps({**about, "metrics": finite}, indent=1, ensure_ascii=False) + "\n")
+
+
+def print_results(metrics: Mapping[str, float], sets: Sequence[str], console: Optional[Console] = None) -> None:
+    """One column for each set, one row for each metric; sets of other metrics get a table of their own.
+
+    Args:
+        metrics: `eval/<set>/<metric>` -> value.
+        sets: in the order of their columns; the mean of a suite stands behind its sets.
+        console: stdout by default.
+    """
+    by_set: dict[str, dict[str, float]] = {}
+    for name, value in metrics.items():
+        one, _, metric = name.removeprefix("eval/").rpartition("/")
+        by_set.setdefault(one, {})[metric] = value
+    order = [*sets, *(one for one in by_set if one not in sets)]
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for one in order:
+        alike.setdefault(tuple(by_set[one]), []).append(one)
+    console = console or Console()
+    for names, together in alike.items():
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+        table.add_column("metric", style="cyan", no_wrap=True)
+        for one in together:
+            table.add_column(one, justify="right", overflow="fold")
+        for name in names:
+            table.add_row(name, *(f"{by_set[one][name]:.4f}" for one in together))
+        console.print(table, highlight=False)
