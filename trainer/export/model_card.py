@@ -116,11 +116,13 @@ def _read(source: Source, cache_dir: Path) -> Dataset | None:
     if source.streaming:  # reading all of it for a few samples is no bargain
         return None
     try:
-        return load(source, cache_dir)
+        rows = load(source, cache_dir)
     except Exception as error:
         # Data may have moved since the training; the model is worth more than its samples.
         logger.warning(f"the model card shows no samples of {source.path}: {error}")
         return None
+    # A group is a number without meaning, and of a text that is not there nothing can be shown.
+    return rows.select_columns([c for c in rows.column_names if c != "group" and not rows.data.column(c).null_count])
 
 
 def _dataset_entry(
