@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.batch import PackedBatch
+from trainer.cli import main
 from trainer.data.facts import source_facts
 from trainer.data.hashes import NO_TEXT, hash_tokens
 from trainer.data.module import PairData
@@ -136,6 +137,21 @@ def test_a_streamed_table_knows_the_same(lists: Source, tmp_path: Path, tiny_enc
             assert ours.tolist() == theirs.tolist()
     facts = source_facts(source, streamed, text, tmp_path)
     assert [column.num_texts for column in facts.columns] == [40, 40, 32, 24, 16]
+
+
+def test_a_run_checks_trains_and_exports(lists: Source, tmp_path: Path, tiny_encoder: Path) -> None:
+    """Two epochs over lists, without repeated texts; the card shows the columns that every row has."""
+    source = json.dumps([{"path": lists.path, "columns": LISTS, "max_negatives": MOST}])
+    args = ["--model.encoder.backbone", str(tiny_encoder), "--model.loss", "InfoNCE", "--data.train", source]
+    args += ["--data.batch_size", "16", "--data.no_duplicates", "true", "--data.cache_dir", str(tmp_path / "cache")]
+    args += ["--trainer.max_epochs", "2", "--trainer.accelerator", "cpu", "--trainer.default_root_dir"]
+    assert main(["fit", *args, str(tmp_path / "run")]) == 0
+    log = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert max(line["step"] for line in log if "train/loss" in line) == 10  # 79 rows, 5 steps an epoch
+    report = json.loads((tmp_path / "run" / "check.json").read_text())
+    assert report["plan"]["false_negatives"] == [0.0]
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert "<code>anchor</code> and <code>positive</code>" in card
 
 
 def test_absent_texts_are_not_counted(lists: Source, tmp_path: Path, tiny_encoder: Path) -> None:

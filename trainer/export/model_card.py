@@ -121,12 +121,12 @@ def _read(source: Source, cache_dir: Path) -> Dataset | None:
             sets = load_collections(source, cache_dir).values()
             return Dataset.from_dict({"query": [text for one in sets for text in one.queries]})
         rows = load(source, cache_dir)
-        # Of lists: sentence-transformers counts no texts that are not there.
-        return rows.select_columns([name for name in rows.column_names if not rows.data.column(name).null_count])
     except Exception as error:
         # Data may have moved since the training; the model is worth more than its samples.
         logger.warning(f"the model card shows no samples of {source.path}: {error}")
         return None
+    # A group is a number without meaning, and of a text that is not there nothing can be shown.
+    return rows.select_columns([c for c in rows.column_names if c != "group" and not rows.data.column(c).null_count])
 
 
 def _dataset_entry(
