@@ -85,7 +85,7 @@ def unfit_columns(loss: Loss, source: Source, table: TokenTable | StreamedTable 
         if not any(column in source.columns for column in _COLUMNS_OF[need]):
             wanted = " or ".join(f"'{column}'" for column in _COLUMNS_OF[need])
             yield finding(f"{name} needs a column {wanted}, {found}", "map it in data.train columns")
-    if getattr(source, "may_lack_texts", False) and not loss.absent_texts:
+    if source.may_lack_texts and not loss.absent_texts:
         yield finding(
             f"{name} takes rows that have all texts, but those of {source.path} may lack some negatives",
             "name negative, negative_1, ... in data.train columns, or learn from in-batch negatives (InfoNCE)",
