@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 from scipy.stats import kstest
 
 from trainer.data.batches import StepBatches
+from trainer.data.bylabel import LabelBatches
+from trainer.data.distinct import DistinctTexts
 from trainer.data.hashes import NO_TEXT
 from trainer.data.module import PairData
 from trainer.data.order import Order, Permutation
-from trainer.data.plans import DistinctTexts, LabelBatches
 from trainer.data.sources import Source, load
 from trainer.encoder import EncoderSpec
 

@@ -48,7 +48,8 @@ def false_negatives(situation: Situation) -> Iterator[Finding]:
     for path, facts, loss in situation.judged():
         rows = min(situation.batch_size, facts.num_rows)
         expected = facts.clash_share * rows * (rows - 1)
-        if loss.in_batch_negatives and not situation.no_duplicates and expected >= _PER_CENT * rows:
+        masked = any(getattr(part, "mask_false_negatives", False) for part in loss.parts())
+        if loss.in_batch_negatives and not (masked or situation.no_duplicates) and expected >= _PER_CENT * rows:
             yield Finding(
                 "false_negatives", "warning", path,
                 f"in a batch of {rows} rows {expected:.1f} times a row is punished for what another row calls right, "

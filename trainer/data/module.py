@@ -17,10 +17,11 @@ from torch.utils.data import DataLoader, Sampler
 
 from trainer.batch import PackedBatch
 from trainer.data.batches import StepBatches
+from trainer.data.bylabel import LabelBatches
 from trainer.data.cache import default_cache_dir
+from trainer.data.distinct import DistinctTexts
 from trainer.data.opaque import OpaqueBatches, OpaqueStream
 from trainer.data.order import Order, Part, steps_per_window
-from trainer.data.plans import DistinctTexts, LabelBatches
 from trainer.data.retrieval import load_collections
 from trainer.data.rowgroups import group_files
 from trainer.data.sources import EvalSource, Source, load

@@ -26,7 +26,7 @@ from trainer.data.files import data_format, is_hub_id
 from trainer.data.order import mix, permute, split_rows
 from trainer.data.rowgroups import StreamError, file_urls
 from trainer.data.rows import Rows
-from trainer.data.streaming import StreamedBadRows, tokenize_column
+from trainer.data.streamrows import StreamedBadRows, tokenize_column
 
 if TYPE_CHECKING:
     from trainer.data.sources import Source

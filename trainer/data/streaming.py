@@ -12,20 +12,19 @@ import json
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
-from trainer.data.checks import BadRows, checked_rows
-from trainer.data.hashes import NO_TEXT, hash_tokens
+from trainer.data.checks import checked_rows
 from trainer.data.order import SLICE_ROWS, BlockShuffle
 from trainer.data.rowgroups import (
     StreamError,
@@ -36,6 +35,7 @@ from trainer.data.rowgroups import (
     write_group,
 )
 from trainer.data.rows import table_rows
+from trainer.data.streamrows import StreamedBadRows, tokenize_column
 
 if TYPE_CHECKING:
     from trainer.data.sources import Source
@@ -47,35 +47,6 @@ _OPEN_SLICES = 64  # that a process keeps mapped
 _TARGETS = {"score": pa.float32(), "label": pa.int64(), "group": pa.int64()}
 _HASH = ".hash"  # behind the name of a text column: hashes of its texts
 GIB = 1 << 30
-
-
-@dataclass(frozen=True)
-class ColumnTokens:
-    """The texts of a column as pieces.
-
-    Attributes:
-        ids: pieces of all texts, one behind the other, int32.
-        lengths: pieces of each text, int64.
-        is_absent: whether a row has no text here, bool; a placeholder stands in its place.
-    """
-
-    ids: NDArray[np.int32]
-    lengths: NDArray[np.int64]
-    is_absent: NDArray[np.bool_]
-
-    def hashes(self) -> NDArray[np.int64]:
-        """Of each text; NO_TEXT where there is none."""
-        return np.where(self.is_absent, NO_TEXT, hash_tokens(self.ids, self.lengths))
-
-
-def tokenize_column(source: Source, name: str, texts: Sequence[str | None], text: TextPreparation) -> ColumnTokens:
-    """The texts of a column of ``source`` behind its prompt."""
-    ids = text.of_column(name)(source.prompted(name, [one or "" for one in texts]))
-    is_absent = np.fromiter((one is None for one in texts), bool, len(texts))
-    for place in np.flatnonzero(is_absent).tolist():
-        ids[place] = text.no_text
-    lengths = np.fromiter(map(len, ids), np.int64, len(ids))
-    return ColumnTokens(np.fromiter(chain.from_iterable(ids), np.int32, int(lengths.sum())), lengths, is_absent)
 
 
 class _Slice:
@@ -320,16 +291,6 @@ class StreamedTable:
             if name not in kept:
                 (self.folder / name).unlink(missing_ok=True)
                 excess -= size
-
-
-class StreamedBadRows(BadRows):
-    """Refuses bad rows; none can be skipped, for nobody knows the rows behind them."""
-
-    def _refuse(self, count: str) -> NoReturn:
-        quoted = "\n".join(self.first)
-        raise ValueError(
-            f"{quoted}\n{self.source.path}: {count} among those just read; mend them, or set streaming: false"
-        )
 
 
 @contextmanager
