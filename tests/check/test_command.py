@@ -211,6 +211,16 @@ def test_memory_is_that_of_the_parameters(
     _, off = run(capsys, *sound, "--model.encoder.compact_vocabulary", "off", "--model.optimizer", "sgd")
     assert off["memory"]["weights"] == 4 * off["memory"]["num_parameters"] < memory["weights"]
     assert off["memory"]["optimizer"] == 0
+    # ZeRO on two ranks: half of moments and copy from stage 1, of gradients from 2; of weights under 3.
+    for stage, expected in ((1, (1, 4, 6)), (2, (1, 2, 6)), (3, (0.5, 2, 6))):
+        zero = json.dumps({"class_path": "ZeRO", "init_args": {"stage": stage, "live_parameters": 0}})
+        _, shared = run(capsys, *sound, "--trainer.devices", "2", "--trainer.strategy", zero)
+        found = shared["memory"]
+        share = (
+            found["weights"] / memory["weights"],
+            *(found[k] / found["num_trained"] for k in ("gradients", "optimizer")),
+        )
+        assert share == pytest.approx(expected, rel=1e-6)
 
 
 def test_text(tmp_path: Path, tiny_encoder: Path, demo_texts: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -65,5 +65,6 @@ class Check(Callback):
             num_steps=pl_module.num_training_steps,
             num_ranks=gather.world_size(),
             is_half="16" in str(trainer.precision),
+            strategy=trainer.strategy,
             allow=self.names,
         )

@@ -47,6 +47,7 @@ def check(args: Sequence[str]) -> int:
         num_steps=count_steps(steps_per_epoch, max_epochs, options.max_steps),
         num_ranks=num_ranks,
         is_half=is_half,
+        strategy=parts.config_init[parts.subcommand].trainer.strategy,
         allow=parts.config_init[parts.subcommand].check.names,
     )
     measured = probe(module, data, num_ranks, is_half) if "--probe" in args else ""

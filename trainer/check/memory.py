@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from trainer.encoder.size import BackboneSize
 
@@ -38,8 +38,35 @@ class Memory:
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
+@dataclass(frozen=True)
+class Sharing:
+    """How ZeRO shares training state out.
+
+    Attributes:
+        stage: 1 optimizer state, 2 also gradients, 3 also parameters.
+        num_ranks: that share it.
+        offload: the host's memory holds optimizer state, and under stage 3 parameters.
+        live_parameters: that a rank holds whole at a time under stage 3.
+    """
+
+    stage: int
+    num_ranks: int
+    offload: bool
+    live_parameters: int
+
+    def of(self, whole: Memory) -> Memory:
+        """What is left of ``whole`` on one device. Who steps on a share keeps a copy of its parameters too."""
+        moments = 0 if self.offload else (whole.optimizer + 4 * whole.num_trained) // self.num_ranks
+        gradients = whole.gradients // self.num_ranks if self.stage > 1 else whole.gradients
+        weights = whole.weights
+        if self.stage > 2:
+            live = 4 * min(self.live_parameters, whole.num_parameters)
+            weights = min(whole.weights, live + (0 if self.offload else whole.weights // self.num_ranks))
+        return replace(whole, weights=weights, gradients=gradients, optimizer=moments)
+
+
 def estimate(size: BackboneSize, num_used: int | None, num_tokens: int, is_half: bool, has_moments: bool) -> Memory:
-    """Memory of one rank that holds all state itself (one process or DDP; ZeRO shares some of it out).
+    """Memory of one rank that holds all state itself: one process, or DDP.
 
     Args:
         num_used: rows of the embedding matrix that are trained; None: all.

@@ -18,6 +18,7 @@ from trainer.check.texts import num_negatives
 from trainer.data.facts import SourceFacts, source_facts
 from trainer.data.leaks import LeakFacts, leak_facts
 from trainer.data.module import PairData
+from trainer.distributed.strategies import ZeRO
 from trainer.encoder.size import backbone_size
 from trainer.encoder.text import normalizes
 from trainer.module import EmbeddingModule
@@ -117,6 +118,7 @@ def make_report(
     num_steps: int,
     num_ranks: int,
     is_half: bool,
+    strategy: object,
     allow: Sequence[str] = (),
 ) -> Report:
     """The report on a run whose ``data`` is set up; neither weights nor a trainer are needed.
@@ -125,6 +127,7 @@ def make_report(
         steps_per_epoch, num_steps: of the run.
         num_ranks: that share a batch.
         is_half: bf16 or fp16 autocast.
+        strategy: of the run; ZeRO shares memory out.
         allow: names of errors that shall not stop it.
     """
     sources, leaks = read_facts(data)
@@ -153,7 +156,7 @@ def make_report(
         sources=sources,
         leaks=leaks,
         plan=plan,
-        memory=_memory(module, plan, is_half),
+        memory=_memory(module, plan, is_half, strategy),
         findings=unfit + [replace(f, allowed=f.severity == "error" and f.name in allow) for f in findings(situation)],
     )
 
@@ -203,17 +206,20 @@ def _plan(situation: Situation, data: PairData, steps_per_epoch: int, num_steps:
     )
 
 
-def _memory(module: EmbeddingModule, plan: Plan, is_half: bool) -> Optional[memory.Memory]:
+def _memory(module: EmbeddingModule, plan: Plan, is_half: bool, strategy: object) -> Optional[memory.Memory]:
     try:
         size = backbone_size(module.encoder_spec)
     except (ValueError, AttributeError):  # an architecture with other names for its sizes: an estimate less, no more
         return None
     is_compact = module.encoder_spec.compact_vocabulary == "auto"
     largest = -(-plan.max_tokens_per_step // plan.num_ranks)
-    return memory.estimate(
+    needed = memory.estimate(
         size,
         plan.num_used_pieces if is_compact else None,
         min(module.max_tokens, largest),
         is_half,
         module.optimizer_name == "adamw",
     )
+    if not isinstance(strategy, ZeRO):
+        return needed
+    return memory.Sharing(strategy.stage, plan.num_ranks, strategy.offload, strategy.live_parameters).of(needed)
