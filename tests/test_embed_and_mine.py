@@ -14,7 +14,8 @@ import torch
 import yaml
 
 from trainer.cli import main
-from trainer.data.sources import Source, load
+from trainer.data.loading import load
+from trainer.data.sources import Source
 from trainer.encoder import Encoder, EncoderSpec
 
 ROOT = Path(__file__).parents[1]

@@ -9,6 +9,8 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pandas as pd
@@ -84,27 +86,35 @@ def losses(run_dir: Path) -> dict[int, float]:
     return {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
 
 
+Undisturbed = Callable[[int], tuple[tuple[str, ...], Path]]
+
+
 @pytest.fixture(scope="module")
-def undisturbed(request: pytest.FixtureRequest, config: Path) -> tuple[tuple[str, ...], Path]:
-    devices = ("--trainer.devices", str(request.param), *(["--trainer.strategy", "ddp"] * (request.param > 1)))
-    run_dir = config.parent / f"undisturbed-{request.param}"
-    done = fit(config, run_dir, *devices)
-    assert done.returncode == 0, done.stderr
-    return devices, run_dir
+def undisturbed(config: Path) -> Undisturbed:
+    """The flags of so many ranks, and their run that was never stopped."""
+
+    @cache
+    def run(ranks: int) -> tuple[tuple[str, ...], Path]:
+        devices = ("--trainer.devices", str(ranks), *(["--trainer.strategy", "ddp"] * (ranks > 1)))
+        run_dir = config.parent / f"undisturbed-{ranks}"
+        done = fit(config, run_dir, *devices)
+        assert done.returncode == 0, done.stderr
+        return devices, run_dir
+
+    return run
 
 
 @pytest.mark.parametrize(
-    ("undisturbed", "workers", "kills"),
+    ("ranks", "workers", "kills"),
     [(1, 0, [16]), (1, 2, [7, 13]), (2, 0, [16]), (2, 2, [13])],
     ids=["1-rank-workers-0", "1-rank-workers-2-twice", "2-ranks-workers-0", "2-ranks-workers-2"],
-    indirect=["undisturbed"],
 )
 def test_killed_run_ends_bitwise_equal(
-    undisturbed: tuple[tuple[str, ...], Path], config: Path, workers: int, kills: list[int]
+    undisturbed: Undisturbed, config: Path, ranks: int, workers: int, kills: list[int]
 ) -> None:
-    """Killed at step 16, in the middle of the second epoch; or twice, in the first and the second epoch."""
-    devices, reference = undisturbed
-    run_dir = config.parent / f"killed-{len(devices)}-{workers}"
+    """Killed in the first or in the second epoch, or once in each."""
+    devices, reference = undisturbed(ranks)
+    run_dir = config.parent / f"killed-{ranks}-{workers}"
     flags = (*devices, "--data.num_workers", str(workers))
     for number, step in enumerate(kills):
         again = ("--ckpt_path", "auto") if number else ()
@@ -118,10 +128,9 @@ def test_killed_run_ends_bitwise_equal(
     assert losses(run_dir) == losses(reference)
 
 
-@pytest.mark.parametrize("undisturbed", [1], indirect=True)
-def test_checkpoint_at_the_end_of_an_epoch(undisturbed: tuple[tuple[str, ...], Path], config: Path) -> None:
+def test_checkpoint_at_the_end_of_an_epoch(undisturbed: Undisturbed, config: Path) -> None:
     """Step 11 is the last of the first epoch: the resumed run starts the second one, once."""
-    devices, reference = undisturbed
+    devices, reference = undisturbed(1)
     run_dir = config.parent / "epoch-end"
     flags = (*devices, "--checkpoint.save_every_steps", "11")
     kill = ("--trainer.callbacks+=kill_at.KillAt", "--trainer.callbacks.step=13")
@@ -131,11 +140,10 @@ def test_checkpoint_at_the_end_of_an_epoch(undisturbed: tuple[tuple[str, ...], P
     assert_same_end(reference, run_dir)
 
 
-@pytest.mark.parametrize("undisturbed", [2], indirect=True)
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_zero_writes_what_ddp_writes(undisturbed: tuple[tuple[str, ...], Path], config: Path, stage: int) -> None:
+def test_zero_writes_what_ddp_writes(undisturbed: Undisturbed, config: Path, stage: int) -> None:
     """Through the command line, which starts the ranks: the same checkpoint, log and model folder, dropout on."""
-    _, reference = undisturbed
+    _, reference = undisturbed(2)
     run_dir = config.parent / f"zero{stage}"
     options = {"stage": stage, **({"live_parameters": 3000} if stage == 3 else {})}
     strategy = json.dumps({"class_path": "ZeRO", "init_args": options})

@@ -26,8 +26,8 @@ from trainer.check.rules import refuse_unknown
 from trainer.checkpoint import Checkpoints, DirectoryCheckpointIO
 from trainer.config_errors import check_written, explain
 from trainer.config_files import ConfigError, Written, replaced_lists
+from trainer.data.loading import fingerprint
 from trainer.data.module import PairData
-from trainer.data.sources import fingerprint
 from trainer.distributed.preemption import Preemption
 from trainer.distributed.watch import Watch
 from trainer.encoder.spec import EncoderSpec

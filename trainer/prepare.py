@@ -17,8 +17,8 @@ def prepare(args: Sequence[str]) -> int:
     import torch
 
     from trainer.check.report import read_facts
+    from trainer.data.loading import load
     from trainer.data.retrieval import load_collections
-    from trainer.data.sources import load
     from trainer.data.tokens import tokenize
     from trainer.encoder import Encoder
     from trainer.encoder.folder import backbone_folder

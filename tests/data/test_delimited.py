@@ -13,7 +13,8 @@ import pandas as pd
 import pytest
 
 from trainer.data import delimited, rows
-from trainer.data.sources import Source, load, num_skipped
+from trainer.data.loading import load, num_skipped
+from trainer.data.sources import Source
 
 SCORED = {"anchor": "a", "positive": "b", "score": "s"}
 # Whole lines, some with a record that goes on behind them; the last one opens a quote that nothing closes.

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.data.derived import draw, held_out, triplets
-from trainer.data.sources import EvalSource, Source, fingerprint, load
+from trainer.data.loading import fingerprint, load
+from trainer.data.sources import EvalSource, Source
 
 NLI = {"anchor": "premise", "positive": "hypothesis", "label": "label"}
 

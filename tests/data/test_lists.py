@@ -18,8 +18,9 @@ from trainer.batch import PackedBatch
 from trainer.cli import main
 from trainer.data.facts import source_facts
 from trainer.data.hashes import NO_TEXT, hash_tokens
+from trainer.data.loading import fingerprint, load
 from trainer.data.module import PairData
-from trainer.data.sources import EvalSource, Source, fingerprint, load
+from trainer.data.sources import EvalSource, Source
 from trainer.data.streaming import StreamedTable
 from trainer.data.tokens import tokenize
 from trainer.distributed import gather

@@ -21,9 +21,10 @@ from trainer.data.batches import StepBatches
 from trainer.data.bylabel import LabelBatches
 from trainer.data.distinct import DistinctTexts
 from trainer.data.hashes import NO_TEXT
+from trainer.data.loading import load
 from trainer.data.module import PairData
 from trainer.data.order import Order, Permutation
-from trainer.data.sources import Source, load
+from trainer.data.sources import Source
 from trainer.encoder import EncoderSpec
 
 

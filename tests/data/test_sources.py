@@ -14,8 +14,9 @@ import pyarrow.compute as pc
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
-from trainer.data import json_lines, rows, sources
-from trainer.data.sources import EvalSource, Source, fingerprint, load, num_skipped
+from trainer.data import json_lines, loading, rows
+from trainer.data.loading import fingerprint, load, num_skipped
+from trainer.data.sources import EvalSource, Source
 from trainer.evaluation import STS, Triplet
 
 PAIR = {"anchor": "a", "positive": "b"}
@@ -356,7 +357,7 @@ def test_a_hub_data_set_is_read_like_a_file(tmp_path: Path, monkeypatch: pytest.
         asked.append((path, where))
         return rows
 
-    monkeypatch.setattr(sources, "load_dataset", load_dataset)
+    monkeypatch.setattr(loading, "load_dataset", load_dataset)
     source = Source("someone/something", LABELLED, label_map={"good": 7}, split="dev", subset="en", revision="v1")
     message = failure(source, tmp_path / "c")
     assert asked == [("someone/something", {"name": "en", "split": "dev", "revision": "v1"})]

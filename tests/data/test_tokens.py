@@ -15,7 +15,7 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from trainer.data import sources, tokens
+from trainer.data import loading, tokens
 from trainer.data.cache import entries
 from trainer.data.sources import Source
 from trainer.data.tokens import TokenTable, tokenize
@@ -163,7 +163,7 @@ def test_a_text_that_repeats_is_stored_once(tmp_path: Path, monkeypatch: pytest.
     pd.DataFrame({"a": anchors, "b": positives}).to_csv(tmp_path / "x.csv", index=False)
     source, text = Source(str(tmp_path / "x.csv"), {"anchor": "a", "positive": "b"}), make_text()
     different = {*anchors, *positives}
-    monkeypatch.setattr(sources, "_BATCH_ROWS", 10)
+    monkeypatch.setattr(loading, "_BATCH_ROWS", 10)
     for segment_rows in (1 << 20, 20):
         monkeypatch.setattr(tokens, "_SEGMENT_ROWS", segment_rows)
         table = tokenize(source, text, tmp_path / str(segment_rows))

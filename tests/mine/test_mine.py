@@ -19,7 +19,8 @@ from sentence_transformers.util import mine_hard_negatives
 
 from tests.two_ranks import TwoRanks
 from trainer.cli import main
-from trainer.data.sources import Source, load
+from trainer.data.loading import load
+from trainer.data.sources import Source
 from trainer.mine import search as searching
 from trainer.mine.pairs import Pairs, number_pairs
 from trainer.mine.search import Vectors, read_chunks, search

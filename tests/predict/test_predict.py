@@ -20,7 +20,8 @@ from sentence_transformers import SentenceTransformer
 
 from tests.two_ranks import TwoRanks
 from trainer.cli import main
-from trainer.data.sources import Source, load
+from trainer.data.loading import load
+from trainer.data.sources import Source
 from trainer.encoder import Encoder, EncoderSpec
 from trainer.predict.embed import Settings, embed_rows
 from trainer.predict.shards import Shards, open_shards, start_shards

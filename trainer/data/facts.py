@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 
 from trainer.data.cache import build_once
 from trainer.data.hashes import NO_TEXT
-from trainer.data.sources import Source, fingerprint, load
+from trainer.data.loading import fingerprint, load
+from trainer.data.sources import Source
 from trainer.data.streaming import StreamedTable
 from trainer.data.tokens import TokenTable
 

@@ -14,8 +14,9 @@ from datasets import Dataset
 from numpy.typing import NDArray
 
 from trainer.data.facts import CHUNK_ROWS, cached_facts, facts_key, joined
+from trainer.data.loading import fingerprint, load
 from trainer.data.retrieval import collections_fingerprint, load_collections
-from trainer.data.sources import EvalSource, Source, fingerprint, load
+from trainer.data.sources import EvalSource, Source
 
 
 @dataclass(frozen=True)

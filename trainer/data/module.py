@@ -20,11 +20,12 @@ from trainer.data.batches import StepBatches
 from trainer.data.bylabel import LabelBatches
 from trainer.data.cache import default_cache_dir
 from trainer.data.distinct import DistinctTexts
+from trainer.data.loading import load
 from trainer.data.opaque import OpaqueBatches, OpaqueStream
 from trainer.data.order import Order, Part, steps_per_window
 from trainer.data.retrieval import load_collections
 from trainer.data.rowgroups import group_files
-from trainer.data.sources import EvalSource, Source, load
+from trainer.data.sources import EvalSource, Source
 from trainer.data.streaming import GIB, StreamedTable
 from trainer.data.teacher import TeacherTable
 from trainer.data.tokens import TokenTable, end_with, tokenize, worker_context

@@ -26,8 +26,9 @@ from trainer.data.delimited import read_delimited
 from trainer.data.derived import draw
 from trainer.data.files import FORMATS, JSON_LINES, data_format
 from trainer.data.layouts import HubTable, Part, Parts, find_parts
+from trainer.data.loading import content_hash, hub_rows
 from trainer.data.rows import Record, Rows, json_records, read_file, table_rows, text_blocks
-from trainer.data.sources import EvalSource, content_hash, hub_rows
+from trainer.data.sources import EvalSource
 from trainer.data.values import BadValueError, check_text, to_number
 from trainer.evaluation.search import Collection
 

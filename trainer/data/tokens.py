@@ -36,9 +36,10 @@ from trainer.data.ahead import map_ahead, num_cores
 from trainer.data.cache import use
 from trainer.data.collate import TokenSpans
 from trainer.data.hashes import NO_TEXT, hash_tokens
+from trainer.data.loading import fingerprint, load, num_skipped
 from trainer.data.order import Permutation
 from trainer.data.progress import Advance, shown_progress
-from trainer.data.sources import Source, fingerprint, load, num_skipped
+from trainer.data.sources import Source
 
 if TYPE_CHECKING:
     from trainer.encoder.text import TextPreparation

@@ -20,9 +20,10 @@ from sentence_transformers.sentence_transformer.model_card import SentenceTransf
 from sentence_transformers.util import fullname
 
 from trainer.data.files import is_hub_id
+from trainer.data.loading import load
 from trainer.data.order import Order, Permutation
 from trainer.data.retrieval import load_collections
-from trainer.data.sources import EvalSource, Source, load
+from trainer.data.sources import EvalSource, Source
 from trainer.encoder import EncoderSpec
 from trainer.export.record import Run, evaluations, hyperparameters, non_default, training_logs
 from trainer.losses import Loss

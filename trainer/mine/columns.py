@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.data.cache import default_cache_dir
-from trainer.data.sources import Source, fingerprint, load
+from trainer.data.loading import fingerprint, load
+from trainer.data.sources import Source
 from trainer.encoder.text import load_text_preparation
 from trainer.mine.search import Vectors
 from trainer.predict.command import begin, embed, end, on_first_rank

@@ -56,7 +56,8 @@ def predict(args: Sequence[str]) -> int:
     """
     options = flags().read(args)
     from trainer.data.cache import default_cache_dir
-    from trainer.data.sources import Source, fingerprint, load
+    from trainer.data.loading import fingerprint, load
+    from trainer.data.sources import Source
     from trainer.predict.shards import Shards
 
     interruption.stop_if_asked()  # the imports took seconds

@@ -86,7 +86,7 @@ def embed_rows(
 
     Args:
         encoder: in evaluation mode, on ``device``.
-        rows: as ``trainer.data.sources.load`` gives them.
+        rows: as ``trainer.data.loading.load`` gives them.
         column: of the texts.
         shards: begun; the order of the rows and the values do not depend on the number of ranks.
         settings: how.

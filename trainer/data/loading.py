@@ -1,0 +1,243 @@
+"""A data set of a config becomes rows with canonical columns, checked once and cached as Arrow."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, load_dataset
+
+from trainer.data.cache import use
+from trainer.data.checks import BadRows, checked_rows
+from trainer.data.delimited import read_delimited
+from trainer.data.derived import draw, held_out, triplets
+from trainer.data.files import JSON_LINES, data_files, data_format, did_you_mean, is_hub_id
+from trainer.data.json_lines import read_json_lines
+from trainer.data.rows import Rows, read_file, table_rows
+from trainer.data.sources import Source
+from trainer.files import sha256_of
+
+_VERSION = 1  # of the cached rows: raise it when the same files and spec give other rows
+_BATCH_ROWS = 10_000
+
+
+def load(source: Source, cache_dir: Path, verify: bool = False) -> Dataset:
+    """Rows of ``source`` with canonical columns only, memory-mapped; the first call builds ``cache_dir``.
+
+    Args:
+        source: what to read.
+        cache_dir: where rows lie.
+        verify: read rows that are there, and build them again where a file is damaged.
+
+    Returns:
+        N rows: texts (str, none empty), then score (float32) and label (int64, from 0) if there are any.
+
+    Raises:
+        ValueError: missing file, missing column, bad rows (with file and line), no rows.
+    """
+    folder = _folder(source, cache_dir)
+    base = _base(source)
+    use(folder, partial(_build, source) if base is None else partial(_derive, source, base, cache_dir), verify)
+    return Dataset.from_file(str(folder / "rows.arrow"))
+
+
+def _base(source: Source) -> Optional[Source]:
+    """The source without what is done to its rows once they are read, or None where nothing is.
+
+    Training and validation sources that share a path, and differ only in that, are read once.
+    """
+    if not (source.triplets or source.holdout or source.max_rows or source.prompts):
+        return None
+    spec: dict[str, Any] = {f.name: getattr(source, f.name) for f in fields(Source)}
+    spec.update(triplets=None, holdout=0.0, holdout_by=None, max_rows=None, prompts=None, max_lengths=None)
+    spec.update(loss=None)
+    if source.triplets:
+        positive, negative = map(str, source.triplets)
+        column = str(source.columns["label"])
+        spec.update(label_map={positive: 1, negative: 0}, where={**(source.where or {}), column: [positive, negative]})
+    return Source(**spec)
+
+
+def _derive(source: Source, base: Source, cache_dir: Path, folder: Path) -> None:
+    """Writes the rows of ``source`` out of those of its base."""
+    rows, skipped = load(base, cache_dir, verify=True), num_skipped(base, cache_dir)
+    table: pa.Table = rows.data.table
+    columns = {name: table[name] for name in table.column_names}
+    picked = {name: np.arange(len(rows)) for name in source.canonical_columns if name in columns}
+    if source.triplets:
+        anchors, negatives = triplets(columns["anchor"], columns["label"].to_numpy())
+        if not len(anchors):
+            raise ValueError(
+                f"{source.path}: no anchor has both a '{source.triplets[0]}' and a '{source.triplets[1]}'; triplets "
+                f"need both. The source has {len(rows):,} rows with one of these labels"
+            )
+        columns["negative"] = columns["positive"]
+        picked = {"anchor": anchors, "positive": anchors, "negative": negatives}
+    if source.holdout:
+        by = source.holdout_by or source.text_columns[0]
+        here = held_out(columns[by], source.holdout)[picked[by]] == source.keeps_holdout
+        if not here.any():
+            raise ValueError(
+                f"{source.path}: a holdout of {source.holdout:g} by '{by}' leaves none of {len(picked[by]):,} rows to "
+                f"{'validate' if source.keeps_holdout else 'train'} on"
+            )
+        picked = {name: numbers[here] for name, numbers in picked.items()}
+    if source.max_rows:
+        drawn = draw(len(next(iter(picked.values()))), source.max_rows)
+        picked = {name: numbers[drawn] for name, numbers in picked.items()}
+    num_rows = len(next(iter(picked.values())))
+    large = partial(pa.scalar, type=pa.large_string())
+    schema = pa.schema([(name, columns[name].type) for name in picked])
+    with pa.OSFile(str(folder / "rows.arrow"), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        for start in range(0, num_rows, _BATCH_ROWS):
+            part = {name: columns[name].take(pa.array(n[start : start + _BATCH_ROWS])) for name, n in picked.items()}
+            for name in source.text_columns:
+                if prompt := source.prompt_of(name):  # an absent text stays absent
+                    part[name] = pc.binary_join_element_wise(large(prompt), part[name], large(""))
+            writer.write_table(pa.table(part, schema=schema).combine_chunks())
+    report = {"source": source.path, "num_rows": num_rows, "num_skipped": skipped}
+    (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
+
+
+def num_skipped(source: Source, cache_dir: Path) -> int:
+    """Bad rows that were left out of ``load(source, cache_dir)``."""
+    load(source, cache_dir)
+    return json.loads((_folder(source, cache_dir) / "report.json").read_text())["num_skipped"]
+
+
+def fingerprint(source: Source) -> str:
+    """Hash of what ``load`` gives: bytes of the files (or the hub's commit) and the spec, not the path."""
+    base = _base(source)
+    if base is not None:
+        by = source.holdout_by or source.text_columns[0]
+        held = [source.holdout, by, source.keeps_holdout] if source.holdout else []
+        prompts = sorted((source.prompts or {}).items())
+        spec = json.dumps([_VERSION, fingerprint(base), bool(source.triplets), held, source.max_rows, prompts])
+        return hashlib.sha256(spec.encode()).hexdigest()[:24]
+    if source.streaming:
+        from trainer.data.streaming import fingerprint as streamed  # it imports the checks of a source
+
+        return streamed(source)
+    if is_hub_id(source.path):
+        contents = [hub_rows(source.path, source.subset, source.split, source.revision)._fingerprint]
+    else:
+        contents = [content_hash(file) for file in data_files(source.path, source.split)]
+    columns = sorted(source.columns.items())
+    maps = [
+        source.score_range and list(source.score_range),
+        source.label_map and sorted(source.label_map.items()),
+        source.where and sorted(source.where.items()),
+    ]
+    budget = [source.on_bad_row, source.max_bad_rows]
+    lists = [source.max_negatives] if source.may_lack_texts else []
+    spec = json.dumps([_VERSION, contents, columns, maps, budget, *lists], ensure_ascii=True)
+    return hashlib.sha256(spec.encode()).hexdigest()[:24]
+
+
+def _folder(source: Source, cache_dir: Path) -> Path:
+    return Path(cache_dir) / "rows" / fingerprint(source)
+
+
+def content_hash(file: Path) -> str:
+    """Of the bytes of a file and of how they are read."""
+    stat = file.stat()
+    return _hash_file(str(file), stat.st_size, stat.st_mtime_ns) + data_format(file)
+
+
+@cache  # one process asks several times; size and time of change make a changed file a new one
+def _hash_file(path: str, size: int, mtime_ns: int) -> str:
+    try:
+        return sha256_of(Path(path))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+@cache
+def hub_rows(path: str, subset: Optional[str], split: str, revision: Optional[str]) -> Dataset:
+    try:
+        return load_dataset(path, name=subset, split=split, revision=revision)
+    except Exception as error:  # the hub, the network, the split, the format: each has its own type
+        near = did_you_mean(path, os.listdir())
+        cause = (str(error) or "no reason given").splitlines()[0]
+        raise ValueError(
+            f"{path}: neither a file or folder here nor a hub data set that can be read "
+            f"({type(error).__name__}: {cause}).{near}"
+        ) from error
+
+
+def _build(source: Source, folder: Path) -> None:
+    bad = BadRows(source)
+    with _RowsFile(source, folder / "rows.arrow") as file:
+        for rows in _open(source, file.add_batch):
+            for cells in checked_rows(source, rows, bad):
+                file.add_row(cells)
+    bad.close()
+    if file.num_rows == 0:
+        skipped = f" left after {bad.count} bad ones were skipped; the first: {bad.first[0]}" if bad.count else ""
+        raise ValueError(f"{source.path}: there is no row{skipped}")
+    report = {"source": source.path, "num_rows": file.num_rows, "num_skipped": bad.count}
+    (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
+
+
+class _RowsFile:
+    """Checked rows on their way into an Arrow file, single ones and whole batches, in the order they come."""
+
+    def __init__(self, source: Source, path: Path) -> None:
+        types = {"score": pa.float32(), "label": pa.int64(), "group": pa.int64()}
+        types |= dict.fromkeys(source.candidate_scores, pa.float32())
+        self.schema = pa.schema([(name, types.get(name, pa.large_string())) for name in source.canonical_columns])
+        self.path = path
+        self.num_rows = 0
+        self._waiting: list[list[Any]] = []
+
+    def __enter__(self) -> "_RowsFile":
+        self._file = pa.OSFile(str(self.path), "wb")
+        self._writer = pa.ipc.new_stream(self._file, self.schema)
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if kind is None:
+            self._flush()
+        self._writer.close()
+        self._file.close()
+
+    def add_row(self, cells: list[Any]) -> None:
+        self._waiting.append(cells)
+        if len(self._waiting) == _BATCH_ROWS:
+            self._flush()
+
+    def add_batch(self, batch: pa.RecordBatch) -> None:
+        self._flush()
+        self._writer.write_batch(batch)
+        self.num_rows += len(batch)
+
+    def _flush(self) -> None:
+        if self._waiting:
+            columns = zip(*self._waiting, strict=True)
+            arrays = [pa.array(cells, f.type) for cells, f in zip(columns, self.schema, strict=True)]
+            self._waiting = []
+            self.add_batch(pa.record_batch(arrays, schema=self.schema))
+
+
+def _open(source: Source, accept: Callable[[pa.RecordBatch], None]) -> Iterator[Rows]:
+    """The rows to check, file by file; ``accept`` gets those of text files that Arrow has read and found good."""
+    wanted = source.read_columns
+    if is_hub_id(source.path):
+        rows = hub_rows(source.path, source.subset, source.split, source.revision)
+        here = rows.select_columns([c for c in rows.column_names if wanted is None or c in wanted])
+        yield table_rows(source.path, rows.features.arrow_schema, here.with_format("arrow").iter(1000))
+    else:
+        for file in data_files(source.path, source.split):
+            if data_format(file) in JSON_LINES:
+                yield read_json_lines(file, source, accept)
+            elif data_format(file) in (".csv", ".tsv"):
+                yield read_delimited(file, source, accept)
+            else:
+                yield read_file(file, wanted)
