@@ -36,9 +36,12 @@ def test_a_check_counts_what_no_duplicates_takes_away(
     path = write(tmp_path / "x.jsonl", rows)
     args = [*common(tmp_path, tiny_encoder, "InfoNCE"), "--data.batch_size", "32", "--data.train"]
     args.append(source(path, {"anchor": "a", "positive": "b"}))
-    _, report = run(capsys, *args)
+    _, report = run(capsys, *args, "--model.loss.mask_false_negatives", "false")
     assert "false_negatives" in names(report, "warning")
     assert report["plan"]["false_negatives"][0] == pytest.approx(3 * 31 / 127, rel=0.3)
+    _, report = run(capsys, *args)
+    assert "false_negatives" not in names(report, "warning"), "InfoNCE masks them"
+    assert report["plan"]["false_negatives"][0] > 0.0
     _, report = run(capsys, *args, "--data.no_duplicates", "true")
     assert "false_negatives" not in names(report, "warning")
     assert report["plan"]["false_negatives"] == [0.0]

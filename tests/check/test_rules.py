@@ -171,14 +171,20 @@ CASES: dict[str, list[tuple[str, str, dict[str, Any], dict[str, Any]]]] = {
         (
             "warning",
             "in a batch of 16 rows 2.4 times a row is punished for what another row calls right",
-            {"facts": replace(CLEAN, clash_share=0.01)},
+            {"facts": replace(CLEAN, clash_share=0.01), "loss": InfoNCE(mask_false_negatives=False)},
             {"facts": replace(CLEAN, clash_share=0.01, scores=SCORES), "loss": CosineSimilarity()},
         ),
         (
             "warning",
             "put batches together without them",
-            {"facts": replace(CLEAN, clash_share=0.01)},
+            {"facts": replace(CLEAN, clash_share=0.01), "loss": InfoNCE(mask_false_negatives=False)},
             {"facts": replace(CLEAN, clash_share=0.01), "no_duplicates": True},
+        ),
+        (
+            "warning",
+            "put batches together without them",
+            {"facts": replace(CLEAN, clash_share=0.01), "loss": InfoNCE(mask_false_negatives=False)},
+            {"facts": replace(CLEAN, clash_share=0.01), "loss": InfoNCE()},
         ),
     ],
     "rows_without_place": [
