@@ -95,8 +95,8 @@ BAD_CONFIGS = {
     "nothing near": (
         "batch_size: 16",
         "zzz: 16",
-        "x.yaml:13: unknown key 'data.zzz'; keys here: train, encoder, validation, batch_size, mixing, "
-        "num_workers, max_rows, cache_dir, stream_cache_gib, seed",
+        "x.yaml:13: unknown key 'data.zzz'; keys here: train, encoder, validation, batch_size, no_duplicates, "
+        "mixing, num_workers, max_rows, cache_dir, stream_cache_gib, seed",
     ),
     "key of another trainer": (
         "batch_size: 16",
