@@ -10,15 +10,16 @@ TORCH := $(shell sed -n 's/^ *"\(torch>=[^"]*\)".*/\1/p' pyproject.toml)
 demo: $(INSTALLED)    ## generate data and an encoder, train, evaluate, export, search: about a minute
 	$(VENV)/bin/trainer demo
 
-test: $(INSTALLED)    ## everything but the loops of tests/slow
-	$(VENV)/bin/python -m pytest tests --ignore=tests/slow --durations=10 -n 3 --dist loadgroup \
+test: $(INSTALLED)    ## everything but what is marked slow, and the loops of tests/slow
+	$(VENV)/bin/python -m pytest tests --ignore=tests/slow -m 'not slow' --durations=10 -n 3 --dist loadgroup \
 		--no-loadscope-reorder
 
 loops: $(INSTALLED)   ## five kills, three preemptions on a local Slurm, the benchmarks of the README: short
 	$(VENV)/bin/python -m pytest tests/slow/test_reliability.py tests/slow/test_benchmarks.py --durations=0 -n 2
 
-slow: $(INSTALLED)    ## all of tests/slow: these loops, and parity with sentence-transformers' own trainer
+slow: $(INSTALLED)    ## these loops, parity with sentence-transformers' own trainer, and what tests marks slow
 	$(VENV)/bin/python -m pytest tests/slow --durations=10
+	$(VENV)/bin/python -m pytest tests --ignore=tests/slow -m slow --durations=10
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .

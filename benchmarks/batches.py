@@ -28,7 +28,7 @@ from provenance import provenance
 from trainer.data.loading import load
 from trainer.data.sources import EvalSource
 
-BATCH = 128
+BATCH = 64
 METRIC = "eval/dev/cosine_ndcg@10"
 
 
@@ -58,10 +58,10 @@ def sources(data: Path) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
     }
     return {
         "chatbot-ko": (
-            {"path": str(data / "qa" / "chatbot-ko.train.jsonl.gz"), "columns": pair, "max_rows": 6400},
+            {"path": str(data / "qa" / "chatbot-ko.train.jsonl.gz"), "columns": pair, "max_rows": 3200},
             {"path": str(data / "qa" / "chatbot-ko.dev.jsonl.gz"), "columns": pair},
         ),
-        "nli-triplets": ({**nli, "max_rows": 4800}, {**nli, "max_rows": 1000}),
+        "nli-triplets": ({**nli, "max_rows": 2400}, {**nli, "max_rows": 600}),
     }
 
 

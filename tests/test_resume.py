@@ -23,6 +23,7 @@ from trainer.demo_encoder import write_encoder
 from trainer.manifest import read_state
 
 TESTS = Path(__file__).parent
+SLOW = pytest.mark.slow
 ROWS, BATCH = 44, 4  # 11 steps an epoch, 22 in all
 
 
@@ -106,8 +107,12 @@ def undisturbed(config: Path) -> Undisturbed:
 
 @pytest.mark.parametrize(
     ("ranks", "workers", "kills"),
-    [(1, 0, [16]), (1, 2, [7, 13]), (2, 0, [16]), (2, 2, [13])],
-    ids=["1-rank-workers-0", "1-rank-workers-2-twice", "2-ranks-workers-0", "2-ranks-workers-2"],
+    [
+        pytest.param(1, 0, [16], id="1-rank-workers-0"),
+        pytest.param(1, 2, [7, 13], id="1-rank-workers-2-twice", marks=SLOW),
+        pytest.param(2, 0, [16], id="2-ranks-workers-0", marks=SLOW),
+        pytest.param(2, 2, [13], id="2-ranks-workers-2"),
+    ],
 )
 def test_killed_run_ends_bitwise_equal(
     undisturbed: Undisturbed, config: Path, ranks: int, workers: int, kills: list[int]
@@ -140,7 +145,7 @@ def test_checkpoint_at_the_end_of_an_epoch(undisturbed: Undisturbed, config: Pat
     assert_same_end(reference, run_dir)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=SLOW), pytest.param(2, marks=SLOW), 3])
 def test_zero_writes_what_ddp_writes(undisturbed: Undisturbed, config: Path, stage: int) -> None:
     """Through the command line, which starts the ranks: the same checkpoint, log and model folder, dropout on."""
     _, reference = undisturbed(2)

@@ -130,7 +130,7 @@ def test_second_ctrl_c_stops_at_once(recipe: Path, tmp_path: Path) -> None:
     assert "Traceback" not in output
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_one_rank_of_two_is_asked(recipe: Path, tmp_path: Path, rank: int) -> None:
     """TERM to one process only: both agree on a step, one message, status 143."""
     long = ("--trainer.max_epochs", "100", "--check.allow", "few_rows_many_epochs", "--data.num_workers", str(rank))

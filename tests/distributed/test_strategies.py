@@ -254,8 +254,11 @@ def test_every_stage_computes_what_ddp_computes(
 
 @pytest.mark.parametrize(
     ("trained", "stage"),
-    [({"lora": 4}, 2), ({"lora": 4}, 3), ({"freeze": 1}, 3)],
-    ids=["lora-2", "lora-3", "freeze-3"],
+    [
+        pytest.param({"lora": 4}, 2, id="lora-2", marks=pytest.mark.slow),
+        pytest.param({"lora": 4}, 3, id="lora-3"),
+        pytest.param({"freeze": 1}, 3, id="freeze-3", marks=pytest.mark.slow),
+    ],
 )
 def test_frozen_weights_in_chunks(
     ranks: TwoRanks, result_of: Any, folder: Path, tmp_path: Path, trained: dict[str, Any], stage: int
@@ -316,7 +319,7 @@ def test_offload(result_of: Any, folder: Path, stage: int) -> None:
     assert weight_error(result, expected) < 1e-5
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2)), 3])
 def test_killed_run_ends_bitwise_equal(ranks: TwoRanks, folder: Path, tmp_path: Path, stage: int) -> None:
     """Saved behind step 8, killed with SIGKILL before step 12, dropout on."""
     run = Run(str(folder), stage=stage, dropout=0.1)

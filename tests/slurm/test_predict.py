@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from numpy.testing import assert_allclose
 
 from tests.slurm.jobs import NEEDS_SLURM, Slurm, stand_in, wait_until
@@ -20,6 +21,7 @@ def embeddings(folder: Path) -> np.ndarray:
     return np.concatenate(list(open_shards(folder)[0].pieces()))
 
 
+@pytest.mark.slow  # two ranks of one machine do so in tests/predict
 def test_two_nodes_write_what_one_process_writes(slurm: Slurm, tiny_encoder: Path, tmp_path: Path) -> None:
     """The same flags three times: under sbatch, under srun, here."""
     data = next(slurm.folder.glob("*train*.jsonl*"))
