@@ -77,6 +77,7 @@ class Slurm:
     def start_again(self, number: str) -> None:
         """Waits until a job is back in the queue, and spares it the two minutes that Slurm lets it wait there."""
         wait_until(lambda: "Reason=BeginTime" in self.output(["scontrol", "show", "job", number]), "back in the queue")
+        time.sleep(3)  # Slurm refuses a job that starts in the second in which it came back: "Job credential revoked"
         self.output(["scontrol", "update", f"JobId={number}", "StartTime=now"])
 
     def numbers(self, array: str) -> list[str]:
