@@ -108,10 +108,11 @@ def undisturbed(config: Path) -> Undisturbed:
 @pytest.mark.parametrize(
     ("ranks", "workers", "kills"),
     [
-        pytest.param(1, 0, [16], id="1-rank-workers-0"),
+        pytest.param(1, 0, [16], id="1-rank-workers-0", marks=SLOW),
+        pytest.param(1, 2, [13], id="1-rank-workers-2"),
         pytest.param(1, 2, [7, 13], id="1-rank-workers-2-twice", marks=SLOW),
-        pytest.param(2, 0, [16], id="2-ranks-workers-0", marks=SLOW),
-        pytest.param(2, 2, [13], id="2-ranks-workers-2"),
+        pytest.param(2, 0, [16], id="2-ranks-workers-0"),
+        pytest.param(2, 2, [13], id="2-ranks-workers-2", marks=SLOW),
     ],
 )
 def test_killed_run_ends_bitwise_equal(
@@ -119,7 +120,7 @@ def test_killed_run_ends_bitwise_equal(
 ) -> None:
     """Killed in the first or in the second epoch, or once in each."""
     devices, reference = undisturbed(ranks)
-    run_dir = config.parent / f"killed-{ranks}-{workers}"
+    run_dir = config.parent / f"killed-{ranks}-{workers}-{len(kills)}"
     flags = (*devices, "--data.num_workers", str(workers))
     for number, step in enumerate(kills):
         again = ("--ckpt_path", "auto") if number else ()
