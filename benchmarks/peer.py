@@ -149,7 +149,9 @@ def fit_ours(
 ) -> EmbeddingModule:
     """Lightning's fit over our module and data, as ``trainer fit`` runs it, without logs and checkpoints."""
     spec = EncoderSpec(backbone, max_length=task.max_length, dropout=fit.dropout)
-    options = {"num_labels": task.num_labels} if task.num_labels else {}
+    options: dict[str, Any] = {"num_labels": task.num_labels} if task.num_labels else {}
+    if task.loss == "InfoNCE":  # theirs takes a text that stands twice in a batch for a negative
+        options["mask_false_negatives"] = False
     module = EmbeddingModule(spec, getattr(our_losses, task.loss)(**options), learning_rate=LEARNING_RATE)
     with tempfile.TemporaryDirectory() as folder:
         Trainer(

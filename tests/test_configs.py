@@ -146,7 +146,7 @@ PUBLISHED = {
     "sinhala-qa": {
         "backbone": "sentence-transformers/paraphrase-multilingual-MiniLM-L12-v2",
         "max_length": 128,
-        "loss": ("InfoNCE", InfoNCE(scale=20.0, similarity="cosine").describe()),
+        "loss": ("InfoNCE", InfoNCE(scale=20.0, similarity="cosine", mask_false_negatives=False).describe()),
         "num_rows": 5099,
         "batch_size": 32,
         "epochs": 1,

@@ -23,8 +23,8 @@ class InfoNCE(Loss):
     """Cross entropy of each anchor's own positive among all positives and negatives of the global batch.
 
     l_i = -log( exp(s * sim(a_i, p_i)) / sum_j exp(s * sim(a_i, c_j)) ), c over every positive and negative
-    column of every rank; the loss is the mean over anchors. With one rank it is sentence-transformers'
-    MultipleNegativesRankingLoss. van den Oord et al. 2018, https://arxiv.org/abs/1807.03748;
+    column of every rank; the loss is the mean over anchors. On one rank and without the mask it is
+    sentence-transformers' MultipleNegativesRankingLoss. van den Oord et al. 2018, https://arxiv.org/abs/1807.03748;
     Henderson et al. 2017, https://arxiv.org/abs/1705.00652.
 
     Further directions add candidates to the sum: other anchors (query_to_query), and, compared with the positive
