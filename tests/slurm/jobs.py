@@ -74,9 +74,13 @@ class Slurm:
     def signal(self, number: str, name: str) -> None:
         self.output(["scancel", "--signal", name, number])
 
-    def start_again(self, number: str) -> None:
-        """Waits until a job is back in the queue, and spares it the two minutes that Slurm lets it wait there."""
+    def requeued(self, number: str) -> None:
+        """Waits until a job is back in the queue."""
         wait_until(lambda: "Reason=BeginTime" in self.output(["scontrol", "show", "job", number]), "back in the queue")
+
+    def start_again(self, number: str) -> None:
+        """Spares a job that comes back the two minutes that Slurm lets it wait in the queue."""
+        self.requeued(number)
         time.sleep(3)  # Slurm refuses a job that starts in the second in which it came back: "Job credential revoked"
         self.output(["scontrol", "update", f"JobId={number}", "StartTime=now"])
 

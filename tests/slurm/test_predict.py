@@ -55,5 +55,6 @@ def test_sbatch_runs_mine_as_it_runs_fit(slurm: Slurm, tmp_path: Path) -> None:
     number = slurm.submit("--nodes 2", ["mine", *words], stand_in(tmp_path, "exit 85"))
     said = f"train.sh: requeueing job {number} to go on from the checkpoint (restart 1 of at most 50)"
     wait_until(lambda: slurm.log(number).exists() and said in slurm.log(number).read_text(), said)
+    slurm.requeued(number)  # a job on its way there can't be cancelled
     slurm.output(["scancel", number])
     slurm.finished(number)
