@@ -33,6 +33,11 @@ PEEKED = 100  # rows that are read the general way first: they say what the colu
 _LARGE_BYTES = 1 << 27  # of a file that takes seconds
 
 
+def no_batch(batch: pa.RecordBatch) -> None:
+    """Takes the batches of a reader that has no source, and so makes none."""
+    raise AssertionError("without a source every row is read the general way")
+
+
 def is_plain(source: Source) -> bool:
     """Whether Arrow can do what the source asks for."""
     if source.candidate_scores or any(name in source.columns for name in ("positives", "negatives", "group")):

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 
-from trainer.data.blocks import PEEKED, checked_batch, is_plain, parsed_blocks
+from trainer.data.blocks import PEEKED, checked_batch, is_plain, no_batch, parsed_blocks
 from trainer.data.columns import find_column
 from trainer.data.files import data_format
 from trainer.data.rows import MAX_TEXT_CHARS, Block, Record, Rows, text_blocks
@@ -29,12 +29,8 @@ if TYPE_CHECKING:
 _Cells = tuple[int, "list[str] | str"]
 
 
-def _no_batch(batch: pa.RecordBatch) -> None:
-    raise AssertionError("nobody takes batches")
-
-
 def read_delimited(
-    path: Path, source: Source | None = None, accept: Callable[[pa.RecordBatch], None] = _no_batch
+    path: Path, source: Source | None = None, accept: Callable[[pa.RecordBatch], None] = no_batch
 ) -> Rows:
     """The rows of a file that need a closer look; the others go to ``accept`` as batches of canonical columns.
 

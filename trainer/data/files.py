@@ -27,6 +27,11 @@ def data_format(path: Path) -> str:
     return suffix.lower() if suffix.lower() in FORMATS else ""
 
 
+def cause_of(error: Exception) -> str:
+    """What an error of a library says, in one line."""
+    return (str(error) or "no reason given").splitlines()[0]
+
+
 def did_you_mean(name: str, known: Collection[str]) -> str:
     """The sentence `` Did you mean 'x'?``, or nothing where no known name is near."""
     lowered = {k.lower(): k for k in known}

@@ -13,21 +13,23 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 import pyarrow.json
 
-from trainer.data.blocks import PEEKED, checked_batch, is_plain, parsed_blocks
+from trainer.data.blocks import PEEKED, checked_batch, is_plain, no_batch, parsed_blocks
 from trainer.data.rows import Block, Record, Rows, json_records, text_blocks
 
 if TYPE_CHECKING:
     from trainer.data.sources import Source
 
 
-def read_json_lines(path: Path, source: Source, accept: Callable[[pa.RecordBatch], None]) -> Rows:
+def read_json_lines(
+    path: Path, source: Source | None = None, accept: Callable[[pa.RecordBatch], None] = no_batch
+) -> Rows:
     """The rows of a file that need a closer look; the others go to ``accept`` as batches of canonical columns.
 
     The two come in the order of the file: ``accept`` is called when all rows before have been taken from the records.
 
     Args:
         path: of JSON lines, also gzipped.
-        source: what is asked for.
+        source: what is asked for; without it every line is read by itself.
         accept: gets checked rows: large_string texts, then float32 score and int64 label.
     """
     blocks = text_blocks(path)
@@ -37,10 +39,10 @@ def read_json_lines(path: Path, source: Source, accept: Callable[[pa.RecordBatch
         if len(head) >= PEEKED:
             break
     columns = list(dict.fromkeys(key for _, row in head[:PEEKED] if isinstance(row, dict) for key in row))
-    types = _types(source, head)
+    types = source and _types(source, head)
 
     def parse(block: Block) -> pa.RecordBatch | None:
-        return None if types is None else _parse(block, source, types)
+        return _parse(block, source, types) if source and types else None
 
     def records() -> Iterator[Record]:
         yield from head

@@ -10,7 +10,7 @@ from typing import NamedTuple, Optional, Union
 
 from datasets import load_dataset
 
-from trainer.data.files import data_files, data_format, is_hub_id
+from trainer.data.files import cause_of, data_files, data_format, is_hub_id
 from trainer.data.sources import EvalSource, Source
 
 
@@ -86,10 +86,9 @@ def _hub_sets(path: str, revision: Optional[str]) -> list[str]:
         # Not their names alone: those can't be had from the cache, without a network.
         return list(load_dataset(path, "queries", revision=revision))
     except Exception as error:  # the hub, the network, the format: each has its own type
-        cause = (str(error) or "no reason given").splitlines()[0]
         raise ValueError(
             f"{path}: neither a folder here nor a hub data set with corpus, queries and qrels "
-            f"({type(error).__name__}: {cause})"
+            f"({type(error).__name__}: {cause_of(error)})"
         ) from error
 
 

@@ -14,11 +14,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, load_dataset
 
+from trainer.data.blocks import no_batch
 from trainer.data.cache import use
 from trainer.data.checks import BadRows, checked_rows
 from trainer.data.delimited import read_delimited
 from trainer.data.derived import draw, held_out, triplets
-from trainer.data.files import JSON_LINES, data_files, data_format, did_you_mean, is_hub_id
+from trainer.data.files import JSON_LINES, cause_of, data_files, data_format, did_you_mean, is_hub_id
 from trainer.data.json_lines import read_json_lines
 from trainer.data.rows import Rows, read_file, table_rows
 from trainer.data.sources import Source
@@ -165,10 +166,9 @@ def hub_rows(path: str, subset: Optional[str], split: str, revision: Optional[st
         return load_dataset(path, name=subset, split=split, revision=revision)
     except Exception as error:  # the hub, the network, the split, the format: each has its own type
         near = did_you_mean(path, os.listdir())
-        cause = (str(error) or "no reason given").splitlines()[0]
         raise ValueError(
             f"{path}: neither a file or folder here nor a hub data set that can be read "
-            f"({type(error).__name__}: {cause}).{near}"
+            f"({type(error).__name__}: {cause_of(error)}).{near}"
         ) from error
 
 
@@ -235,9 +235,17 @@ def _open(source: Source, accept: Callable[[pa.RecordBatch], None]) -> Iterator[
         yield table_rows(source.path, rows.features.arrow_schema, here.with_format("arrow").iter(1000))
     else:
         for file in data_files(source.path, source.split):
-            if data_format(file) in JSON_LINES:
-                yield read_json_lines(file, source, accept)
-            elif data_format(file) in (".csv", ".tsv"):
-                yield read_delimited(file, source, accept)
-            else:
-                yield read_file(file, wanted)
+            yield file_rows(file, source, accept)
+
+
+def file_rows(file: Path, source: Optional[Source] = None, accept: Callable[[pa.RecordBatch], None] = no_batch) -> Rows:
+    """The rows of a file of any known format.
+
+    Args:
+        source: what is asked for, where ``accept`` takes batches that need no closer look.
+    """
+    if data_format(file) in JSON_LINES:
+        return read_json_lines(file, source, accept)
+    if data_format(file) in (".csv", ".tsv"):
+        return read_delimited(file, source, accept)
+    return read_file(file, source.read_columns if source else None)

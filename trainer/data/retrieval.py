@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, Optional
 
@@ -22,19 +22,17 @@ from numpy.typing import NDArray
 from trainer.data.cache import use
 from trainer.data.checks import BadRows
 from trainer.data.columns import Column, find_column
-from trainer.data.delimited import read_delimited
 from trainer.data.derived import draw
-from trainer.data.files import FORMATS, JSON_LINES, data_format
+from trainer.data.files import FORMATS, data_format
 from trainer.data.layouts import HubTable, Part, Parts, find_parts
-from trainer.data.loading import content_hash, hub_rows
-from trainer.data.rows import Record, Rows, json_records, read_file, table_rows, text_blocks
+from trainer.data.loading import content_hash, file_rows, hub_rows
+from trainer.data.rows import Record, Rows, table_rows, text_blocks
 from trainer.data.sources import EvalSource
 from trainer.data.values import BadValueError, check_text, to_number
 from trainer.evaluation.search import Collection
 
 _VERSION = 1  # of the cached sets: raise it when the same files and spec give other ones
 _BATCH_ROWS = 10_000
-_PEEK = 100
 # Names that a column usually has; the first that is there is taken.
 _USUAL: dict[str, tuple[str, ...]] = {
     "query_id": ("_id", "id", "query_id", "query-id", "qid"),
@@ -253,25 +251,12 @@ def _open(part: Part, read_other: Optional[Callable[[Path], Rows]] = None) -> It
         yield table_rows(part.path, rows.features.arrow_schema, rows.with_format("arrow").iter(1000))
         return
     for file in part:
-        if data_format(file) in JSON_LINES:
-            yield _json_rows(file)
-        elif read_other is not None and data_format(file) in ("", ".tsv"):
+        if read_other is not None and data_format(file) in ("", ".tsv"):
             yield read_other(file)
         elif data_format(file):
-            yield _table_rows(file)
+            yield file_rows(file)
         else:
             raise ValueError(f"{file}: unknown format; known are {', '.join(FORMATS)}, each also with .gz")
-
-
-def _table_rows(path: Path) -> Rows:
-    return read_delimited(path) if data_format(path) in (".csv", ".tsv") else read_file(path, None)
-
-
-def _json_rows(path: Path) -> Rows:
-    records = chain.from_iterable(json_records(path, block) for block in text_blocks(path))
-    head: list[Record] = list(islice(records, _PEEK))
-    columns = list(dict.fromkeys(key for _, row in head if isinstance(row, dict) for key in row))
-    return Rows(str(path), ":", columns, chain(head, records))
 
 
 def read_judgements(path: Path) -> Rows:
@@ -280,7 +265,7 @@ def read_judgements(path: Path) -> Rows:
     cells = first.split()
     if len(cells) != 4 or not re.fullmatch(r"[+-]?\d+", cells[3]):
         if data_format(path):
-            return _table_rows(path)
+            return file_rows(path)
         raise ValueError(f"{path}: neither lines of TREC (query 0 document relevance) nor a known format")
 
     def records() -> Iterator[Record]:

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trainer.data.columns import find_column
-from trainer.data.files import data_files, data_format, did_you_mean, is_hub_id
+from trainer.data.files import cause_of, data_files, data_format, did_you_mean, is_hub_id
 from trainer.data.order import SLICE_ROWS
 
 if TYPE_CHECKING:
@@ -109,8 +109,7 @@ def _remote_files(path: str) -> list[str]:
         else:
             found = [root] if system.exists(root) else []
     except Exception as error:  # each file system has its own types; a missing driver is an ImportError
-        cause = (str(error) or "no reason given").splitlines()[0]
-        raise ValueError(f"{path}: cannot be listed ({type(error).__name__}: {cause})") from error
+        raise ValueError(f"{path}: cannot be listed ({type(error).__name__}: {cause_of(error)})") from error
     if not found:
         raise ValueError(f"{path}: no file is there")
     return [system.unstrip_protocol(name) for name in found]
@@ -123,10 +122,9 @@ def _hub_files(source: Source) -> list[str] | None:
         builder = load_dataset_builder(source.path, name=source.subset, revision=source.revision)
         files = [str(file) for file in (builder.config.data_files or {}).get(source.split, [])]
     except Exception as error:  # the hub, the network, the subset: each has its own type
-        cause = (str(error) or "no reason given").splitlines()[0]
         raise ValueError(
             f"{source.path}: neither a file or folder here nor a hub data set that can be read "
-            f"({type(error).__name__}: {cause}).{did_you_mean(source.path, os.listdir())}"
+            f"({type(error).__name__}: {cause_of(error)}).{did_you_mean(source.path, os.listdir())}"
         ) from error
     return files or None
 
