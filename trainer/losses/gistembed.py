@@ -77,8 +77,7 @@ class GISTEmbed(Loss):
         if self.contrast_positives:
             others = batch.candidates(1, range(1, 2), _judge(guide, 1, range(1, 2), bound_B))
             all_sums.append(others.sums(self.scale, self.max_whole)[0])
-        rate = anchors.false_negative_rate(targets.weight)
-        self.last_metrics = {} if rate is None else {"false_negative_rate": rate}
+        self.last_metrics = anchors.metrics(targets.weight)
         return targets.weight * (torch.logsumexp(torch.stack(all_sums), dim=0) - own_logits_B).sum()
 
     def describe(self) -> dict[str, Any]:

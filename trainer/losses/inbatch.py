@@ -128,18 +128,19 @@ class Candidates:
 
         return log_sum_exp(self.queries_BD, self.candidates_ND, scale, logits, self.own_B, max_whole)
 
-    def false_negative_rate(self, weight: float) -> Tensor | None:
-        """Share of false negatives among the candidates that are not the own one: ``weight`` times its sum over
-        queries, so that the mean over ranks is that of the global batch. None: nothing is known of that."""
+    def metrics(self, weight: float) -> dict[str, Tensor]:
+        """``false_negative_rate``: share of false negatives among the candidates that are not the own one, ``weight``
+        times its sum over queries, so that the mean over ranks is that of the global batch. Empty if not known.
+        """
         if self.own_texts_B2 is None and self.group_B is None and self.judge is None:
-            return None
+            return {}
         num_others = len(self.row_N) if self.present_N is None else self.present_N.sum()
         total = self.queries_BD.new_zeros(())
         for rows, columns in tiles(len(self.row_B), len(self.row_N)):
             false = self.false_negatives(rows, columns)
             assert false is not None
             total += false.sum()
-        return weight * total / torch.as_tensor(num_others - 1).clamp(min=1)
+        return {"false_negative_rate": weight * total / torch.as_tensor(num_others - 1).clamp(min=1)}
 
 
 class InBatch:

@@ -108,8 +108,7 @@ class InfoNCE(Loss):
             sums_B = torch.stack(all_sums).mean(dim=0)
         elif others:
             sums_B = torch.logsumexp(torch.stack(all_sums), dim=0)
-        rate = anchors.false_negative_rate(targets.weight)
-        self.last_metrics = {} if rate is None else {"false_negative_rate": rate}
+        self.last_metrics = anchors.metrics(targets.weight)
         # Written as sentence-transformers writes it: F.cross_entropy rounds differently enough (1e-6 a step) to
         # part the two curves by 1e-4 within 50 steps of Adam.
         return targets.weight * (sums_B - own_B).sum()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,11 +10,12 @@ from torch.nn import functional as F
 
 from trainer.batch import Targets
 from trainer.distributed.gather import gather_rows
-from trainer.losses.base import SENTENCE_BERT, Loss
-from trainer.losses.similarity import Distance, distance_limit, pairwise_distance
+from trainer.losses.base import SENTENCE_BERT
+from trainer.losses.contrastive import Contrastive
+from trainer.losses.similarity import pairwise_distance
 
 
-class OnlineContrastive(Loss):
+class OnlineContrastive(Contrastive):
     """Sum of d^2 over hard positives and of max(0, margin - d)^2 over hard negatives of the global batch.
 
     A pair of label 0 is hard where its distance d is below the largest of label 1, a pair of label 1 where it is above
@@ -27,14 +27,7 @@ class OnlineContrastive(Loss):
         distance: cosine (1 - cosine similarity), euclidean or manhattan.
     """
 
-    needs = frozenset({"labels"})
-    num_labels = 2
     citation = SENTENCE_BERT
-
-    def __init__(self, margin: float = 0.5, distance: Distance = "cosine") -> None:
-        super().__init__()
-        self.margin = margin
-        self.distance: Distance = distance
 
     def forward(self, columns: Sequence[Tensor], targets: Targets) -> Tensor:
         assert targets.labels_B is not None
@@ -53,12 +46,6 @@ class OnlineContrastive(Loss):
         missing_B = F.relu(self.margin - distances_B)
         total = (hard_positive_B * distances_B.square()).sum() + (hard_negative_B * missing_B.square()).sum()
         return len(rows_per_rank) * total
-
-    def margin_limit(self, normalized: bool) -> float | None:
-        return distance_limit(self.distance, normalized)
-
-    def describe(self) -> dict[str, Any]:
-        return {"margin": self.margin, "distance": self.distance}
 
 
 def _mean(values_b: Tensor, chosen_b: Tensor) -> Tensor:

@@ -65,8 +65,7 @@ class SigLIP(Loss):
             step = max(1, self.max_whole // num_candidates)
             blocks = [slice(start, start + step) for start in range(0, num_rows, step)]
             total = torch.stack([checkpoint(self._sum, candidates, rows, use_reentrant=False) for rows in blocks]).sum()
-        rate = candidates.false_negative_rate(targets.weight)
-        self.last_metrics = {} if rate is None else {"false_negative_rate": rate}
+        self.last_metrics = candidates.metrics(targets.weight)
         return targets.weight * total
 
     def _sum(self, candidates: Candidates, rows: slice) -> Tensor:
