@@ -150,11 +150,10 @@ class EmbeddingModule(LightningModule):
 
     def prepare_data(self) -> None:
         """Let the teacher embed, once per node; the other ranks wait and open its files."""
-        if self.teacher_spec is not None:
-            self.open_teachers(self.data, self.trainer.strategy.root_device)
+        self.open_teachers(self.data, self.trainer.strategy.root_device)
 
     def setup(self, stage: str) -> None:
-        if stage == "fit" and self.teacher_spec is not None:
+        if stage == "fit":
             self.open_teachers(self.data, self.trainer.strategy.root_device)
 
     def open_teachers(self, data: PairData, device: torch.device) -> None:

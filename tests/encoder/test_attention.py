@@ -5,6 +5,7 @@ Shape suffixes: T tokens of the stream, N heads, D head dimension.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -44,6 +45,19 @@ def _plain(streams: list[Tensor], lengths: tuple[int, ...], scale: float | None)
     return torch.cat(outs, dim=2).transpose(1, 2)
 
 
+def _assert_same_gradients(
+    ours: tuple[Tensor, Sequence[Tensor]], theirs: tuple[Tensor, Sequence[Tensor]], tolerance: float
+) -> None:
+    """Of outputs with respect to their inputs, by the same weights; the tolerance is relative above 1."""
+    weights = torch.randn(ours[0].shape, generator=torch.Generator().manual_seed(1))
+    for out, _ in (ours, theirs):
+        (out * weights).sum().backward()
+    for our, their in zip(ours[1], theirs[1], strict=True):
+        assert our.grad is not None
+        assert their.grad is not None
+        assert_close(our.grad, their.grad, rtol=0.0, atol=tolerance * max(1.0, float(their.grad.abs().max())))
+
+
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
 @pytest.mark.parametrize("scale", [None, 0.7])
 def test_packed_is_plain_per_segment(lengths: tuple[int, ...], scale: float | None) -> None:
@@ -53,13 +67,7 @@ def test_packed_is_plain_per_segment(lengths: tuple[int, ...], scale: float | No
     expected = _plain(theirs, lengths, scale)
     assert out.shape == (1, sum(lengths), N, D)
     assert_close(out, expected, rtol=0.0, atol=1e-6)
-    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
-    (out * weights).sum().backward()
-    (expected * weights).sum().backward()
-    for our, their in zip(ours, theirs, strict=True):
-        assert our.grad is not None
-        assert their.grad is not None
-        assert_close(our.grad, their.grad, rtol=0.0, atol=1e-6 * max(1.0, float(their.grad.abs().max())))
+    _assert_same_gradients((out, ours), (expected, theirs), 1e-6)
 
 
 @pytest.mark.parametrize("lengths", [LENGTHS["ragged"], LENGTHS["equal and ragged"]], ids=["ragged", "equal"])
@@ -90,13 +98,7 @@ def test_who_sees_whom(lengths: tuple[int, ...], window: int | None, is_causal: 
         first += length
     expected = torch.stack(rows)[None]
     assert_close(out, expected, rtol=0.0, atol=1e-6)
-    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
-    (out * weights).sum().backward()
-    (expected * weights).sum().backward()
-    for our, their in zip(ours, theirs, strict=True):
-        assert our.grad is not None
-        assert their.grad is not None
-        assert_close(our.grad, their.grad, rtol=0.0, atol=2e-6 * max(1.0, float(their.grad.abs().max())))
+    _assert_same_gradients((out, ours), (expected, theirs), 2e-6)
 
 
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
