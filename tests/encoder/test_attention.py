@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
 from transformers import AttentionInterface
 
-from trainer.encoder.attention import PACKED_ATTENTION, Bucket, packed_attention, plan_buckets
+from trainer.encoder.attention import PACKED_ATTENTION, Bucket, attend_on_host, packed_attention, plan_buckets
 
 N, D = 3, 8
 CPU = torch.device("cpu")
@@ -138,7 +138,8 @@ def test_dropout_has_its_rate_and_expectation(lengths: tuple[int, ...], rate: fl
     weights = _weights_under_dropout(lengths, rate)
     for segment, n in zip(weights, lengths, strict=True):
         kept = segment != 0.0
-        assert_close(segment[kept], torch.full_like(segment[kept], 1.0 / (1.0 - rate)))
+        # The rate is a multiple of 2^-16.
+        assert_close(segment[kept], torch.full_like(segment[kept], 1.0 / (1.0 - rate)), rtol=2.0**-16, atol=0.0)
         sigma = (rate * (1.0 - rate) / (N * n * n)) ** 0.5
         assert abs(float((~kept).double().mean()) - rate) < 4.5 * sigma
     everything = torch.cat([segment.flatten() for segment in weights])
@@ -146,6 +147,21 @@ def test_dropout_has_its_rate_and_expectation(lengths: tuple[int, ...], rate: fl
     # Heads and segments draw their own masks.
     assert not torch.equal(weights[-1][0], weights[-1][1])
     assert not torch.equal(weights[-1], weights[-2])
+
+
+@pytest.mark.parametrize("masked", ["keys", "keys of each query", "nothing"])
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_attention_on_a_host_is_that_of_torch(masked: str, scale: float | None) -> None:
+    """Value and gradients, where nothing is dropped."""
+    shape = {"keys": (4, 1, 1, 9), "keys of each query": (1, 1, 9, 9), "nothing": None}[masked]
+    mask = None if shape is None else torch.rand(shape, generator=torch.Generator().manual_seed(2)) < 0.6
+    if mask is not None:
+        mask[..., 0] = True
+    ours, theirs = ([x.detach().view(4, N, 9, D).requires_grad_() for x in _streams(36)] for _ in range(2))
+    out = attend_on_host(*ours, mask, 0.0, scale)
+    expected = scaled_dot_product_attention(*theirs, attn_mask=mask, scale=scale)
+    assert_close(out, expected)
+    _assert_same_gradients((out, ours), (expected, theirs), 1e-6)
 
 
 def test_no_dropout_is_exact() -> None:

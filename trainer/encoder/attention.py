@@ -2,8 +2,8 @@
 
 The stream holds segments sorted by length. It is cut into a few buckets of neighbouring segments; in a bucket
 attention is padded to the longest segment, which is little longer than the shortest. Nothing outside attention
-is ever padded. Attention dropout is SDPA's own, on every path. Causal attention and sliding windows are counted
-inside a segment.
+is ever padded. Attention dropout is SDPA's own, but on a CPU, whose SDPA with dropout is a row of plain operations:
+there :func:`attend_on_host` has cheaper ones. Causal attention and sliding windows are counted inside a segment.
 
 Shape suffixes: T tokens of the stream, N heads, D head dimension, S segments, L longest segment of a bucket.
 """
@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
+
+from trainer.encoder.dropout import dropout as host_dropout
 
 PACKED_ATTENTION = "packed_segments"
 
@@ -98,6 +100,29 @@ def _padded(x_TND: Tensor, bucket: Bucket) -> Tensor:
     return x_TND.reshape(bucket.num, bucket.longest, *x_TND.shape[1:]).transpose(1, 2)
 
 
+def attend_on_host(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rate: float, scaling: float | None
+) -> Tensor:
+    """``scaled_dot_product_attention`` with dropout on a CPU.
+
+    Args:
+        query, key, value: (S, N, L, D), one dtype.
+        mask: (S or 1, 1, L or 1, L) True where a query sees a key, at least one; None: all see all.
+        rate: of the dropout of attention probabilities.
+        scaling: of the scores; None: 1 / sqrt(D).
+    """
+    S, N, L, D = query.shape
+    scale = D**-0.5 if scaling is None else scaling
+    bias = query.new_zeros((1, 1, 1, 1) if mask is None else mask.shape)
+    if mask is not None:
+        bias.masked_fill_(~mask, -torch.inf)
+    bias = bias.expand(S, N, -1, L).flatten(0, 1)
+    q, k, v = (x.reshape(S * N, L, D) for x in (query, key, value))
+    with torch.autocast("cpu", enabled=False):  # which would compute the softmax in fp32, unlike SDPA
+        scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale)
+        return torch.bmm(host_dropout(scores.softmax(-1), rate), v).view(S, N, L, D)
+
+
 def packed_attention(
     module: nn.Module,
     query: Tensor,
@@ -136,9 +161,12 @@ def packed_attention(
             mask = bucket.window(sliding_window, is_causal, query.device)
         elif is_causal:  # hides padding, too
             mask, causal = None, True
-        out_SNLD = scaled_dot_product_attention(
-            q_SNLD, k_SNLD, v_SNLD, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scaling
-        )
+        if dropout and not causal and query.device.type == "cpu":
+            out_SNLD = attend_on_host(q_SNLD, k_SNLD, v_SNLD, mask, dropout, scaling)
+        else:
+            out_SNLD = scaled_dot_product_attention(
+                q_SNLD, k_SNLD, v_SNLD, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scaling
+            )
         out = out_SNLD.transpose(1, 2).flatten(0, 1)
         parts.append(out if bucket.real is None else out.index_select(0, bucket.real))
     return torch.cat(parts).unsqueeze(0), None

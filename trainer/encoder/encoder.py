@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from trainer.batch import PackedBatch
 from trainer.distributed import gather
 from trainer.encoder.attention import PACKED_ATTENTION, padded_layout, plan_buckets
+from trainer.encoder.dropout import HostDropout, use_host_dropout
 from trainer.encoder.spec import EncoderSpec
 from trainer.encoder.text import load_text_preparation, position_offset
 from trainer.encoder.trainable import merged_adapters, restrict
@@ -86,6 +87,7 @@ class Encoder(nn.Module):
                 f"backbone type '{self.backbone.config.model_type}' runs padded; packed forward: "
                 + ", ".join(sorted(PACKED_MODEL_TYPES)),
             )
+        use_host_dropout(self.backbone)
         if spec.dropout is not None:
             self.set_dropout(spec.dropout)
         restrict(self.backbone, spec)
@@ -111,7 +113,7 @@ class Encoder(nn.Module):
             # ModernBERT leaves out a dropout whose rate is 0.
             for name, child in module.named_children():
                 if isinstance(child, nn.Identity) and "drop" in name:
-                    setattr(module, name, nn.Dropout(rate))
+                    setattr(module, name, HostDropout(rate))
             # Some attentions keep their rate as a plain number.
             for name, value in list(vars(module).items()):
                 if "dropout" in name and isinstance(value, float):
