@@ -294,9 +294,10 @@ class EmbeddingModule(LightningModule):
             return
         by_norm = gradient_clip_algorithm in (None, "norm")
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        limit = gradient_clip_val if gradient_clip_val and by_norm else float("inf")
-        self.last_grad_norm = nn.utils.clip_grad_norm_(parameters, limit)
-        if not by_norm:
+        self.last_grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if by_norm and gradient_clip_val:
+            _clip(optimizer, parameters, gradient_clip_val, self.last_grad_norm)
+        elif gradient_clip_val:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         self.finite_steps.check(self.last_grad_norm, optimizer, self.trainer)
 
@@ -393,6 +394,14 @@ def count_steps(steps_per_epoch: int, max_epochs: int, max_steps: int) -> int:
         raise ValueError("trainer.max_epochs is -1 and trainer.max_steps is not set: give one of them")
     steps = steps_per_epoch * max_epochs if max_epochs > 0 else max_steps
     return min(steps, max_steps) if max_steps > 0 else steps
+
+
+def _clip(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], limit: float, norm: Tensor) -> None:
+    """Scale gradients of this global norm to the limit, if they are over it; a fused optimizer does it on its way."""
+    if all(group.get("fused") for group in optimizer.param_groups):
+        optimizer.grad_scale = ((norm + 1e-6) / limit).clamp(min=1.0)  # type: ignore[attr-defined]
+    else:
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
 
 
 def _is_norm(module: nn.Module) -> bool:
