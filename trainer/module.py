@@ -172,7 +172,7 @@ class EmbeddingModule(LightningModule):
         """Load the encoder and make the heads; Lightning calls it inside the strategy's context."""
         if hasattr(self, "encoder"):
             return
-        self.encoder = Encoder(self.encoder_spec, self.max_tokens)
+        self.encoder = Encoder(self.encoder_spec, self.max_tokens, self.data.text)
         # Now, for a strategy may take the weights apart later.
         self._base = self.encoder.base_checksum() if self.encoder.base_names else None
         for loss in self.all_losses:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -24,7 +24,7 @@ from trainer.distributed import gather
 from trainer.encoder.attention import PACKED_ATTENTION, padded_layout, plan_buckets
 from trainer.encoder.dropout import HostDropout, use_host_dropout
 from trainer.encoder.spec import EncoderSpec
-from trainer.encoder.text import load_text_preparation, position_offset
+from trainer.encoder.text import TextPreparation, load_text_preparation, position_offset
 from trainer.encoder.trainable import merged_adapters, restrict
 from trainer.encoder.vocabulary import CompactEmbedding
 
@@ -42,14 +42,15 @@ class Encoder(nn.Module):
         spec: what to load.
         max_tokens: tokens of one forward; a longer batch is embedded chunk by chunk under activation
             checkpointing (one graph, one backward, dropout replayed).
+        text: what prepares the texts, if somebody has read it already: a tokenizer of 250,000 pieces takes 280 MB.
 
     Raises:
         ValueError: a backbone that can't be read, or max_length over its positions.
     """
 
-    def __init__(self, spec: EncoderSpec, max_tokens: int) -> None:
+    def __init__(self, spec: EncoderSpec, max_tokens: int, text: TextPreparation | None = None) -> None:
         super().__init__()
-        self.text = load_text_preparation(spec)
+        self.text = load_text_preparation(spec) if text is None else text
         try:
             shell = SentenceTransformer(
                 spec.backbone,
@@ -63,6 +64,7 @@ class Encoder(nn.Module):
                 f"model.encoder.backbone '{spec.backbone}': its weights are a pickle that holds more than tensors, "
                 "which could run code; take a copy in safetensors from someone you trust"
             ) from error
+        self._as_saved = _share_tokenizer(shell, self.text)
         shell.max_seq_length = self.text.max_length
         _override_modules(shell, spec)
         # A tuple hides the shell from nn.Module: its modules are registered below, once.
@@ -235,6 +237,7 @@ class Encoder(nn.Module):
         if self.packed:
             self.backbone.set_attn_implementation("sdpa")
         shell.eval()
+        self._as_saved()
         try:
             with merged_adapters(self.backbone) if self._has_adapters else nullcontext():
                 yield shell
@@ -244,6 +247,26 @@ class Encoder(nn.Module):
             if self.packed:
                 self.backbone.set_attn_implementation(PACKED_ATTENTION)
             self.train(training)
+
+
+def _share_tokenizer(shell: SentenceTransformer, text: TextPreparation) -> Callable[[], None]:
+    """Let the shell have the tokenizer of ``text`` instead of its own copy.
+
+    Returns:
+        What gives it the truncation and padding of its files again, which every use of a tokenizer changes.
+    """
+    transformer: Any = shell[0]
+    unused = transformer.processor.backend_tokenizer
+    truncation, padding = unused.truncation, unused.padding
+    if not transformer.do_lower_case:  # ours lowers by itself
+        transformer.processor = transformer.input_formatter.processor = text.tokenizer
+    backend = transformer.processor.backend_tokenizer
+
+    def restore() -> None:
+        backend.no_truncation() if truncation is None else backend.enable_truncation(**truncation)
+        backend.no_padding() if padding is None else backend.enable_padding(**padding)
+
+    return restore
 
 
 def _override_modules(shell: SentenceTransformer, spec: EncoderSpec) -> None:
