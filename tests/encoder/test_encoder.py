@@ -268,6 +268,34 @@ def test_chunks_keep_to_the_budget(tiny_encoders: dict[str, Path], kind: str) ->
         assert tokens.start == sum(lengths[: segments.start])
         cost = sum(inside) if encoder.packed else len(inside) * max(inside)
         assert cost <= 20 or len(inside) == 1
+    # The first may hold what is left over; before every other one stands a text that it has no room for.
+    for segments, _ in chunks[1:]:
+        inside = lengths[segments.start - 1 : segments.stop]
+        assert (sum(inside) if encoder.packed else len(inside) * max(inside)) > 20
+
+
+def test_the_last_chunk_is_embedded_once(tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And all others twice; without gradients once."""
+    encoder = _load(tiny_encoder, 60, dropout=0.3).train()
+    forwards: list[int] = []
+    embed_stream = encoder._embed_stream
+
+    def counted(input_ids_T: torch.Tensor, *rest: Any) -> torch.Tensor:
+        forwards.append(len(input_ids_T))
+        return embed_stream(input_ids_T, *rest)
+
+    monkeypatch.setattr(encoder, "_embed_stream", counted)
+    batch = _pack(encoder, TEXTS)
+    sizes = [tokens.stop - tokens.start for _, tokens in encoder._chunks(batch.lengths)]
+    assert len(sizes) > 2
+    embeddings = encoder.embed(batch)
+    assert forwards == sizes
+    _backward(embeddings)
+    assert forwards[len(sizes) :] == sizes[-2::-1], "backward goes from the last chunk to the first"
+    forwards.clear()
+    with torch.no_grad():
+        encoder.embed(batch)
+    assert forwards == sizes
 
 
 # -- the way out --------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import logging
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ class Encoder(nn.Module):
 
     Args:
         spec: what to load.
-        max_tokens: tokens of one forward; a longer batch is embedded chunk by chunk under activation
+        max_tokens: tokens of one forward; a longer batch is embedded chunk by chunk, all but the last under activation
             checkpointing (one graph, one backward, dropout replayed).
         text: what prepares the texts, if somebody has read it already: a tokenizer of 250,000 pieces takes 280 MB.
 
@@ -167,31 +168,36 @@ class Encoder(nn.Module):
 
     def embed(self, batch: PackedBatch) -> Tensor:
         """Embeddings of all texts of a batch, (S, D) float32, in column-major order."""
-        chunks = list(self._chunks(batch.lengths))
+        chunks, num_idle = list(self._chunks(batch.lengths)), 0
         if self.lockstep:
-            # What an idle forward embeds stands behind the rest, where order_S does not look.
             (num_chunks,) = gather.start_max([len(chunks)], batch.input_ids_T.device)()
-            chunks += [(slice(0, 1), slice(0, batch.lengths[0]))] * (num_chunks - len(chunks))
+            num_idle = num_chunks - len(chunks)
+            chunks = [(slice(0, 1), slice(0, batch.lengths[0]))] * num_idle + chunks
         parts = []
-        for segments, tokens in chunks:
+        for number, (segments, tokens) in enumerate(chunks, start=1):
             inputs = batch.input_ids_T[tokens], batch.positions_T[tokens], batch.lengths[segments]
-            if len(chunks) > 1 and torch.is_grad_enabled():
+            # The last graph is the first that backward consumes: it is gone before another chunk is embedded again.
+            if number < len(chunks) and torch.is_grad_enabled():
                 parts.append(checkpoint(self._embed_stream, *inputs, use_reentrant=False))
             else:
                 parts.append(self._embed_stream(*inputs))
-        return torch.cat(parts)[batch.order_S]
+        # What an idle forward embeds stands behind the rest, where order_S does not look.
+        return torch.cat(parts[num_idle:] + parts[:num_idle])[batch.order_S]
 
     def _chunks(self, lengths: Sequence[int]) -> Iterator[tuple[slice, slice]]:
-        """Consecutive segments within the token budget, as (segments, tokens); at least one segment each."""
-        first, start, stop = 0, 0, 0
-        for i, length in enumerate(lengths):
+        """Consecutive segments within the token budget, as (segments, tokens); at least one segment each. The last is
+        full, for it is embedded once and the others twice."""
+        stops = [0, *accumulate(lengths)]
+        bounds = [len(lengths)]
+        for i in reversed(range(len(lengths))):
+            last = bounds[-1]
             # Lengths ascend: a padded forward is as wide as its last segment.
-            cost = stop - start + length if self.packed else (i + 1 - first) * length
-            if i > first and cost > self.max_tokens:
-                yield slice(first, i), slice(start, stop)
-                first, start = i, stop
-            stop += length
-        yield slice(first, len(lengths)), slice(start, stop)
+            cost = stops[last] - stops[i] if self.packed else (last - i) * lengths[last - 1]
+            if i < last - 1 and cost > self.max_tokens:
+                bounds.append(i + 1)
+        bounds.append(0)
+        for start, stop in pairwise(reversed(bounds)):
+            yield slice(start, stop), slice(stops[start], stops[stop])
 
     def _embed_stream(self, input_ids_T: Tensor, positions_T: Tensor, lengths: Sequence[int]) -> Tensor:
         device = input_ids_T.device
