@@ -11,8 +11,8 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
+from trainer.data.batches import share_rows
 from trainer.data.module import PairData
-from trainer.data.order import split_rows
 from trainer.distributed import gather
 
 logger = logging.getLogger(__name__)
@@ -130,11 +130,10 @@ def _report(data: PairData, step: int, ranks: list[int]) -> dict[str, Any]:
     if data.stream is not None:  # its rows have no numbers that say where they are
         return {"step": step + 1, "source": data.stream.source.path, "ranks_with_bad_loss": ranks, "rows": []}
     plan = data.order.step(*divmod(step, data.steps_per_epoch))
-    shares = split_rows(len(plan.rows), gather.world_size())
-    starts = [sum(shares[:rank]) for rank in range(len(shares))]
+    shares = share_rows(plan.rows, data.tables[plan.source], gather.world_size())
     return {
         "step": step + 1,
         "source": data.train_sources[plan.source].path,
         "ranks_with_bad_loss": ranks,
-        "rows": [plan.rows[start : start + share].tolist() for start, share in zip(starts, shares, strict=True)],
+        "rows": [share.tolist() for share in shares],
     }

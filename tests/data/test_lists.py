@@ -109,7 +109,9 @@ def fields_on_rank(source: Source, encoder: str, cache: str) -> list[list[list[i
         targets = batch.targets
         assert targets.groups_B is not None
         whole = (targets.row_ids_B, targets.groups_B, targets.texts_BC, targets.present_BC)
-        fields.append([gather.gather_rows(t, targets.rows_per_rank).tolist() for t in whole])  # type: ignore[arg-type]
+        gathered = [gather.gather_rows(t, targets.rows_per_rank) for t in whole]  # type: ignore[arg-type]
+        by_row = gathered[0].argsort()  # ranks take the rows of a step in an order of their own
+        fields.append([t[by_row].tolist() for t in gathered])
     return fields
 
 

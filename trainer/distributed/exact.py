@@ -158,8 +158,9 @@ class ExactnessCheck(Callback):
         size = f"{len(rows)} rows{f' of {data.train_sources[batch.source].path}' if several else ''}"
         value = float(loss.detach())
         relative_loss = abs(record.loss - value) / max(abs(value), 1e-8)
+        others = sum(a != b for a, b in zip(sorted(rows), sorted(record.rows), strict=False))
         return [
-            Joint(f"{step} rows", float(sum(a != b for a, b in zip(rows, record.rows, strict=False))), 0.0, size),
+            Joint(f"{step} rows", float(others), 0.0, size),
             Joint(f"{step} loss", relative_loss, tolerance, f"{record.loss:.6f} and {value:.6f}"),
             Joint(f"{step} gradient", float(difference), tolerance, f"largest at {worst}"),
             Joint(f"{step} gradient norm", abs(float(ratio) - 1.0), tolerance, f"ratio {float(ratio):.7f}"),
