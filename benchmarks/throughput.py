@@ -132,7 +132,7 @@ def show(report: dict[str, Any]) -> None:
     turns, rate = report["turns"], report["matrix_flops_per_s"]["median"]
     print(
         f"{report['shape']}, {report['precision']}, {len(turns) - 1} turns of {turns[1]} steps of "
-        f"{report['batch_size']} rows, {report['threads']} threads; matrix products {rate / 1e9:,.0f} GFLOP/s"
+        f"{report['batch_size']} rows, {report['threads'] or 'all'} threads; matrix products {rate / 1e9:,.0f} GFLOP/s"
     )
     for name, side in report["sides"].items():
         each = report["ratios"].get(name)

@@ -11,6 +11,7 @@ import os
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -80,6 +81,10 @@ class Side:
         """Let it take its next turn, or end."""
         self._pipe.send("go")
 
+    def join(self) -> None:
+        """Let it end in order."""
+        self._process.join(30)
+
     def stop(self) -> None:
         self._process.kill()
         self._process.join()
@@ -99,7 +104,10 @@ def results(ranks: Sequence[Side]) -> list[dict[str, Any]]:
     """What the ranks of a fit measured of themselves, once all turns are over."""
     for side in ranks:
         side.go()
-    return [side.wait() for side in ranks]
+    found = [side.wait() for side in ranks]
+    for side in ranks:
+        side.join()
+    return found
 
 
 def start_method() -> Any:
@@ -166,18 +174,20 @@ class Baton:
 
 
 def memory_mib(name: str) -> float:
-    """A line of /proc/self/status: RssAnon (own pages), RssFile (files in memory), VmHWM (peak of all)."""
+    """A line of /proc/self/status: RssAnon (own pages), RssFile (files in memory), VmHWM (peak of all); 0 where the
+    kernel does not tell, as in some containers."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(name + ":"):
             return int(line.split()[1]) / 1024
-    raise KeyError(name)
+    return 0.0
 
 
 def reset_peaks() -> None:
     """Memory peaks count from now on, so that loading is not in them."""
     import torch
 
-    Path("/proc/self/clear_refs").write_text("5")
+    with suppress(OSError):  # a container may not have it: then the peak is that of the whole run
+        Path("/proc/self/clear_refs").write_text("5")
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
 
