@@ -6,6 +6,7 @@ python benchmarks/report.py
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ Written by `python benchmarks/report.py` from `benchmarks/results/**/*.json`; a 
 figures mean, and how they are taken, stands in [README.md](README.md); the tries behind them in [LOG.md](LOG.md).
 "default" and "best" are settings of sentence-transformers, explained in [peer.py](peer.py). A ratio is ours over
 theirs in speed, the median of the rounds (lowest to highest round behind it), and ours over theirs in memory. The share
-is the arithmetic of the texts' tokens over what large matrix products reached in the same minutes.
+is the arithmetic of the texts' tokens over what large matrix products reached in the same minutes. The loss is the mean
+of all steps, warm-up included: the same rows, dropout masks apart.
 """
 _STEP = ("shape", "batch", "precision")
-_SPEED = (*_STEP, "side", "rows/s", "tokens/s", "share", "peak MiB", "ours is", "its memory", "run")
+_SPEED = (*_STEP, "side", "rows/s", "tokens/s", "share", "peak MiB", "loss", "ours is", "its memory", "run")
 _MEMORY = (*_STEP, "peak MiB", "ours is", "run")
 _SCALING = (*_STEP, "side", "rows/s on 1", "on 2", "speed-up", "gradient MB", "other MB", "run")
 
@@ -65,6 +67,7 @@ def _speed_rows(content: dict[str, Any]) -> Iterable[Sequence[str]]:
                 f"{side['tokens_per_s']:,.0f}",
                 share,
                 f"{side['peak_device_mib'] or side['peak_host_mib']:,.0f}",
+                f"{statistics.mean(side['losses']):.4f}",
                 f"**{ratio['speed']:.2f}x** ({min(each):.2f} to {max(each):.2f})" if ratio else "",
                 f"{ratio['memory']:.2f}x" if ratio else "",
             )

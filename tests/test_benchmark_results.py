@@ -33,7 +33,13 @@ def test_the_document_is_that_of_the_files() -> None:
 
 def test_each_kind_of_file_has_its_rows(tmp_path: Path) -> None:
     """Figures, and the command, machine and commit of each."""
-    ours = {"rows_per_s": 60.0, "tokens_per_s": 1800.0, "share_of_matrix_rate": 0.5, "share_with_replays": 0.6}
+    ours = {
+        "rows_per_s": 60.0,
+        "tokens_per_s": 1800.0,
+        "share_of_matrix_rate": 0.5,
+        "share_with_replays": 0.6,
+        "losses": [2, 1],
+    }
     theirs = {**ours, "rows_per_s": 20.0, "share_with_replays": 0.5}
     speed = {
         "shape": "stsb",
@@ -72,9 +78,10 @@ def test_each_kind_of_file_has_its_rows(tmp_path: Path) -> None:
         path.write_text(json.dumps({**MACHINE, **content}))
     text = report.document(tmp_path)
     rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert "| stsb | 16 | bf16 | ours | 60.0 | 1,800 | 0.50 (0.60 with replays) | 500 |  |  | [1] |" in rows
+    assert "| stsb | 16 | bf16 | ours | 60.0 | 1,800 | 0.50 (0.60 with replays) | 500 | 1.5000 |  |  | [1] |" in rows
     assert (
-        "| stsb | 16 | bf16 | default | 20.0 | 1,800 | 0.50 | 1,000 | **3.00x** (2.90 to 3.10) | 0.50x | [1] |" in rows
+        "| stsb | 16 | bf16 | default | 20.0 | 1,800 | 0.50 | 1,000 | 1.5000 | **3.00x** (2.90 to 3.10) | 0.50x | [1] |"
+        in rows
     )
     assert [row for row in rows if row.startswith("| ja-en | 16 | bf16 | default") and row.endswith("[2] |")]
     assert "| stsb | 16 | fp32 | ours 1, best 4 | 0.25x of best | [3] |" in rows
