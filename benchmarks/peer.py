@@ -134,7 +134,8 @@ def peer_settings(name: str, precision: str, max_tokens: int) -> PeerSettings:
 
     Not taken: lengths grouped into batches, which its trainer does not offer and which would change the rows of a step;
     batch samplers, which choose rows too. torch.compile stands apart ("compiled"), because each new pair of lengths
-    compiles again until it takes shapes as dynamic, and it can lose.
+    compiles again until it takes shapes as dynamic, and it can lose: on two CPU
+    cores it did (LOG.md), and transformers itself says that it is for GPUs.
     """
     on_gpu, half = torch.cuda.is_available(), precision == "bf16"
     if name == "default":

@@ -77,7 +77,7 @@ def main() -> None:
     add_options(parser)
     parser.set_defaults(threads=max(1, (os.cpu_count() or 2) // 2))
     args = parse(parser)
-    prepare_environment(args.threads, devices="0,1")
+    prepare_environment(args.threads)
     from shapes import SHAPES
 
     shape, sides = SHAPES[args.shape], []

@@ -121,13 +121,11 @@ def start_method() -> Any:
     return context
 
 
-def prepare_environment(threads: int | None, devices: str = "0") -> None:
-    """Before the first side: what its libraries read once. Without a list of devices the other side would take all
-    GPUs, in one process."""
+def prepare_environment(threads: int | None) -> None:
+    """Before the first side: what its libraries read once."""
     if threads:
         os.environ.update(OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
     os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="true", HF_DATASETS_DISABLE_PROGRESS_BARS="1")
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", devices)
 
 
 # -- inside the process of a side ------------------------------------------------------------------------------
@@ -199,7 +197,9 @@ def run(job: Job, pipe: Connection) -> dict[str, Any]:
     if job.threads:
         torch.set_num_threads(job.threads)
     traffic = None
-    if job.ranks > 1:
+    if job.ranks == 1:  # or the other side would take all GPUs, in one process
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    else:
         from traffic import Traffic, as_rank
 
         as_rank(job.rank, job.ranks, job.port)

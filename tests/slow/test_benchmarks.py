@@ -46,7 +46,7 @@ def test_benchmark_command(command: str, data_dir: Path, tmp_path: Path) -> None
     assert 0 < ours["share_of_matrix_rate"] < 1.5
     # The same rows and the same start, dropout apart.
     assert len(ours["losses"]) == len(theirs["losses"]) == 3
-    assert ours["losses"][0] == pytest.approx(theirs["losses"][0], rel=0.3)
+    assert ours["losses"][0] == pytest.approx(theirs["losses"][0], rel=0.5)
     assert min(ours["peak_host_mib"], theirs["peak_host_mib"]) > 300  # weights, gradients, moments of 22.7 M parameters
 
 
