@@ -19,7 +19,8 @@ figures mean, and how they are taken, stands in [README.md](README.md); the trie
 "default" and "best" are settings of sentence-transformers, explained in [peer.py](peer.py). A ratio is ours over
 theirs in speed, the median of the rounds (lowest to highest round behind it), and ours over theirs in memory. The share
 is the arithmetic of the texts' tokens over what large matrix products reached in the same minutes. The loss is the mean
-of all steps, warm-up included: the same rows, dropout masks apart.
+of all steps, warm-up included: the same rows, dropout masks apart. Of one rank and two, compare rows per second within
+a side only.
 """
 _STEP = ("shape", "batch", "precision")
 _SPEED = (*_STEP, "side", "rows/s", "tokens/s", "share", "peak MiB", "loss", "ours is", "its memory", "run")

@@ -4,7 +4,8 @@ sentence-transformers' under DDP.
     python benchmarks/scaling.py --shape ja-en --json benchmarks/results/scaling/NAME.json
 
 gloo on a CPU, where a rank has half of the cores; NCCL on two GPUs. The global batch stays the same. Runs of one side
-take turns as in throughput.py. Both losses see the global batch (theirs with gather_across_devices).
+take turns as in throughput.py; the sides come one after the other, so what compares between them is speed-up and bytes,
+not rows per second. Both losses see the global batch (theirs with gather_across_devices).
 """
 
 from __future__ import annotations
