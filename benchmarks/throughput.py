@@ -1,10 +1,11 @@
-"""Rows per second and peak memory of our fit and of sentence-transformers' own trainer, paired.
+"""Rows per second, share of what the machine's matrix products allow, and peak memory: our fit beside
+sentence-transformers' own trainer.
 
     python benchmarks/throughput.py --shape stsb --data FOLDER --json OUT
 
-Both sides take the same steps over the same rows in the same order, in a fresh process per turn; time stands
-between the ends of steps, the first steps are dropped. Tokenizing is outside our steps (its time is printed,
-it is done once for all epochs) and inside those of the other side, as both work for a user.
+All sides are live processes that take turns of a few steps over the same rows in the same order; the time of a turn is
+taken by this process, which only hands the turns out. Tokenizing is outside our steps (its time is printed, it is done
+once for all epochs) and inside those of the other side, as both work for a user.
 """
 
 from __future__ import annotations
@@ -12,215 +13,187 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from provenance import provenance
+from turns import SIDES, Job, Side, matrix_rate, prepare, prepare_environment, results, take_turn
 
-WARMUP_STEPS = 5
-SEED = 42
-SHAPE_NAMES = ("stsb", "ja-en", "hebrew-nli")  # of shapes.py, which takes seconds to import
+if TYPE_CHECKING:
+    from shapes import Shape
 
-
-# -- one turn, in its own process --------------------------------------------------------------------------
-
-
-class Clock:
-    """Takes the time at the end of every step."""
-
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
-        self.ends: list[float] = []
-        self.cpu_ends: list[float] = []
-
-    def tick(self) -> None:
-        import torch
-
-        if torch.cuda.is_available() and len(self.ends) + 1 in (WARMUP_STEPS, self.steps):
-            torch.cuda.synchronize()
-        self.ends.append(time.perf_counter())
-        self.cpu_ends.append(time.process_time())
-
-    def result(self) -> dict[str, Any]:
-        import resource
-
-        import torch
-        from peer import BATCH_SIZE
-
-        assert len(self.ends) == self.steps, (len(self.ends), self.steps)
-        seconds = self.ends[-1] - self.ends[WARMUP_STEPS - 1]
-        return {
-            "rows_per_s": BATCH_SIZE * (self.steps - WARMUP_STEPS) / seconds,
-            "seconds_per_step": seconds / (self.steps - WARMUP_STEPS),
-            "cpu_seconds_per_step": (self.cpu_ends[-1] - self.cpu_ends[WARMUP_STEPS - 1]) / (self.steps - WARMUP_STEPS),
-            "step_seconds": [b - a for a, b in zip(self.ends, self.ends[1:], strict=False)][WARMUP_STEPS - 1 :],
-            "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-            "peak_device_mib": torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else None,
-            "threads": torch.get_num_threads(),
-        }
+SHAPE_NAMES = ("stsb", "intents-ko", "ja-en", "chatbot-ko", "hebrew-nli", "nli-chunks")  # of shapes.py, slow to import
 
 
-def run_side(side: str, args: argparse.Namespace) -> dict[str, Any]:
-    """One turn, or the preparation of all turns."""
-    from peer import Fit, fit_ours, fit_peer, in_our_order, load_peer, our_data, peer_loss
-    from shapes import SHAPES
+def compare(
+    name: str, shape: Shape, sides: Sequence[str], turns: tuple[int, ...], args: argparse.Namespace
+) -> dict[str, Any]:
+    """All turns of all sides on one shape, and what they give.
 
-    from trainer.encoder import EncoderSpec
+    Args:
+        sides: ours first.
+        turns: steps of each turn, the warm-up first.
+        args: precision, threads, data, cache.
+    """
+    import torch
 
-    task = SHAPES[args.shape].task
-    backbone = SHAPES[args.shape].backbone(args.data, args.cache)
-    tokens = args.cache / "tokens"
-    if side == "prepare":
-        data = our_data(task, args.data, EncoderSpec(backbone, max_length=task.max_length), SEED, tokens)
-        start = time.perf_counter()
-        data.prepare_data()
-        seconds = time.perf_counter() - start
-        data.setup("fit")
-        return {
-            "task": asdict(task),
-            "tokenize_s": seconds,
-            "rows": data.sizes[0],
-            "used_pieces": len(data.used_ids()),
-        }
-    clock = Clock(args.steps)
-    fit = Fit(steps=args.steps, seed=SEED, precision=args.precision, on_step=clock.tick)
-    if side == "ours":
-        fit_ours(task, args.data, backbone, fit, tokens)
-    else:
-        rows = in_our_order(task.rows(args.data), args.steps, SEED)
-        model = load_peer(task, backbone, fit)
-        fit_peer(model, peer_loss(task, model), rows, fit, shuffle=False)
-    return clock.result()
-
-
-# -- all turns ---------------------------------------------------------------------------------------------
-
-
-def start_side(side: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Run one turn in a fresh process."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "turn.json"
-        command = [
-            sys.executable,
-            __file__,
-            "--side",
-            side,
-            "--shape",
-            args.shape,
-            "--steps",
-            str(args.steps),
-        ]
-        command += ["--precision", args.precision, "--data", str(args.data), "--cache", str(args.cache)]
-        threads = {"OMP_NUM_THREADS": str(args.threads), "MKL_NUM_THREADS": str(args.threads)}
-        quiet = {
-            "HF_HUB_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "true",
-            "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-        }
-        log = Path(folder) / "log"
-        with log.open("w") as file:
-            done = subprocess.run(
-                [*command, "--json", str(out)],
-                env={**os.environ, **threads, **quiet},
-                stdout=file,
-                stderr=file,
-            )
-        if done.returncode:
-            raise SystemExit(f"{side} failed with status {done.returncode}:\n{log.read_text()[-4000:]}")
-        result: dict[str, Any] = json.loads(out.read_text())
-        return result
-
-
-def summarize(pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
-    ratios = [ours["rows_per_s"] / peer["rows_per_s"] for ours, peer in pairs]
-    summary: dict[str, Any] = {
-        "ratio_median": statistics.median(ratios),
-        "ratio_each_pair": ratios,
-    }
-    for name, turns in (("ours", [pair[0] for pair in pairs]), ("peer", [pair[1] for pair in pairs])):
-        summary[name] = {
-            key: statistics.median(turn[key] for turn in turns)
-            for key in ("rows_per_s", "seconds_per_step", "cpu_seconds_per_step", "peak_rss_mib")
-        }
-        if turns[0]["peak_device_mib"] is not None:
-            summary[name]["peak_device_mib"] = max(turn["peak_device_mib"] for turn in turns)
-    return summary
-
-
-def print_turn(side: str, turn: dict[str, Any]) -> None:
-    print(
-        f"  {side:5} {turn['rows_per_s']:8.1f} rows/s  {1000 * turn['seconds_per_step']:8.1f} ms/step  "
-        f"{1000 * turn['cpu_seconds_per_step']:8.1f} ms of CPU  "
-        f"peak {turn['peak_rss_mib']:6.0f} MiB",
-        flush=True,
-    )
-
-
-def main() -> None:
-    args = parse()
-    if args.side:
-        args.json.write_text(json.dumps(run_side(args.side, args)))
-        return
-    print(f"{args.shape}, {args.precision}, {args.steps} steps of 16 rows, {args.threads} threads", flush=True)
+    if args.threads:
+        torch.set_num_threads(args.threads)  # of the matrix products
     load = os.getloadavg()
-    prepared = start_side("prepare", args)
-    print(
-        f"  {prepared['rows']} rows with {prepared['used_pieces']} pieces, tokenized in {prepared['tokenize_s']:.1f} s"
-    )
-    pairs = []
-    for _ in range(args.turns):
-        turns = {}
-        for side in ("ours", "peer"):
-            turns[side] = start_side(side, args)
-            print_turn(side, turns[side])
-        pairs.append((turns["ours"], turns["peer"]))
-    summary = summarize(pairs)
-    each = ", ".join(f"{ratio:.2f}" for ratio in summary["ratio_each_pair"])
-    print(
-        f"  median {summary['ours']['rows_per_s']:.1f} against {summary['peer']['rows_per_s']:.1f} rows/s: "
-        f"{summary['ratio_median']:.2f}x (pairs: {each})"
-    )
-    if args.json:
-        report = {
-            "shape": args.shape,
-            "precision": args.precision,
-            "steps": args.steps,
-            "warmup_steps": WARMUP_STEPS,
-            "threads": args.threads,
-            "prepared": prepared,
-            "summary": summary,
-            "turns": [{"ours": ours, "peer": peer} for ours, peer in pairs],
-            "load_average_before": load,
-            "load_average_after": os.getloadavg(),
-            **provenance(),
-        }
-        args.json.write_text(json.dumps(report, indent=1))
+    with tempfile.TemporaryDirectory() as folder:
+        jobs = [Job(side, shape, args.precision, turns, args.data, args.cache, args.threads) for side in sides]
+        prepared = prepare(jobs[0], Path(folder) / "prepare.log")
+        live: list[Side] = []
+        try:
+            for job in jobs:
+                live.append(Side(job, Path(folder) / f"{job.side}.log"))
+            seconds, rates = take_turns(live, len(turns) - 1, args.precision)
+            measured = {side.job.side: results([side])[0] for side in live}
+        finally:
+            for side in live:
+                side.stop()
+    report = {
+        "shape": name,
+        "task": asdict(shape.task),
+        "precision": args.precision,
+        "batch_size": shape.batch_size,
+        "turns": list(turns),
+        "threads": args.threads,
+        "prepared": prepared,
+        "matrix_flops_per_s": {"median": statistics.median(rates), "each": rates},
+        "load_average_before": load,
+        "load_average_after": os.getloadavg(),
+    }
+    first = measured[sides[0]]
+    report["sides"] = {
+        side: result | {"seconds": seconds[side]} | summarize(seconds[side], first, turns, shape, rates)
+        for side, result in measured.items()
+    }
+    mine = report["sides"]["ours"]
+    mine["share_with_replays"] = mine["share_of_matrix_rate"] * (1 + first["replayed_share"])
+    report["ratios"] = {side: ratio(mine, report["sides"][side]) for side in sides[1:]}
+    return report
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPE_NAMES, required=True)
-    parser.add_argument("--steps", type=int, default=45, help=f"of a turn; the first {WARMUP_STEPS} are not timed")
-    parser.add_argument("--turns", type=int, default=3, help="of each side")
+def take_turns(live: Sequence[Side], rounds: int, precision: str) -> tuple[dict[str, list[float]], list[float]]:
+    """Seconds of every timed turn by side, and the matrix rates measured between the rounds."""
+    for side in live:
+        side.wait()  # its warm-up; they warm up side by side
+    seconds: dict[str, list[float]] = {side.job.side: [] for side in live}
+    rates = [matrix_rate(precision)]
+    for number in range(rounds):
+        # There and back: what drifts one way favours nobody.
+        for side in live if number % 2 == 0 else reversed(live):
+            seconds[side.job.side].append(take_turn([side]))
+        rates.append(matrix_rate(precision))
+    return seconds, rates
+
+
+def summarize(
+    seconds: list[float], ours: dict[str, Any], turns: Sequence[int], shape: Shape, rates: list[float]
+) -> dict[str, Any]:
+    """Medians over the turns. Tokens and arithmetic are those of our batches: all sides take the same rows."""
+    timed = list(zip(turns[1:], seconds, ours["tokens"][1:], ours["flops"][1:], strict=True))
+    return {
+        "rows_per_s": statistics.median(shape.batch_size * steps / s for steps, s, _, _ in timed),
+        "tokens_per_s": statistics.median(tokens / s for _, s, tokens, _ in timed),
+        "flops_per_s": statistics.median(flops / s for _, s, _, flops in timed),
+        "share_of_matrix_rate": statistics.median(flops / s for _, s, _, flops in timed) / statistics.median(rates),
+    }
+
+
+def ratio(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+    each = [t / o for t, o in zip(theirs["seconds"], ours["seconds"], strict=True)]
+    return {
+        "speed": statistics.median(each),
+        "speed_each_round": each,
+        "cpu": statistics.median(
+            t / o for t, o in zip(theirs["cpu_seconds"][1:], ours["cpu_seconds"][1:], strict=True)
+        ),
+        "memory": peak_mib(ours) / peak_mib(theirs),
+        "mean_loss_ours": statistics.mean(ours["losses"]),
+        "mean_loss_theirs": statistics.mean(theirs["losses"]),
+    }
+
+
+def peak_mib(side: dict[str, Any]) -> float:
+    """Of the timed steps: of the device, or of the host without libraries and mapped files."""
+    peak: float = side["peak_device_mib"] or side["peak_host_mib"]
+    return peak
+
+
+def show(report: dict[str, Any]) -> None:
+    turns, rate = report["turns"], report["matrix_flops_per_s"]["median"]
+    print(
+        f"{report['shape']}, {report['precision']}, {len(turns) - 1} turns of {turns[1]} steps of "
+        f"{report['batch_size']} rows, {report['threads'] or 'all'} threads; matrix products {rate / 1e9:,.0f} GFLOP/s"
+    )
+    for name, side in report["sides"].items():
+        each = report["ratios"].get(name)
+        print(
+            f"  {name:9} {side['rows_per_s']:9.1f} rows/s  {side['tokens_per_s']:11,.0f} tokens/s  "
+            f"share {side['share_of_matrix_rate']:.2f}  peak {peak_mib(side):6.0f} MiB"
+            + (f"  ours {each['speed']:.2f}x (CPU {each['cpu']:.2f}x), memory {each['memory']:.2f}x" if each else "")
+        )
+    print(flush=True)
+
+
+def described() -> dict[str, Any]:
+    """Where a figure comes from: command, machine, versions, commit."""
+    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    for option in ("--data", "--json", "--cache"):  # of this machine, and nobody else's
+        if option in words:
+            at = words.index(option)
+            del words[at : at + 2]
+    return {"command": f"python benchmarks/{shlex.join(words)}", **provenance()}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--data", type=Path, default=os.environ.get("TRAINER_TEST_DATA"), help="$TRAINER_TEST_DATA")
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "trainer-benchmarks")
     parser.add_argument("--json", type=Path, help="write everything here")
-    parser.add_argument("--side", choices=("prepare", "ours", "peer"), help=argparse.SUPPRESS)
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     args = parser.parse_args()
     if args.data is None:
         parser.error("give the folder of data by --data or TRAINER_TEST_DATA")
-    if args.steps <= WARMUP_STEPS + 1:
-        parser.error(f"--steps must be over {WARMUP_STEPS + 1}: the first {WARMUP_STEPS} are not timed")
+    args.data = Path(args.data).resolve()
     return args
+
+
+def write(path: Path | None, report: dict[str, Any]) -> None:
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPE_NAMES, required=True)
+    parser.add_argument("--peer", nargs="+", choices=SIDES[1:], default=["default"], help="its settings, see peer.py")
+    parser.add_argument("--steps", type=int, default=20, help="of a turn")
+    parser.add_argument("--turns", type=int, default=5, help="of each side")
+    parser.add_argument("--warmup", type=int, default=5, help="steps of each side before the first turn")
+    add_options(parser)
+    args = parse(parser)
+    if min(args.steps, args.turns, args.warmup) < 1:
+        parser.error("--steps, --turns and --warmup must be 1 or more")
+    prepare_environment(args.threads)
+    from shapes import SHAPES
+
+    turns = (args.warmup, *[args.steps] * args.turns)
+    report = compare(args.shape, SHAPES[args.shape], ["ours", *args.peer], turns, args)
+    show(report)
+    write(args.json, {**report, **described()})
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import gzip
 import json
 import logging
+import time
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from trainer.batch import PackedBatch
 from trainer.data import order
 from trainer.data.batches import StepBatches
-from trainer.data.module import PairData, step_groups
+from trainer.data.module import PairData, StepLoader, step_groups
 from trainer.data.sources import EvalSource, Source
 from trainer.encoder import EncoderSpec
 
@@ -149,3 +151,22 @@ def test_a_length_that_does_not_fit_is_refused(tmp_path: Path, tiny_encoder: Pat
     held_out = EvalSource(name="dev", path="x.jsonl", columns=COLUMNS, max_lengths={"anchor": 5})
     with pytest.raises(ValueError, match=r"max_lengths is for data\.train; an evaluation embeds as the exported model"):
         PairData([], EncoderSpec("x"), validation=[held_out])
+
+
+class _SlowBatches(StepBatches):
+    def __getitem__(self, step: int) -> PackedBatch:
+        time.sleep(0.03)
+        return super().__getitem__(step)
+
+
+def test_the_loader_tells_what_was_waited_for_it(tmp_path: Path, tiny_encoder: Path) -> None:
+    """The time inside the loader, and none of what is done with a batch."""
+    data = make_data(tmp_path, tiny_encoder, num_rows=24, batch_size=8)
+    data.setup("fit")
+    batches = _SlowBatches(data.tables, data.order, 3, rank=0, world_size=1)
+    loader = StepLoader(batches, batch_sampler=[[0], [1, 2]], collate_fn=list)
+    begun = time.perf_counter()
+    for batch in loader:
+        assert batch.num_rows == 8
+        time.sleep(0.05)
+    assert 3 * 0.03 <= loader.seconds_waited <= time.perf_counter() - begun - 3 * 0.05

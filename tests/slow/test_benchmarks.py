@@ -1,5 +1,6 @@
 """The benchmarks that the README shows, short."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -23,8 +24,9 @@ def test_benchmark_command(command: str, data_dir: Path, tmp_path: Path) -> None
     words = shlex.split(command)[1:]
     few = {
         "--shape": "stsb",
-        "--steps": "7",
+        "--steps": "2",
         "--turns": "1",
+        "--warmup": "1",
         "--data": str(data_dir),
         "--json": str(tmp_path / "out.json"),
     }
@@ -38,4 +40,29 @@ def test_benchmark_command(command: str, data_dir: Path, tmp_path: Path) -> None
         cwd=ROOT, capture_output=True, text=True, timeout=250, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "ratio" in (tmp_path / "out.json").read_text()
+    report = json.loads((tmp_path / "out.json").read_text())
+    ours, theirs = report["sides"]["ours"], report["sides"]["default"]
+    assert report["ratios"]["default"]["speed"] == theirs["seconds"][0] / ours["seconds"][0]
+    assert 0 < ours["share_of_matrix_rate"] < 1.5
+    # The same rows and the same start, dropout apart.
+    assert len(ours["losses"]) == len(theirs["losses"]) == 3
+    assert ours["losses"][0] == pytest.approx(theirs["losses"][0], rel=0.5)
+    assert min(ours["peak_host_mib"], theirs["peak_host_mib"]) > 300  # weights, gradients, moments of 22.7 M parameters
+
+
+def test_gpu_benchmark_on_the_cpu(tmp_path: Path) -> None:
+    """Tiny: generated data, chunks, and both settings of the other side."""
+    command = [
+        sys.executable,
+        "benchmarks/gpu.py",
+        "--cpu",
+        "--shapes",
+        "nli-chunks",
+        "--json",
+        str(tmp_path / "out.json"),
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250, check=False)
+    assert done.returncode == 0, done.stderr
+    (report,) = json.loads((tmp_path / "out.json").read_text())["reports"]
+    assert report["sides"].keys() == {"ours", "default", "best"}
+    assert report["sides"]["ours"]["replayed_share"] > 0.2  # a second forward of the chunks, a third of the arithmetic

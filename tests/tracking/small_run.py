@@ -14,6 +14,7 @@ from trainer.batch import PackedBatch
 from trainer.data.module import PairData
 from trainer.data.sources import EvalSource, Source
 from trainer.distributed import gather
+from trainer.encoder.flops import count_arithmetic
 from trainer.encoder.spec import EncoderSpec
 from trainer.losses import CosineSimilarity
 from trainer.module import EmbeddingModule
@@ -83,6 +84,7 @@ class Recorder(Callback):
                 "rows": batch.num_rows,
                 "tokens": batch.num_tokens,
                 "padded": batch.padded_tokens,
+                "flops": count_arithmetic(pl_module.encoder_spec).step(batch.lengths),  # type: ignore[arg-type]
                 "row_sum": float(batch.targets.row_ids_B.sum()),
             }
         )

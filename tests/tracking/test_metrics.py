@@ -30,7 +30,7 @@ from trainer.batch import Targets
 from trainer.losses import CosineSimilarity
 from trainer.tracking.metrics import MetricsLog, drop_rows_after
 
-TIMED = {"train/rows_per_s", "train/tokens_per_s"}
+TIMED = {"train/rows_per_s", "train/tokens_per_s", "train/flops_per_s", "train/data_wait"}
 
 
 class Noting(CosineSimilarity):
@@ -84,6 +84,7 @@ def assert_rows(found: list[dict[str, Any]], wanted: list[dict[str, float]]) -> 
         for name, value in want.items():
             assert row[name] == pytest.approx(value, rel=1e-6 if name == "train/mean_row" else 1e-9), name
         assert all(row[name] > 0 for name in TIMED)
+        assert row["train/data_wait"] < 1
 
 
 def test_rows_are_means_and_sums_of_the_steps(tmp_path: Path, tiny_encoder: Path, demo_texts: list[str]) -> None:
@@ -109,6 +110,8 @@ def test_two_ranks_log_the_whole(
     ranks = two_ranks(fit, tmp_path / "two", tiny_encoder, rows)
     found = read_metrics(tmp_path / "two")
     assert_rows(found, expected(ranks))
+    flops, tokens = (sum(step[key] for steps in ranks for step in steps[:5]) for key in ("flops", "tokens"))
+    assert found[0]["train/flops_per_s"] / found[0]["train/tokens_per_s"] == pytest.approx(flops / tokens, rel=1e-9)
     fit(tmp_path / "one", tiny_encoder, rows)
     for row, alone in zip(found, read_metrics(tmp_path / "one"), strict=True):
         for name in row.keys() - TIMED - {"train/padding_efficiency"}:

@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -100,11 +101,25 @@ class StepLoader(DataLoader[PackedBatch]):
     """A loader that Lightning may call resumable; its state is the trainer's step, so it stores nothing.
 
     Workers send several steps in one message: a message takes longer than a batch of 16 rows.
+
+    Attributes:
+        seconds_waited: what this process has spent in getting batches.
     """
+
+    seconds_waited = 0.0
 
     def __iter__(self) -> Any:
         with shielded():
-            return chain.from_iterable(super().__iter__())
+            return self._timed(chain.from_iterable(super().__iter__()))
+
+    def _timed(self, batches: Iterator[PackedBatch]) -> Iterator[PackedBatch]:
+        while True:
+            start = time.perf_counter()
+            batch = next(batches, None)
+            self.seconds_waited += time.perf_counter() - start
+            if batch is None:
+                return
+            yield batch
 
     def state_dict(self) -> dict[str, Any]:
         return {}

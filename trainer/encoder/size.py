@@ -41,8 +41,8 @@ class BackboneSize:
     num_frozen: int
 
 
-def backbone_size(spec: EncoderSpec) -> BackboneSize:
-    """Counts the parameters on the meta device: nothing is allocated, no weight is read.
+def meta_backbone(spec: EncoderSpec) -> Any:
+    """The backbone on the meta device: nothing is allocated, no weight is read.
 
     Raises:
         ValueError: transformers has no such architecture.
@@ -50,12 +50,27 @@ def backbone_size(spec: EncoderSpec) -> BackboneSize:
     config: Any = read_config(spec)
     with torch.device("meta"):
         model: Any = AutoModel.from_config(config, trust_remote_code=spec.trust_remote_code)
-    with torch.device("meta"):
         restrict(model, spec)
+    return model
+
+
+def attention_width(config: Any) -> int:
+    """Width of the queries of all heads together."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(head_dim * config.num_attention_heads)
+
+
+def backbone_size(spec: EncoderSpec) -> BackboneSize:
+    """Counts the parameters on the meta device.
+
+    Raises:
+        ValueError: transformers has no such architecture.
+    """
+    model: Any = meta_backbone(spec)
+    config = model.config
     hidden = config.hidden_size
     embeddings = model.get_input_embeddings().weight
     intermediate = getattr(config, "intermediate_size", None) or getattr(config, "hidden_dim", None) or 4 * hidden
-    head_dim = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
     return BackboneSize(
         num_parameters=sum(p.numel() for p in model.parameters()),
         num_trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -63,7 +78,7 @@ def backbone_size(spec: EncoderSpec) -> BackboneSize:
         trains_pieces=embeddings.requires_grad,
         hidden=hidden,
         intermediate=intermediate,
-        attention=head_dim * config.num_attention_heads,
+        attention=attention_width(config),
         is_gated=config.model_type in _GATED_MODEL_TYPES,
         num_layers=config.num_hidden_layers,
         num_frozen=spec.freeze or 0,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from trainer.batch import PackedBatch
 from trainer.distributed import gather
+from trainer.encoder.flops import Arithmetic, count_arithmetic
 from trainer.files import write_whole
 from trainer.manifest import read_state
 
@@ -26,13 +27,14 @@ Listener = Callable[[Mapping[str, float], int], None]
 
 @dataclass
 class _Sums:
-    """Sums over the steps since the last log. Tokens, loss and what the losses found besides are this rank's share of
-    the sum over ranks; steps, rows and the norm of the global gradient are the same on every rank."""
+    """Sums over the steps since the last log. Tokens, FLOPs, loss and what losses found are this rank's share of the
+    sum over ranks; steps, rows and the norm of the global gradient are the same on every rank."""
 
     steps: int = 0
     rows: int = 0
     tokens: int = 0
     padded_tokens: int = 0
+    flops: int = 0
     loss: float | Tensor = 0.0
     grad_norm: float | Tensor = 0.0
     found: dict[str, float | Tensor] = field(default_factory=dict)  # of losses, by name
@@ -62,6 +64,10 @@ class MetricsLog(Callback):
     - `train/padding_efficiency`: tokens of the texts divided by the tokens a padded forward would take in
       which each rank pads each column of its rows to the longest text of that column. 1 means that padding
       would have cost nothing; our own forward is packed and pays for the tokens only.
+    - `train/flops_per_s`: arithmetic of forward and backward of the texts (linear layers and attention, see
+      `trainer.encoder.flops`) over all ranks, by the same clock; padding and second forwards of chunks do not count.
+    - `train/data_wait`: share of the same time in which rank 0's process waited for its loader. 0.02 is nothing to
+      worry about; near 1, the loader is what bounds the run: raise data.num_workers.
     - what a loss finds besides its value, over the steps of that loss: `train/false_negative_rate`, the share of
       candidates that are left out because they are right.
 
@@ -81,6 +87,8 @@ class MetricsLog(Callback):
         self._lr = math.nan
         self._since = 0.0
         self._paused = 0.0
+        self._waited = 0.0
+        self._arithmetic: Arithmetic | None = None
         self._trainer: Trainer | None = None
 
     # -- for other callbacks ------------------------------------------------------------------------------
@@ -119,7 +127,8 @@ class MetricsLog(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
             drop_rows_after(_path(trainer), trainer.global_step)
-        self._start_clock()
+        self._arithmetic = count_arithmetic(pl_module.encoder_spec)  # type: ignore[arg-type]
+        self._start_clock(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         # Before the step: when it ends, the scheduler has moved on to the rate of the next one.
@@ -133,6 +142,8 @@ class MetricsLog(Callback):
         sums.rows += batch.targets.num_global_rows
         sums.tokens += batch.num_tokens
         sums.padded_tokens += batch.padded_tokens
+        if self._arithmetic is not None and batch.num_rows:
+            sums.flops += self._arithmetic.step(batch.lengths)
         # On the device and without reading the value: a read would wait for the step.
         sums.loss = sums.loss + outputs["loss"].detach().double() / gather.world_size()
         grad_norm = getattr(pl_module, "last_grad_norm", None)
@@ -171,11 +182,12 @@ class MetricsLog(Callback):
 
     # -- inside -------------------------------------------------------------------------------------------
 
-    def _start_clock(self) -> None:
+    def _start_clock(self, trainer: Trainer) -> None:
         self._since, self._paused = time.perf_counter(), 0.0
+        self._waited = _seconds_waited(trainer)
 
     def _drop_share(self) -> None:
-        self._sums.loss, self._sums.tokens, self._sums.padded_tokens = 0.0, 0, 0
+        self._sums.loss, self._sums.tokens, self._sums.padded_tokens, self._sums.flops = 0.0, 0, 0, 0
         self._sums.found = dict.fromkeys(self._sums.found, 0.0)
 
     def _reduce(self) -> None:
@@ -184,12 +196,13 @@ class MetricsLog(Callback):
         if gather.world_size() > 1:
             assert self._trainer is not None
             # The same names on every rank, for all take a step with the same loss.
-            share = torch.zeros(3 + len(sums.found), dtype=torch.float64, device=self._trainer.strategy.root_device)
-            for place, value in enumerate([sums.tokens, sums.padded_tokens, sums.loss, *sums.found.values()]):
+            share = torch.zeros(4 + len(sums.found), dtype=torch.float64, device=self._trainer.strategy.root_device)
+            shares = [sums.tokens, sums.padded_tokens, sums.flops, sums.loss, *sums.found.values()]
+            for place, value in enumerate(shares):
                 share[place] = value
-            tokens, padded_tokens, loss, *found = gather.reduce_sum(share).tolist()
+            tokens, padded_tokens, flops, loss, *found = gather.reduce_sum(share).tolist()
             sums.found = dict(zip(sums.found, found, strict=True))
-            sums.tokens, sums.padded_tokens, sums.loss = int(tokens), int(padded_tokens), loss
+            sums.tokens, sums.padded_tokens, sums.flops, sums.loss = int(tokens), int(padded_tokens), int(flops), loss
             if gather.rank() != 0:
                 self._drop_share()
         self._sums = _Sums(**sums.as_numbers())
@@ -211,12 +224,18 @@ class MetricsLog(Callback):
                 "train/rows_per_s": (sums.rows - restored.rows) / seconds,
                 "train/tokens_per_s": (sums.tokens - restored.tokens) / seconds,
                 "train/padding_efficiency": efficiency,
+                "train/flops_per_s": (sums.flops - restored.flops) / seconds,
+                "train/data_wait": (_seconds_waited(trainer) - self._waited) / seconds,
                 **{f"train/{name}": float(total) / sums.found_steps[name] for name, total in sums.found.items()},
             },
             trainer.global_step,
         )
         self._sums, self._restored = _Sums(), _Sums()
-        self._start_clock()
+        self._start_clock(trainer)
+
+
+def _seconds_waited(trainer: Trainer) -> float:
+    return getattr(trainer.train_dataloader, "seconds_waited", math.nan)
 
 
 def _path(trainer: Trainer) -> Path:

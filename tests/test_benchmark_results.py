@@ -1,0 +1,92 @@
+"""benchmarks/RESULTS.md says what the JSON files say."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+spec = importlib.util.spec_from_file_location("benchmark_report", BENCHMARKS / "report.py")
+assert spec is not None
+assert spec.loader is not None
+report: Any = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(report)
+
+MACHINE = {
+    "command": "python benchmarks/throughput.py --shape stsb",
+    "device": "cpu",
+    "cpu": "A Processor",
+    "cores": 2,
+    "threads": 2,
+    "versions": {"torch": "2.13", "transformers": "5.2", "sentence-transformers": "6.2"},
+    "commit": "0123456789abcdef",
+    "uncommitted_changes": False,
+}
+
+
+def test_the_document_is_that_of_the_files() -> None:
+    written = (BENCHMARKS / "RESULTS.md").read_text(encoding="utf-8")
+    assert written == report.document(BENCHMARKS / "results"), "run python benchmarks/report.py"
+
+
+def test_each_kind_of_file_has_its_rows(tmp_path: Path) -> None:
+    """Figures, and the command, machine and commit of each."""
+    ours = {
+        "rows_per_s": 60.0,
+        "tokens_per_s": 1800.0,
+        "share_of_matrix_rate": 0.5,
+        "share_with_replays": 0.6,
+        "losses": [2, 1],
+    }
+    theirs = {**ours, "rows_per_s": 20.0, "share_with_replays": 0.5}
+    speed = {
+        "shape": "stsb",
+        "batch_size": 16,
+        "precision": "bf16",
+        "sides": {
+            "ours": {**ours, "peak_device_mib": None, "peak_host_mib": 500.0},
+            "default": {**theirs, "peak_device_mib": None, "peak_host_mib": 1000.0},
+        },
+        "ratios": {"default": {"speed": 3.0, "speed_each_round": [2.9, 3.0, 3.1], "memory": 0.5}},
+    }
+    contents: dict[str, dict[str, Any]] = {
+        "a.json": speed,
+        "gpu/b.json": {"reports": [{**speed, "shape": "ja-en"}], "data": "generated", "device": "A GPU"},
+        "c.json": {
+            "memory": [{"shape": "stsb", "batch_size": 16, "precision": "fp32", "peak_mib": {"ours": 1.0, "best": 4.0}}]
+        },
+        "d.json": {
+            "shape": "ja-en",
+            "batch_size": 16,
+            "precision": "fp32",
+            "scaling": [
+                {
+                    "side": "ours",
+                    "rows_per_s": {"1": 10.0, "2": 18.0},
+                    "speedup": 1.8,
+                    "bytes_per_step": {"gradient": 9.0e7, "all": 9.1e7},
+                }
+            ],
+        },
+        "e.json": {"of": "another benchmark"},
+    }
+    for name, content in contents.items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({**MACHINE, **content}))
+    text = report.document(tmp_path)
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert "| stsb | 16 | bf16 | ours | 60.0 | 1,800 | 0.50 (0.60 with replays) | 500 | 1.5000 |  |  | [1] |" in rows
+    assert (
+        "| stsb | 16 | bf16 | default | 20.0 | 1,800 | 0.50 | 1,000 | 1.5000 | **3.00x** (2.90 to 3.10) | 0.50x | [1] |"
+        in rows
+    )
+    assert [row for row in rows if row.startswith("| ja-en | 16 | bf16 | default") and row.endswith("[2] |")]
+    assert "| stsb | 16 | fp32 | ours 1, best 4 | 0.25x of best | [3] |" in rows
+    assert "| ja-en | 16 | fp32 | ours | 10.0 | 18.0 | 1.80x | 90.0 | 1.00 | [4] |" in rows
+    assert "A GPU, 2 threads; generated texts" in text
+    assert text.count("`python benchmarks/throughput.py --shape stsb`") == 4
+    assert text.count("commit 0123456789;") == 4
+    assert "another" not in text
