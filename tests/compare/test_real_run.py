@@ -27,7 +27,8 @@ def test_made_runs_are_like_real_ones(tmp_path: Path, tiny_encoder: Path, demo_t
             for trained in (True, False)
         ]
 
-    assert keys(real) == keys(made)
+    for written, invented in zip(keys(real), keys(made), strict=True):
+        assert invented <= written  # a fit may log more
     about = [json.loads((folder / "run.json").read_text()) for folder in (real, made)]
     assert about[0].keys() == about[1].keys()
     assert about[0]["primary_metrics"] == ["eval/dev0/spearman_cosine"]
