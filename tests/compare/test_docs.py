@@ -22,19 +22,18 @@ COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL) 
 
 @pytest.fixture
 def folder(tmp_path: Path, tiny_encoder: Path) -> Path:
-    """What the commands name: two recipes with offline files of W&B, and a recipe to train."""
+    """What the commands name: two recipes, offline files of W&B, and a recipe to train."""
     make_runs(tmp_path / "runs", recipes=2)
     (tmp_path / "runs/cosine").rename(tmp_path / "runs/stsb")
     (tmp_path / "runs/cosent").rename(tmp_path / "runs/nli")
     import wandb
 
-    for seed in (1, 2):
-        run_dir = tmp_path / f"runs/stsb/seed={seed}"
-        logger = make_logger(Tracking(wandb="offline"), run_dir)
-        assert isinstance(logger, RunLogger)
-        for row in read_metrics(run_dir)[:10]:
-            logger.log_metrics({name: value for name, value in row.items() if "histogram" not in name}, row["step"])
-        wandb.finish()
+    run_dir = tmp_path / "runs/stsb/seed=1"
+    logger = make_logger(Tracking(wandb="offline"), run_dir)
+    assert isinstance(logger, RunLogger)
+    for row in read_metrics(run_dir)[:10]:
+        logger.log_metrics({name: value for name, value in row.items() if "histogram" not in name}, row["step"])
+    wandb.finish()
     train, dev = write_pairs(tmp_path, num_train=48, num_dev=12, seed=3)
     source = {"columns": {"anchor": "sentence1", "positive": "sentence2", "score": "score"}, "score_range": [0, 5]}
     recipe = {
@@ -61,7 +60,7 @@ def test_commands_run(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert [text.splitlines()[0] for text in printed[:3]] == [
         "3 runs in 1 group",
         "6 runs in 2 groups",
-        "2 runs in 1 group",
+        "1 run in 1 group",
     ]
     assert (folder / "report.html").stat().st_size > 50_000
     import wandb

@@ -21,7 +21,8 @@ from trainer.checkpoint import DirectoryCheckpointIO
 from trainer.evaluation.runner import Evaluation
 from trainer.tracking import wandb_runs
 from trainer.tracking.metrics import MetricsLog, run_id_in
-from trainer.tracking.wandb import Tracking, choose_mode, keep_id, make_logger
+from trainer.tracking.wandb import Tracking, keep_id, make_logger
+from trainer.tracking.wandb_mode import choose_mode
 from trainer.tracking.wandb_runs import offline_folders, read_offline, read_online, record_of
 
 # A process of its own: it is killed, and W&B keeps one service per process.

@@ -1,6 +1,5 @@
 """Weights & Biases. Only this file imports `wandb`, and only in a run that is tracked."""
 
-import netrc
 import os
 import secrets
 import shlex
@@ -11,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
-from urllib.parse import urlparse
 
 import numpy as np
 import yaml
@@ -25,6 +23,7 @@ from trainer.interruption import shielded
 from trainer.tracking.direction import direction
 from trainer.tracking.redact import redact, redact_arguments
 from trainer.tracking.runs import METRICS_FILE, STEP, read_log
+from trainer.tracking.wandb_mode import choose_mode, has_key
 
 ID_FILE = "wandb_id"
 INIT_TIMEOUT_S = 30.0
@@ -92,30 +91,6 @@ def make_logger(
         mode=mode,
         config=config,
     )
-
-
-def choose_mode(asked: str) -> str:
-    """online, offline or off. $WANDB_MODE decides for auto; without it, whether a key is configured."""
-    if asked != "auto":
-        return asked
-    from_environment = os.environ.get("WANDB_MODE", "")
-    if from_environment:
-        return {"disabled": "off", "online": "online", "shared": "online"}.get(from_environment, "offline")
-    return "online" if has_key() else "offline"
-
-
-def has_key() -> bool:
-    """Whether W&B would find credentials: in the environment or in the netrc file."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    for path in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc"):
-        try:
-            if path and netrc.netrc(os.path.expanduser(path)).authenticators(host):
-                return True
-        except (OSError, netrc.NetrcParseError):
-            continue
-    return False
 
 
 def keep_id(run_dir: Path, run_id: Optional[str] = None) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.tracking.runs import STEP, Row, RunRecord, joined
+from trainer.tracking.wandb_mode import has_key
 
 SERVER_TIMEOUT_S = 10
 ONLINE = "wandb:"  # wandb:entity/project[/group]
@@ -53,8 +54,6 @@ def read_online(place: str) -> list[RunRecord]:
     parts = place.split("/")
     if len(parts) not in (2, 3) or not all(parts):
         raise ValueError(f"{ONLINE}{place}: write {ONLINE}entity/project or {ONLINE}entity/project/group")
-    from trainer.tracking.wandb import has_key
-
     if not has_key():
         raise ValueError(f"{ONLINE}{place}: no key for W&B; set WANDB_API_KEY or run wandb login")
     import wandb
