@@ -288,8 +288,8 @@ BAD_COMMANDS = {
     "--config=configs/x.yaml": "the subcommand comes first: trainer fit --config=configs/x.yaml",
     "configs/x.yaml": "'configs/x.yaml' is no subcommand; did you mean: trainer fit --config configs/x.yaml",
     "fitt": "'fitt' is no subcommand; did you mean 'fit'?",
-    "zzz": "'zzz' is no subcommand; there are: fit, validate, test, predict, mine, export, check, prepare, preflight, "
-    "cache, demo",
+    "zzz": "'zzz' is no subcommand; there are: fit, validate, test, predict, mine, export, compare, check, prepare, "
+    "preflight, cache, demo",
     "fit": "a recipe is needed: trainer fit --config configs/X.yaml",
     "fit configs/x.yaml": "'configs/x.yaml' belongs to no flag; did you mean --config configs/x.yaml?",
     "fit --config configs": "configs is a directory; name one file in it: --config configs/nli.yaml "

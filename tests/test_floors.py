@@ -21,7 +21,8 @@ FLOORS = {
     4: """trainer.__main__ trainer.cli trainer.lightning_cli trainer.help_text trainer.run_dir trainer.run_lock
           trainer.preflight trainer.prepare trainer.config_errors trainer.config_files trainer.config_migration
           trainer.config_values
-          trainer.cache_command trainer.check.command trainer.demo trainer.demo_data trainer.demo_encoder
+          trainer.cache_command trainer.check.command trainer.compare trainer.compare.*
+          trainer.demo trainer.demo_data trainer.demo_encoder
           trainer.export trainer.export.* trainer.mine.columns trainer.mine.command trainer.predict.command
           trainer.predict.flags""",
     3: """trainer.module trainer.checkpoint trainer.data.module trainer.evaluation.runner trainer.evaluation.scoring
@@ -42,7 +43,8 @@ FLOORS = {
           trainer.data.rows trainer.data.sources trainer.data.streaming trainer.data.streamrows trainer.data.teacher
           trainer.data.teaching trainer.data.tokens trainer.data.values
           trainer.evaluation trainer.evaluation.base trainer.evaluation.binaryclassification
-          trainer.evaluation.classification trainer.evaluation.informationretrieval trainer.evaluation.labelaccuracy
+          trainer.evaluation.classification trainer.evaluation.health trainer.evaluation.informationretrieval
+          trainer.evaluation.labelaccuracy
           trainer.evaluation.mse trainer.evaluation.reranking trainer.evaluation.search trainer.evaluation.sts
           trainer.evaluation.topk trainer.evaluation.translation trainer.evaluation.triplet
           trainer.mine trainer.mine.pairs trainer.mine.select trainer.predict trainer.predict.shards""",

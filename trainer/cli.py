@@ -13,7 +13,10 @@ from trainer import interruption
 from trainer.config_files import ConfigError, read_command
 from trainer.run_dir import is_first_rank, rank_name
 
-COMMANDS = ("fit", "validate", "test", "predict", "mine", "export", "check", "prepare", "preflight", "cache", "demo")
+COMMANDS = (
+    *("fit", "validate", "test", "predict", "mine", "export", "compare"),
+    *("check", "prepare", "preflight", "cache", "demo"),
+)
 
 _STOPPABLE = ("fit", "predict", "mine")  # what they have done is kept, and the same command goes on
 
@@ -75,6 +78,10 @@ def _dispatch(args: list[str]) -> int:
         return 0
     if command == "export":
         return _export(rest)
+    if command == "compare":
+        from trainer.compare.command import compare
+
+        return compare(rest)
     if command == "check":
         return _check(rest)
     if command == "predict":

@@ -61,6 +61,7 @@ commands:
   predict    embed a corpus into Parquet or npy files, on any number of ranks
   mine       find hard negatives for pairs, by the embeddings of a model
   export     write a sentence-transformers folder from a run or a checkpoint
+  compare    what differs between runs, seeds folded; a report as one HTML file
   check      what is wrong with the data; --exact: do ranks equal one process?
   prepare    download and tokenise, so that compute nodes need no network
   preflight  check this node for a run: imports, devices, disk, data
@@ -81,6 +82,22 @@ Writes a folder that sentence-transformers loads, with its model card.
 
   trainer export runs/stsb model     the best checkpoint of a run, else the last
   trainer export runs/stsb/checkpoints/step-00000500 model
+"""
+COMPARE = """\
+usage: trainer compare RUN [RUN...] [--out report.html]
+
+What differs in the configs, the metrics (best and last), what the runs took.
+Runs whose configs differ in the seed alone are one column: mean and standard
+deviation. Where they lie and how they are watched does not count.
+
+A RUN is one of
+  runs/stsb/seed=1              a run directory, or a folder of them: runs/stsb
+  runs/stsb/seed=1/wandb        offline files of W&B; also one offline-run-*
+  wandb:entity/project[/group]  runs on the server of W&B
+
+  --out report.html   also curves, tables and histograms: one file, no network
+
+  trainer compare runs/stsb runs/nli --out report.html
 """
 CHECK = """\
 usage: trainer check --config RECIPE.yaml [--json] [--probe] [--KEY VALUE]
@@ -247,6 +264,7 @@ def screens() -> dict[str, str]:
     texts = {
         "trainer": MAIN,
         "export": EXPORT,
+        "compare": COMPARE,
         "check": CHECK,
         "prepare": PREPARE,
         "preflight": PREFLIGHT,

@@ -33,7 +33,7 @@ from trainer.distributed.watch import Watch
 from trainer.encoder.spec import EncoderSpec
 from trainer.evaluation.runner import Evaluation
 from trainer.identity import Resume, differences, identity, refuse_differences, split_names
-from trainer.manifest import newest, newest_valid, problem, read_manifest
+from trainer.manifest import best, newest, newest_valid, problem, read_manifest
 from trainer.module import EmbeddingModule
 from trainer.run_dir import is_first_rank, name_run, refuse_used, write_config
 from trainer.run_lock import release_lock, take_lock
@@ -41,7 +41,7 @@ from trainer.tracking.metrics import MetricsLog, run_id_in
 from trainer.tracking.progress import Progress
 from trainer.tracking.redact import redact
 from trainer.tracking.results import print_results, write_results
-from trainer.tracking.wandb import Tracking, make_logger
+from trainer.tracking.wandb import RunLogger, Tracking, make_logger
 
 # No value is built where any value fits. Naming a deny list, be it empty, turns jsonargparse's own one (os, subprocess,
 # pickle, importlib, ...) from a warning into a refusal.
@@ -289,6 +289,20 @@ class TrainerCLI(LightningCLI):
 
             export_run(self.run_dir, self.run_dir / "model")
             print(f"model: {self.run_dir / 'model'}")
+            self._track_model()
+
+    def _track_model(self) -> None:
+        """The exported model on W&B, where tracking.model asks for it."""
+        if not self.options.tracking.model:
+            return
+        about = {
+            "base": self.model.encoder_spec.backbone,
+            "checkpoint": str(best(self.run_dir) or newest(self.run_dir)),
+            "data": [fingerprint(source) for source in self.datamodule.train_sources],
+        }
+        for logger in self.trainer.loggers:
+            if isinstance(logger, RunLogger):
+                logger.log_export(self.run_dir / "model", about)
 
     def after_validate(self) -> None:
         """What was found, as a table and as metrics.json."""

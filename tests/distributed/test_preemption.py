@@ -19,6 +19,8 @@ import yaml
 from trainer.demo_data import read_pairs, write_pairs
 from trainer.demo_encoder import write_encoder
 from trainer.manifest import newest, read_state, steps
+from trainer.tracking.runs import read_run_dir
+from trainer.tracking.wandb_runs import offline_folders, read_offline
 
 TESTS = Path(__file__).parents[1]
 LAST = 40  # steps
@@ -98,7 +100,8 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
 def test_saved_once_and_resumed_bitwise(
     recipe: Path, tmp_path: Path, undisturbed: dict[str, torch.Tensor], name: str, status: int
 ) -> None:
-    process = start(recipe, tmp_path, *slow_at(7))
+    tracked = ("--tracking.wandb", "offline") if name == "SIGUSR1" else ()
+    process = start(recipe, tmp_path, *slow_at(7), *tracked)
     number = signal.Signals[name]
     when_waiting(tmp_path, lambda: process.send_signal(number))
     if number != signal.SIGINT:  # twice is once
@@ -107,12 +110,21 @@ def test_saved_once_and_resumed_bitwise(
     assert code == status, output
     assert list(steps(tmp_path)) == [8]
     assert f"stopped by {name} at step 8: {tmp_path}/checkpoints/step-00000008 (exit {status})" in output
-    code, output = end(start(recipe, tmp_path, "--ckpt_path", "auto"))
+    code, output = end(start(recipe, tmp_path, "--ckpt_path", "auto", *tracked))
     assert code == 0, output
     resumed = weights(tmp_path)
     assert all(torch.equal(value, resumed[key]) for key, value in undisturbed.items())
     logged = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert sorted(set(logged)) == [0, *range(1, LAST + 1)]
+    if tracked:
+        folders = offline_folders(tmp_path / "wandb")
+        assert len(folders) == 2
+        (run,) = read_offline(folders)
+        of_file = read_run_dir(tmp_path)
+        assert [row["step"] for row in run.rows] == list(range(LAST + 1))
+        for metric in ("train/loss", "eval/dev/spearman_cosine", "train/wall_s"):
+            tracked_values = [row[metric] for row in run.rows if metric in row]
+            assert tracked_values == list({row["step"]: row[metric] for row in of_file.rows if metric in row}.values())
 
 
 def test_second_ctrl_c_stops_at_once(recipe: Path, tmp_path: Path) -> None:

@@ -136,3 +136,14 @@ def make_trainer(run_dir: Path, callbacks: list[Callback], **options: Any) -> Tr
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+TIMED = {
+    *("train/rows_per_s", "train/tokens_per_s", "train/flops_per_s", "train/data_wait"),
+    *("train/wall_s", "train/gpu_hours", "train/host_peak_gib"),
+}
+
+
+def without_times(row: dict[str, Any]) -> dict[str, Any]:
+    """What a repeated run must give again."""
+    return {name: value for name, value in row.items() if name not in TIMED}

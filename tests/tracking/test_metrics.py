@@ -17,20 +17,23 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
 from tests.tracking.small_run import (
+    COLUMNS,
     STEPS_PER_EPOCH,
+    TIMED,
     Recorder,
     SaveAt,
     make_parts,
     make_trainer,
     read_metrics,
+    without_times,
     write_rows,
 )
 from tests.two_ranks import TwoRanks
 from trainer.batch import Targets
+from trainer.data.sources import Source
+from trainer.evaluation.runner import Evaluation
 from trainer.losses import CosineSimilarity
 from trainer.tracking.metrics import MetricsLog, drop_rows_after
-
-TIMED = {"train/rows_per_s", "train/tokens_per_s", "train/flops_per_s", "train/data_wait"}
 
 
 class Noting(CosineSimilarity):
@@ -102,6 +105,46 @@ def test_rows_are_means_and_sums_of_the_steps(tmp_path: Path, tiny_encoder: Path
     assert logged == [{**row, "step": row["step"]} for row in found]
 
 
+def test_rows_of_evaluations_have_the_same_axes(tmp_path: Path, tiny_encoder: Path, demo_texts: list[str]) -> None:
+    """Between two logs too, where no sum was written yet; time never runs backwards."""
+    rows = write_rows(tmp_path, demo_texts)
+    module, data = make_parts(tiny_encoder, rows, [rows])
+    recorder = Recorder()
+    make_trainer(tmp_path, [recorder, MetricsLog(), Evaluation()], val_check_interval=3).fit(module, data)
+    found = read_metrics(tmp_path)
+    assert [row["step"] for row in found if "train/loss" not in row] == [0, 3, 6, 9, 12]
+    for row in found:
+        taken = recorder.steps[: row["step"]]
+        assert row["train/rows_seen"] == sum(step["rows"] for step in taken)
+        assert row["train/tokens_seen"] == sum(step["tokens"] for step in taken)
+        assert row["train/gpu_hours"] == pytest.approx(row["train/wall_s"] / 3600)
+    walls = [row["train/wall_s"] for row in found]
+    assert walls == sorted(walls)
+    assert 0 < walls[0] < walls[-1]
+
+
+def test_the_loss_of_each_of_several_sources(tmp_path: Path, tiny_encoder: Path, demo_texts: list[str]) -> None:
+    """Over the steps of that source, beside the loss of all; files of one name are told apart."""
+    (tmp_path / "other").mkdir()
+    files = [write_rows(tmp_path, demo_texts), write_rows(tmp_path / "other", demo_texts)]
+    module, data = make_parts(tiny_encoder, files[0])
+    data.train_sources.append(Source(str(files[1]), COLUMNS))
+    seen = []
+
+    class Note(Recorder):
+        def on_train_batch_end(self, *args: Any) -> None:
+            super().on_train_batch_end(*args)
+            seen.append(args[3].source)
+
+    recorder = Note()
+    make_trainer(tmp_path, [recorder, MetricsLog()], max_epochs=1, log_every_n_steps=100).fit(module, data)
+    (row,) = read_metrics(tmp_path)
+    assert set(seen) == {0, 1}
+    for number, name in enumerate(("rows22", "rows22-2")):
+        losses = [step["loss"] for step, source in zip(recorder.steps, seen, strict=True) if source == number]
+        assert row[f"train/loss/{name}"] == pytest.approx(np.mean(losses))
+
+
 def test_two_ranks_log_the_whole(
     tmp_path: Path, tiny_encoder: Path, demo_texts: list[str], two_ranks: TwoRanks
 ) -> None:
@@ -133,6 +176,8 @@ def test_a_resumed_run_writes_the_same_rows(
     resumed = read_metrics(tmp_path)
     assert [without_times(row) for row in resumed] == [without_times(row) for row in undisturbed]
     assert all(0 < row[name] < math.inf for row in resumed for name in TIMED)
+    walls = [row["train/wall_s"] for row in resumed]
+    assert walls == sorted(walls), "the time of the first process was forgotten"
 
 
 def test_two_ranks_resumed(tmp_path: Path, tiny_encoder: Path, demo_texts: list[str], two_ranks: TwoRanks) -> None:
@@ -146,10 +191,6 @@ def test_two_ranks_resumed(tmp_path: Path, tiny_encoder: Path, demo_texts: list[
     for row, before in zip(read_metrics(tmp_path), undisturbed, strict=True):
         for name in row.keys() - TIMED - {"train/padding_efficiency"}:
             assert row[name] == pytest.approx(before[name], rel=1e-5), name
-
-
-def without_times(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in row.items() if name not in TIMED}
 
 
 class Sleep(Callback):

@@ -11,47 +11,69 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 
 import pytest
+from wandb.util import get_core_path
 
 from tests.tracking.small_run import make_parts, make_trainer, read_metrics, write_rows
 from trainer.checkpoint import DirectoryCheckpointIO
 from trainer.evaluation.runner import Evaluation
+from trainer.tracking import wandb_runs
 from trainer.tracking.metrics import MetricsLog, run_id_in
-from trainer.tracking.wandb import Tracking, choose_mode, keep_id, make_logger
+from trainer.tracking.wandb import Tracking, keep_id, make_logger
+from trainer.tracking.wandb_mode import choose_mode
+from trainer.tracking.wandb_runs import offline_folders, read_offline, read_online, record_of
 
 # A process of its own: it is killed, and W&B keeps one service per process.
 SCRIPT = """
-import os, signal, sys, time
+import json, os, signal, sys, time
+from trainer.tracking import wandb_runs
 from trainer.tracking.wandb import Tracking, make_logger
 
 assert "wandb.sdk" not in sys.modules, "imported before it is needed"
 
-def run(first, last):
+def run(first, last, end):
     tracking = Tracking(wandb="offline", group="paper", job_type="sweep", tags=["a", "b"], name="my run")
     logger = make_logger(tracking, sys.argv[1], {"model": {"max_tokens": 512, "hf_token": "SECRET"}})
     for step in range(first, last):
-        logger.log_metrics({"train/loss": 1.0 / (step + 1), "eval/dev/spearman_cosine": 0.5}, step=step)
+        row = {"train/loss": 1.0 / (step + 1), "eval/dev/spearman_cosine": 0.9 - abs(step - 2) / 20, "train/lr": 0.1}
+        with open(sys.argv[1] + "/metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": step, **row}) + "\\n")
+        logger.log_metrics(row, step)
     logger.log_hyperparams({"password": "SECRET"})
-    time.sleep(2.5)
-    os.kill(os.getpid(), signal.SIGKILL)
+    if end == "killed":
+        time.sleep(2.5)
+        os.kill(os.getpid(), signal.SIGKILL)
+    if end == "requeued":
+        logger.interrupt(85)
+        sys.exit(85)
+    logger.finalize("success")
+    sys.exit()
 
 # One behind the other, as a requeued job runs.
-for first, last in ((0, 5), (3, 8)):
+for first, last, end, status in (
+    (0, 5, "killed", -9), (3, 8, "requeued", 85), (8, 10, "requeued", 85), (10, 12, "finished", 0)
+):
     child = os.fork()
     if child == 0:
-        run(first, last)
-    status = os.waitpid(child, 0)[1]
-    assert os.WTERMSIG(status) == signal.SIGKILL, status
+        run(first, last, end)
+    found = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert found == status, (end, found)
 """
 
 
-def records(fragment: Path) -> list[dict]:
-    """What W&B's own reader finds in an offline file."""
-    wandb = Path(sys.executable).with_name("wandb")
-    done = subprocess.run([wandb, "leet", "inspect", "--json", fragment], capture_output=True, text=True, timeout=60)
+def inspect(fragment: Path, *flags: str) -> str:
+    """What W&B's own reader finds in an offline file: the program behind `wandb leet inspect`."""
+    command = [get_core_path(), "leet", "inspect", "--no-observability", "--json", *flags]
+    command += ["--run-file", str(fragment), str(fragment.parent)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return done.stdout
+
+
+def records(fragment: Path) -> list[dict]:
+    return [json.loads(line) for line in inspect(fragment).splitlines()]
 
 
 @pytest.fixture
@@ -65,7 +87,9 @@ def no_wandb_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def test_offline_runs_of_one_directory_are_one_run(tmp_path: Path) -> None:
-    """Two processes, both killed 2.5 s after their last row: two fragments, one id, every row, no secret."""
+    """Killed once (2.5 s after its last row) and requeued twice, so four processes: one id, every row, steps that only
+    rise once what the kill took back is left out, the best of all in the summary, finished at the end alone, no secret.
+    """
     run_dir = tmp_path / "runs" / "stsb" / "seed=1"
     remote = "https://bob:SECRET@example.com/x.git"
     for command in (["init", "-q"], ["remote", "add", "origin", remote]):
@@ -89,9 +113,9 @@ def test_offline_runs_of_one_directory_are_one_run(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
     fragments = sorted(run_dir.glob("wandb/offline-run-*/*.wandb"))
-    assert len(fragments) == 2
+    assert len(fragments) == 4
     run_id = (run_dir / "wandb_id").read_text().strip()
-    steps = []
+    steps, exits, preempted = [], [], []
     for fragment in fragments:
         found = records(fragment)
         run = next(record["run"] for record in found if "run" in record)
@@ -103,13 +127,27 @@ def test_offline_runs_of_one_directory_are_one_run(tmp_path: Path) -> None:
         assert config["run"]["slurm"] == {"job_id": "77", "restart_count": "1", "ntasks": "1"}
         assert config["run"]["world_size"] == 1
         assert len(config["run"]["git_commit"]) == 40
-        axes = {metric.get("glob_name"): metric for record in found if (metric := record.get("metric"))}
+        defined = [record["metric"] for record in found if "metric" in record]
+        axes = {metric.get("glob_name") or metric["name"]: metric for metric in defined}
         assert axes["*"]["step_metric"] == "trainer/global_step"
-        assert axes["eval/*"]["summary"]["max"] is True
+        assert axes["eval/dev/spearman_cosine"]["summary"] == {"max": True, "last": True}
+        assert axes["train/loss"]["summary"] == {"min": True, "last": True}
+        assert "train/lr" not in axes
         history = [record["history"]["item"] for record in found if "history" in record]
+        history = [item for item in history if "train/loss" in item]
         steps.append([item["trainer/global_step"] for item in history])
         assert [item["train/loss"] for item in history] == [1.0 / (step + 1) for step in steps[-1]]
-    assert steps == [[0, 1, 2, 3, 4], [3, 4, 5, 6, 7]]
+        exits.append([record["exit"].get("exit_code", 0) for record in found if "exit" in record])
+        preempted.append(any("preempting" in record for record in found))
+    assert steps == [[0, 1, 2, 3, 4], [3, 4, 5, 6, 7], [8, 9], [10, 11]]
+    (run,) = read_offline([fragment.parent for fragment in fragments])
+    assert [row["step"] for row in run.rows] == list(range(12))
+    assert (run.name, run.about["ranks"]) == ("my run", 1)
+    assert exits == [[], [85], [85], [0]]
+    assert preempted == [False, True, True, False]
+    summary = json.loads(inspect(fragments[-1], "--summary"))["summary"]
+    assert summary["eval/dev/spearman_cosine"] == {"max": 0.9, "last": pytest.approx(0.45)}
+    assert summary["train/loss"] == {"min": 1 / 12, "last": 1 / 12}
     stored = [path for path in run_dir.rglob("*") if path.is_file()]
     assert len(stored) > 4
     assert [path for path in stored if b"SECRET" in path.read_bytes()] == []
@@ -125,24 +163,74 @@ def test_a_run_stores_the_rows_of_its_metrics_file(
     rows = write_rows(no_wandb_settings, demo_texts)
     module, data = make_parts(tiny_encoder, rows, [rows])
     logger = make_logger(Tracking(), run_dir)
+    assert logger is not None
     trainer = make_trainer(run_dir, [MetricsLog(), Evaluation()], logger=logger, plugins=[DirectoryCheckpointIO()])
     trainer.fit(module, data)
     trainer.save_checkpoint(run_dir / "last")
+    logger.log_export(run_dir / "last", {"base": "b", "hub_token": "SECRET"})
     import wandb
 
     wandb.finish()
     (fragment,) = run_dir.glob("wandb/offline-run-*/*.wandb")
     found = records(fragment)
-    history = [record["history"]["item"] for record in found if "history" in record]
     written = read_metrics(run_dir)
     assert len(written) == 6
-    assert [item.pop("trainer/global_step") for item in history] == [row.pop("step") for row in written]
-    for item, row in zip(history, written, strict=True):
-        assert {name: value for name, value in item.items() if not name.startswith("_")} == row
+    (read,) = read_offline(offline_folders(run_dir / "wandb"))
+    at_step: dict[int, dict] = {}
+    for row in written:
+        at_step.setdefault(row["step"], {}).update(row)
+    assert read.rows == list(at_step.values())
+    assert read.about == json.loads((run_dir / "run.json").read_text())
+    assert any(isinstance(value, list) for value in read.rows[-1].values()), "no histogram"
     run = next(record["run"] for record in found if "run" in record)
     assert run["config"]["update"]["model"] == {"learning_rate": 0.01, "hub_token": "[redacted]"}
     assert run["display_name"].endswith("/run")
     assert run["run_id"] == run_id_in(run_dir / "last") == (run_dir / "wandb_id").read_text().strip()
+
+    (path,) = run_dir.glob("wandb/offline-run-*/files/media/table/evaluations*.json")
+    table = json.loads(path.read_text())
+    scores = [(row["eval/dev0/spearman_cosine"], row["step"]) for row in written if "eval/dev0/spearman_cosine" in row]
+    expected = ["dev0", "spearman_cosine", scores[0][0], *max(scores), scores[-1][0]]
+    assert expected in [[*row] for row in table["data"]]
+    artifacts = [record["artifact"] for record in found if "artifact" in record]
+    (model,) = [artifact for artifact in artifacts if artifact["type"] == "model"]
+    assert json.loads(model["metadata"]) == {"base": "b", "hub_token": "[redacted]"}
+    stored = {entry["path"] for entry in model["manifest"]["contents"]}
+    assert stored == {path.name for path in (run_dir / "last").iterdir()}
+    assert (run_dir / "wandb" / "artifacts").is_dir(), "what waits to be sent lies elsewhere"
+
+
+def test_a_run_of_the_server_reads_as_its_file(tmp_path: Path) -> None:
+    """The public API's objects, with what it returns for a history: a histogram as a mapping, no row of the step alone.
+    No server is asked."""
+    history = [
+        {"_step": 1, "trainer/global_step": 5, "train/loss": 0.5, "_runtime": 3},
+        {"_step": 0, "trainer/global_step": 0, "eval/dev/x": "NaN", "train/loss": None},
+        {"_step": 2, "trainer/global_step": 5, "health/dev/h": {"_type": "histogram", "values": [1, 2], "bins": [0]}},
+        {"_step": 3, "lonely": 1},
+    ]
+    about = {"ranks": 4, "device": "H100", "primary_metrics": ["eval/dev/x"]}
+    config = {"seed_everything": 3, "run": {"world_size": 4}, "about": about, "_wandb": {}}
+    found = record_of(SimpleNamespace(name="a run", config=config, scan_history=lambda: iter(history)))
+    assert found.rows == [
+        {"step": 0, "eval/dev/x": None, "train/loss": None},
+        {"step": 5, "train/loss": 0.5},
+        {"step": 5, "health/dev/h": [1, 2]},
+    ]
+    assert (found.seed, found.about, dict(found.config)) == (3, about, {"seed_everything": 3})
+
+
+def test_without_a_server_or_a_key_there_are_no_runs_to_compare(
+    no_wandb_settings: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match=r"^wandb:a/b: no key for W&B; set WANDB_API_KEY or run wandb login$"):
+        read_online("a/b")
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setattr(wandb_runs, "SERVER_TIMEOUT_S", 1)
+    text = r"^wandb:a/b: W&B does not answer \(.+\); name run directories or offline folders$"
+    with pytest.raises(ValueError, match=text):
+        read_online("a/b")
 
 
 class Broken(BaseHTTPRequestHandler):

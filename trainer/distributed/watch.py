@@ -22,6 +22,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from trainer.distributed import gather
 from trainer.distributed.heartbeat import BEAT_S, SILENT_S, Heartbeats
 from trainer.manifest import newest
+from trainer.tracking.collapse import Collapse
 from trainer.tracking.metrics import MetricsLog
 from trainer.tracking.spikes import LossSpikes
 
@@ -68,7 +69,7 @@ class Watch(Callback):
         self._run_dir = Path(trainer.default_root_dir)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if stage == "fit" and isinstance(callback, MetricsLog):
-                callback.listeners.append(LossSpikes())
+                callback.listeners += [LossSpikes(), Collapse()]
         self._take_children(trainer)
         self._armed, self._hung, self._leaving_at = False, False, None
         if gather.world_size() > 1:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from trainer.batch import PackedBatch
 from trainer.distributed import gather
 from trainer.encoder import Encoder
-from trainer.evaluation.scoring import evaluate
+from trainer.evaluation.health import measure
+from trainer.evaluation.scoring import Observe, evaluate
 from trainer.evaluation.sharded import Encode, TokenizedSet, ask_teacher, tokenize_set
 from trainer.memory import explained_memory
 from trainer.module import EmbeddingModule
@@ -42,7 +43,8 @@ class Evaluation(Callback):
     each). `trainer.check_val_every_n_epoch` leaves out epochs, `trainer.limit_val_batches=0` everything.
     Lightning's own validation loop is off during `fit`, because its position does not survive a restart in
     the middle of an epoch. Metrics go to `trainer.callback_metrics`, where early stopping and checkpoints
-    find them, and to `MetricsLog`. `trainer.validate` and `trainer.test` return them.
+    find them, and to `MetricsLog`, beside the health of the embeddings (`health/<set>/...`, see `Health`; for a
+    search of its queries). `trainer.validate` and `trainer.test` return them.
 
     Place it behind `MetricsLog` and before checkpoint callbacks, so that a checkpoint holds the metrics of
     its own step.
@@ -118,7 +120,7 @@ class Evaluation(Callback):
             trainer.check_val_every_n_epoch or 1,
         )
 
-    def _run(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
+    def _run(self, trainer: Trainer, pl_module: LightningModule, observe: Observe | None = None) -> dict[str, float]:
         assert isinstance(pl_module, EmbeddingModule)
         device, max_tokens = pl_module.device, pl_module.max_tokens
         encode = _encode_with(pl_module.encoder, device, max_tokens)
@@ -127,19 +129,27 @@ class Evaluation(Callback):
             # In float32 whatever the precision of the run, once: a teacher does not change.
             self.sets = [_taught(one, device, *ranks, max_tokens) if one.teacher else one for one in self.sets]
             with trainer.precision_plugin.val_step_context():
-                return evaluate(encode, self.sets, *ranks, max_tokens, pl_module.classify)
+                return evaluate(encode, self.sets, *ranks, max_tokens, pl_module.classify, observe)
 
     def _evaluate_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.sets:
             return
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         log = next((callback for callback in callbacks if isinstance(callback, MetricsLog)), None)
+        health: dict[str, float] = {}
+        histograms: dict[str, list[int]] = {}
+
+        def observe(one: TokenizedSet, embeddings_UD: Tensor) -> None:
+            found = measure(one.evaluator, one.rows, embeddings_UD, one.texts.text_N)
+            health.update({f"health/{one.name}/{name}": value for name, value in found.metrics.items()})
+            histograms.update({f"health/{one.name}/{name}": counts for name, counts in found.histograms.items()})
+
         with log.paused() if log else nullcontext():
-            self.last_metrics = self._run(trainer, pl_module)
+            self.last_metrics = self._run(trainer, pl_module, observe if log else None)
         self.last_step = trainer.global_step
         trainer.callback_metrics.update(_as_tensors(self.last_metrics))
         if log:
-            log.record(self.last_metrics, self.last_step)
+            log.record({**self.last_metrics, **health, **log.position()}, self.last_step, histograms)
 
     def _evaluate_outside_fit(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn != "fit" and self.sets:

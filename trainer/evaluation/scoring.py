@@ -27,10 +27,14 @@ Classify = Callable[[Optional[str], Sequence[Tensor]], Tensor]
 _CLASSIFIED_ROWS = 4096  # whose embeddings are taken from those of distinct texts at once
 
 
+# What else rank 0 does with a set and the embeddings (U, D) of its distinct texts; of a search, of its queries.
+Observe = Callable[[TokenizedSet, Tensor], None]
+
+
 def _scorer(
     one: TokenizedSet, encode: Encode, classify: Classify | None, rank: int, world_size: int, max_tokens: int
-) -> Callable[[], dict[str, float]]:
-    """Does what all ranks must do together; what comes back is for rank 0 to call."""
+) -> tuple[Callable[[], dict[str, float]], Tensor]:
+    """Does what all ranks must do together; what comes back is for rank 0, to call and to observe."""
     evaluator, rows, texts = one.evaluator, one.rows, one.texts
     if isinstance(evaluator, Search):
         found, documents = search(encode, one, rank, world_size, max_tokens), one.documents
@@ -42,11 +46,11 @@ def _scorer(
             neighbours = of_all_texts(found.neighbours, texts, documents, evaluator.depth)
             return evaluator.score_neighbours(neighbours, rows)
 
-        return score_search
+        return score_search, found.queries_UD
     is_classified = isinstance(evaluator, Classification)
     embeddings_UD = embed(encode, texts.ids_U, rank, world_size, max_tokens, everywhere=is_classified)
     if not isinstance(evaluator, Classification):
-        return lambda: evaluator.score(embeddings_UD[texts.text_N], rows)
+        return lambda: evaluator.score(embeddings_UD[texts.text_N], rows), embeddings_UD
     assert classify is not None
     logits_BL = _logits(classify, evaluator, embeddings_UD, texts.text_N)
 
@@ -54,7 +58,7 @@ def _scorer(
         refuse_not_finite(num_not_finite(embeddings_UD), len(embeddings_UD))
         return evaluator.score_logits(logits_BL, rows)
 
-    return score_logits
+    return score_logits, embeddings_UD
 
 
 def _logits(classify: Classify, evaluator: Classification, embeddings_UD: Tensor, text_N: Tensor) -> Tensor:
@@ -91,6 +95,7 @@ def evaluate(
     world_size: int,
     max_tokens: int,
     classify: Classify | None = None,
+    observe: Observe | None = None,
 ) -> dict[str, float]:
     """Metrics of all sets, the same on every rank. All ranks call it together.
 
@@ -101,6 +106,7 @@ def evaluate(
         world_size: ranks that share the texts; 1 evaluates everything here, without any collective.
         max_tokens: of one forward on one rank.
         classify: the head of a loss, for the evaluators that ask for classes.
+        observe: called on rank 0 for each set that was scored.
 
     Returns:
         `eval/<set>/<metric>` -> value; of several sets of a suite `eval/<suite>/<set>/<metric>`, and their mean as
@@ -114,8 +120,10 @@ def evaluate(
     for validation_set in sets:
         gather.enter(f"evaluation of {validation_set.name}")
         one = validation_set if isinstance(validation_set, TokenizedSet) else tokenize_set(validation_set)
-        score = _scorer(one, encode, classify, rank, world_size, max_tokens)
+        score, embeddings_UD = _scorer(one, encode, classify, rank, world_size, max_tokens)
         found = _score(one, score, rank, world_size)
+        if observe is not None and rank == 0:
+            observe(one, embeddings_UD)
         metrics |= found
         for key, value in found.items() if one.suite else ():
             mean_key = f"eval/{one.suite}/{key.rpartition('/')[2]}"

@@ -185,10 +185,12 @@ class Found:
     Attributes:
         neighbours: of the distinct queries among the distinct documents; None on other ranks.
         num_bad: documents and queries whose embeddings are not finite.
+        queries_UD: embeddings of the distinct queries.
     """
 
     neighbours: Neighbours | None
     num_bad: int
+    queries_UD: Tensor
 
 
 def search(encode: Encode, one: TokenizedSet, rank: int, world_size: int, max_tokens: int) -> Found:
@@ -212,7 +214,7 @@ def search(encode: Encode, one: TokenizedSet, rank: int, world_size: int, max_to
     best = top_k(queries_UD, documents_BD, evaluator.depth, similarity=evaluator.similarity)
     ids_Uk = torch.tensor(held, dtype=torch.int64, device=queries_UD.device)[best.ids_Qk]
     merged = _merge(Neighbours(best.scores_Qk, ids_Uk), evaluator.depth, num_held, rank)
-    return Found(merged, int(num_bad) + num_not_finite(queries_UD))
+    return Found(merged, int(num_bad) + num_not_finite(queries_UD), queries_UD)
 
 
 def _merge(own: Neighbours, k: int, num_held: Sequence[int], rank: int) -> Neighbours | None:

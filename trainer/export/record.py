@@ -53,17 +53,6 @@ class Run:
     allowed: Sequence[Mapping[str, Any]] = ()
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl; a last line that a kill has cut is left out, a missing file has none."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
-
-
 def allowed_findings(path: Path) -> list[dict[str, Any]]:
     """Errors in a check.json that check.allow turned into warnings; none where there is no such file."""
     if not path.is_file():

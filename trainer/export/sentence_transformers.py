@@ -20,10 +20,11 @@ from trainer.data.sources import Source
 from trainer.distributed import gather
 from trainer.encoder import Encoder
 from trainer.export.model_card import DISTRIBUTION, complete_readme, fill_card
-from trainer.export.record import Run, allowed_findings, read_log
+from trainer.export.record import Run, allowed_findings
 from trainer.manifest import STATE, best, newest, problem, read_state
 from trainer.module import EmbeddingModule
 from trainer.tracking.metrics import FILE_NAME
+from trainer.tracking.runs import read_log
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +20,10 @@ from trainer.distributed import gather
 from trainer.encoder.flops import Arithmetic, count_arithmetic
 from trainer.files import write_whole
 from trainer.manifest import read_state
+from trainer.tracking.about import names_of_sources, peak_memory, write_about
+from trainer.tracking.runs import METRICS_FILE as FILE_NAME
+from trainer.tracking.wandb import RunLogger
 
-FILE_NAME = "metrics.jsonl"
 Listener = Callable[[Mapping[str, float], int], None]
 
 
@@ -68,10 +70,15 @@ class MetricsLog(Callback):
       `trainer.encoder.flops`) over all ranks, by the same clock; padding and second forwards of chunks do not count.
     - `train/data_wait`: share of the same time in which rank 0's process waited for its loader. 0.02 is nothing to
       worry about; near 1, the loader is what bounds the run: raise data.num_workers.
+    - `train/wall_s`, `train/gpu_hours`: seconds since the first step, evaluation and checkpoints included, and the
+      same times the devices (on CPUs the processes), both kept over restarts. What a kill took back is not in them.
+    - `train/host_peak_gib`, `train/device_peak_gib` (CUDA only): most memory that rank 0 has held so far.
+    - `train/loss/<source>`: with several sources, the loss over the steps of one of them.
     - what a loss finds besides its value, over the steps of that loss: `train/false_negative_rate`, the share of
       candidates that are left out because they are right.
 
-    A value that is not finite is null in the file. Ranks and device are synchronised once per log and once
+    Rows of evaluations carry `position()`, so that every metric has the same axes. A value that is not finite is null
+    in the file. Ranks and device are synchronised once per log and once
     per checkpoint, on no other step. Place it before callbacks that evaluate or save.
 
     Attributes:
@@ -89,12 +96,20 @@ class MetricsLog(Callback):
         self._paused = 0.0
         self._waited = 0.0
         self._arithmetic: Arithmetic | None = None
+        self._wall_s = 0.0
+        self._gpu_hours = 0.0
+        self._ticked: float | None = None
+        self._sources: list[str] = []  # none where there is one
         self._trainer: Trainer | None = None
 
     # -- for other callbacks ------------------------------------------------------------------------------
 
-    def record(self, metrics: Mapping[str, float], step: int) -> None:
-        """Write one row; call it on all ranks or on rank 0. (`log` is a name Lightning sets on callbacks.)"""
+    def record(self, metrics: Mapping[str, float], step: int, histograms: Mapping[str, Sequence[int]] = {}) -> None:
+        """Write one row; call it on all ranks or on rank 0. (`log` is a name Lightning sets on callbacks.)
+
+        Args:
+            histograms: counts in equal bins from -1 to 1; they go into the file and to W&B.
+        """
         trainer = self._trainer
         assert trainer is not None, "record() before setup()"
         if not trainer.is_global_zero:
@@ -103,12 +118,27 @@ class MetricsLog(Callback):
         path = _path(trainer)
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **row}) + "\n")
+            file.write(json.dumps({"step": step, **row, **histograms}) + "\n")
         for logger in trainer.loggers:
-            logger.log_metrics(dict(metrics), step=step)
+            if isinstance(logger, RunLogger):
+                logger.log_metrics(dict(metrics), step, histograms)
+            else:
+                logger.log_metrics(dict(metrics), step=step)
             logger.save()
         for listener in self.listeners:
             listener(metrics, step)
+
+    def position(self) -> dict[str, float]:
+        """Where the run is on the axes that runs are compared on: rows, tokens, seconds, device hours. A collective:
+        every rank must call it."""
+        self._reduce()
+        self._tick()
+        return {
+            "train/rows_seen": self.rows_seen + self._sums.rows,
+            "train/tokens_seen": self.tokens_seen + self._sums.tokens,
+            "train/wall_s": self._wall_s,
+            "train/gpu_hours": self._gpu_hours,
+        }
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -127,8 +157,14 @@ class MetricsLog(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
             drop_rows_after(_path(trainer), trainer.global_step)
+            about = write_about(trainer)
+            for logger in trainer.loggers:
+                if isinstance(logger, RunLogger):
+                    logger.log_about(about)
+        self._sources = names_of_sources(trainer)
         self._arithmetic = count_arithmetic(pl_module.encoder_spec)  # type: ignore[arg-type]
         self._start_clock(trainer)
+        self._ticked = self._since
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         # Before the step: when it ends, the scheduler has moved on to the rate of the next one.
@@ -148,7 +184,10 @@ class MetricsLog(Callback):
         sums.loss = sums.loss + outputs["loss"].detach().double() / gather.world_size()
         grad_norm = getattr(pl_module, "last_grad_norm", None)
         sums.grad_norm = sums.grad_norm + (math.nan if grad_norm is None else grad_norm.detach().double())
-        for name, value in getattr(pl_module, "last_metrics", {}).items():
+        found = dict(getattr(pl_module, "last_metrics", {}))
+        if self._sources:
+            found[f"loss/{self._sources[batch.source]}"] = outputs["loss"].detach()
+        for name, value in found.items():
             sums.found[name] = sums.found.get(name, 0.0) + value.double() / gather.world_size()
             sums.found_steps[name] = sums.found_steps.get(name, 0) + 1
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -165,16 +204,21 @@ class MetricsLog(Callback):
         """Counters and the sums of the steps since the last log. A collective: every rank must call it, which
         Lightning does when it saves."""
         self._reduce()
+        self._tick()
         loggers = self._trainer.loggers if self._trainer else []
         return {
             "rows_seen": self.rows_seen,
             "tokens_seen": self.tokens_seen,
+            "wall_s": self._wall_s,
+            "gpu_hours": self._gpu_hours,
             "sums": self._sums.as_numbers(),
             "run_id": str(loggers[0].version) if loggers else None,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rows_seen, self.tokens_seen = state_dict["rows_seen"], state_dict["tokens_seen"]
+        # Older checkpoints do not know the time.
+        self._wall_s, self._gpu_hours = state_dict.get("wall_s", 0.0), state_dict.get("gpu_hours", 0.0)
         self._restored = _Sums(**state_dict["sums"])
         self._sums = _Sums(**state_dict["sums"])
         if gather.rank() != 0:
@@ -185,6 +229,13 @@ class MetricsLog(Callback):
     def _start_clock(self, trainer: Trainer) -> None:
         self._since, self._paused = time.perf_counter(), 0.0
         self._waited = _seconds_waited(trainer)
+
+    def _tick(self) -> None:
+        if self._ticked is not None:  # None: no step was taken yet
+            now = time.perf_counter()
+            self._wall_s += now - self._ticked
+            self._gpu_hours += (now - self._ticked) * gather.world_size() / 3600
+            self._ticked = now
 
     def _drop_share(self) -> None:
         self._sums.loss, self._sums.tokens, self._sums.padded_tokens, self._sums.flops = 0.0, 0, 0, 0
@@ -208,7 +259,7 @@ class MetricsLog(Callback):
         self._sums = _Sums(**sums.as_numbers())
 
     def _write(self, trainer: Trainer) -> None:
-        self._reduce()
+        position = self.position()
         sums, restored = self._sums, self._restored
         self.rows_seen += sums.rows
         self.tokens_seen += sums.tokens
@@ -219,13 +270,13 @@ class MetricsLog(Callback):
                 "train/loss": float(sums.loss) / sums.steps,
                 "train/lr": self._lr,
                 "train/grad_norm": float(sums.grad_norm) / sums.steps,
-                "train/rows_seen": self.rows_seen,
-                "train/tokens_seen": self.tokens_seen,
+                **position,
                 "train/rows_per_s": (sums.rows - restored.rows) / seconds,
                 "train/tokens_per_s": (sums.tokens - restored.tokens) / seconds,
                 "train/padding_efficiency": efficiency,
                 "train/flops_per_s": (sums.flops - restored.flops) / seconds,
                 "train/data_wait": (_seconds_waited(trainer) - self._waited) / seconds,
+                **peak_memory(trainer.strategy.root_device),
                 **{f"train/{name}": float(total) / sums.found_steps[name] for name, total in sums.found.items()},
             },
             trainer.global_step,

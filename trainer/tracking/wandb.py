@@ -1,18 +1,17 @@
 """Weights & Biases. Only this file imports `wandb`, and only in a run that is tracked."""
 
-import netrc
 import os
 import secrets
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
-from urllib.parse import urlparse
 
+import numpy as np
 import yaml
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import rank_zero_experiment
@@ -21,7 +20,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from trainer.distributed import gather
 from trainer.files import write_whole
 from trainer.interruption import shielded
+from trainer.tracking.direction import direction
 from trainer.tracking.redact import redact, redact_arguments
+from trainer.tracking.runs import METRICS_FILE, STEP, read_log
+from trainer.tracking.wandb_mode import choose_mode, has_key
 
 ID_FILE = "wandb_id"
 INIT_TIMEOUT_S = 30.0
@@ -45,6 +47,7 @@ class Tracking:
         job_type: what kind of job it is.
         tags: labels of the run.
         name: shown for the run; unset: the name of the run directory.
+        model: store the exported model on W&B too, as an artifact that names the run, the data and the checkpoint.
     """
 
     wandb: Literal["auto", "online", "offline", "off"] = "auto"
@@ -54,6 +57,7 @@ class Tracking:
     job_type: str = "train"
     tags: list[str] = field(default_factory=list)
     name: Optional[str] = None
+    model: bool = False
 
 
 def make_logger(
@@ -89,30 +93,6 @@ def make_logger(
     )
 
 
-def choose_mode(asked: str) -> str:
-    """online, offline or off. $WANDB_MODE decides for auto; without it, whether a key is configured."""
-    if asked != "auto":
-        return asked
-    from_environment = os.environ.get("WANDB_MODE", "")
-    if from_environment:
-        return {"disabled": "off", "online": "online", "shared": "online"}.get(from_environment, "offline")
-    return "online" if has_key() else "offline"
-
-
-def has_key() -> bool:
-    """Whether W&B would find credentials: in the environment or in the netrc file."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    for path in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc"):
-        try:
-            if path and netrc.netrc(os.path.expanduser(path)).authenticators(host):
-                return True
-        except (OSError, netrc.NetrcParseError):
-            continue
-    return False
-
-
 def keep_id(run_dir: Path, run_id: Optional[str] = None) -> str:
     """The id of the run in this directory; made, or taken from `run_id`, once."""
     path = run_dir / ID_FILE
@@ -122,7 +102,13 @@ def keep_id(run_dir: Path, run_id: Optional[str] = None) -> str:
 
 
 class RunLogger(WandbLogger):
-    """Lightning's logger with our settings; it goes on offline where the server does not answer."""
+    """Lightning's logger with our settings; it goes on offline where the server does not answer.
+
+    Every evaluation metric and loss has its best and its last value in the summary. Over requeues W&B's own summary
+    knows the last process alone, so that of the whole run is written when a process ends.
+    """
+
+    _defined: frozenset[str] = frozenset()
 
     @property
     @rank_zero_experiment
@@ -135,15 +121,85 @@ class RunLogger(WandbLogger):
     def log_hyperparams(self, params: Any) -> None:
         super().log_hyperparams(redact(dict(params)))
 
+    @rank_zero_only
+    def log_metrics(  # type: ignore[override]
+        self,
+        metrics: Mapping[str, float],
+        step: Optional[int] = None,
+        histograms: Mapping[str, Sequence[int]] = {},
+    ) -> None:
+        """One row. The counts of a histogram are those of equal bins from -1 to 1."""
+        run = self.experiment
+        for name in metrics.keys() - self._defined:
+            # By its whole name: of two globs that fit, W&B takes the first, which is the one of the step.
+            if which := direction(name):
+                run.define_metric(name, step_metric=STEP, step_sync=True, summary=f"{which},last")
+        self._defined = self._defined | metrics.keys()
+        shown: dict[str, Any] = dict(metrics)
+        if histograms:
+            import wandb
+
+            for name, counts in histograms.items():
+                edges = np.linspace(-1.0, 1.0, len(counts) + 1)
+                shown[name] = wandb.Histogram(np_histogram=(np.asarray(counts), edges))
+        super().log_metrics(shown, step)
+
+    @rank_zero_only
+    def log_about(self, about: Mapping[str, Any]) -> None:
+        """What `run.json` holds, in the config of the run."""
+        self.experiment.config.update({"about": dict(about)}, allow_val_change=True)
+
+    @rank_zero_only
+    def log_export(self, folder: Path, about: Mapping[str, Any]) -> None:
+        """Store an exported model as an artifact of the run, which W&B shows with all that comes of it.
+
+        Args:
+            about: where it comes from: checkpoint, base, data; secrets are taken out.
+        """
+        import wandb
+
+        artifact = wandb.Artifact(f"model-{self.version}", type="model", metadata=redact(dict(about)))
+        artifact.add_dir(str(folder), policy="immutable")  # as it lies there, without a second copy
+        self.experiment.log_artifact(artifact)
+
+    def _finish_summary(self) -> None:
+        """Best and last values of the whole run, from its metrics file."""
+        rows = read_log(Path(self._wandb_init["dir"]) / METRICS_FILE)
+        for name in dict.fromkeys(name for row in rows for name in row):
+            which, values = direction(name), [row[name] for row in rows if row.get(name) is not None]
+            if which and values:
+                top = max(values) if which == "max" else min(values)
+                self.experiment.summary.update({name: {which: top, "last": values[-1]}})
+
+    def _log_evaluations(self) -> None:
+        """The table of all evaluations: a row for each metric."""
+        import wandb
+
+        rows = read_log(Path(self._wandb_init["dir"]) / METRICS_FILE)
+        names = list(dict.fromkeys(name for row in rows for name in row if name.startswith("eval/")))
+        table = wandb.Table(columns=["set", "metric", "first", "best", "step of best", "last"])
+        for name in names:
+            found = [(row[name], row["step"]) for row in rows if row.get(name) is not None]
+            if found:
+                top = max(found, key=lambda one: one[0]) if direction(name) else (None, None)
+                one, _, metric = name.removeprefix("eval/").rpartition("/")
+                table.add_data(one, metric, found[0][0], *top, found[-1][0])
+        if names:
+            self.experiment.log({"evaluations": table, STEP: rows[-1]["step"]})
+
     def interrupt(self, code: int) -> None:
         """End the run as one that was stopped and may come back, not as finished."""
         if self._experiment is not None:
+            self._finish_summary()
             self._experiment.mark_preempting()
             self._experiment.finish(exit_code=code)
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
         super().finalize(status)
+        if self._experiment is not None and status == "success":
+            self._log_evaluations()
+            self._finish_summary()
         if self._experiment is not None and self._experiment.settings._offline:
             fragments = shlex.quote(str(Path(self._wandb_init["dir"]) / "wandb"))  # a requeue has left several
             print(f"tracked offline; send it from a machine with a network: wandb sync {fragments}/offline-run-*")
@@ -157,6 +213,8 @@ class RunLogger(WandbLogger):
     def _start(self) -> Any:
         import wandb
 
+        # Where tables wait to be sent: beside the run, not in the home, which nodes may not share or write to.
+        os.environ.setdefault("WANDB_DATA_DIR", str(Path(self._wandb_init["dir"]) / "wandb"))
         arguments = {key: value for key, value in self._wandb_init.items() if value is not None}
         arguments |= redact({key: arguments[key] for key in _SHOWN if key in arguments})
         arguments["config"] = redact({**self._read_config(), "run": describe_environment()})
@@ -181,9 +239,8 @@ class RunLogger(WandbLogger):
                 rank_zero_warn(f"W&B does not answer ({cause}): tracking offline")
                 wandb.teardown()  # or the failed start still holds the id
                 run = wandb.init(**{**arguments, "mode": "offline"}, allow_val_change=True)
-        run.define_metric("trainer/global_step")
-        run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
-        run.define_metric("eval/*", step_metric="trainer/global_step", step_sync=True, summary="max,last")
+        run.define_metric(STEP)
+        run.define_metric("*", step_metric=STEP, step_sync=True)
         return run
 
 

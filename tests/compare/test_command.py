@@ -1,0 +1,148 @@
+"""The command line: the tables, the report, and what is refused."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from tests.compare.made_runs import EVAL, best_of, make_run, make_runs
+from trainer.cli import main
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("compare") / "runs"
+    make_runs(folder)
+    return folder
+
+
+def test_tables_and_report_of_three_recipes_and_three_seeds(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = runs.parent / "report.html"
+    assert main(["compare", *map(str, sorted(runs.glob("*/*"))), "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("9 runs in 3 groups\n")
+    assert re.search(r"^model\.loss +CoSENT +CosineSimilarity +InfoNCE$", printed, re.M)
+    assert re.search(r"^seeds( +3 \(1, 2, 3\)){3}$", printed, re.M)
+    assert re.search(r"^rows/s( +\d{3} ± \d+){3}$", printed, re.M)
+    best = [best_of(runs / "cosent" / f"seed={seed}", "eval/dev/spearman_cosine") for seed in (1, 2, 3)]
+    assert f"{sum(best) / 3:.4f} ± " in printed
+    assert "model.encoder" not in printed
+    assert "cache_dir" not in printed
+    page = out.read_text(encoding="utf-8")
+    assert len(page) < 2_000_000
+    assert printed.endswith(f"report: {out}\n")
+    assert f"<b>{sum(best) / 3:.4f}" in page.replace("<td class=best>", "<b>")
+
+
+class Page(HTMLParser):
+    """What a page would fetch, its text and whether every element is closed."""
+
+    VOID = {"meta", "link", "input", "br"}
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.fetched: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in self.VOID:
+            self.open.append(tag)
+        self.fetched += [value or "" for name, value in attrs if name in ("src", "href")]
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        pass  # of SVG
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, (tag, self.getpos())
+
+
+def test_the_report_is_whole_and_fetches_nothing(runs: Path) -> None:
+    out = runs.parent / "whole.html"
+    assert main(["compare", str(runs), "--out", str(out)]) == 0
+    text = out.read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.open == []
+    assert [one for one in page.fetched if not one.startswith("data:")] == []
+    assert not re.search(r"url\(|@import|fetch\(", text)
+    assert "<!--" not in text.split("<body>")[1], "a part of the page was not filled in"
+    assert text.count('<svg class="plot curves"') > 20
+    for title in ("Results", "Curves", "Config", "Evaluations", "Embedding health", "Cost", "Runs"):
+        assert f"<h2>{title}</h2>" in text
+    for name in EVAL:
+        assert f"{name} ↑</th>" in text
+
+
+def test_what_a_run_says_cannot_break_the_page(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "<script>alert(1)</script>" / "seed=1")
+    text = (folder / "config.yaml").read_text().replace("all-MiniLM-L6-v2", "<img src=x onerror=alert(1)>")
+    (folder / "config.yaml").write_text(text)
+    other = make_run(tmp_path / "other" / "seed=1")
+    assert main(["compare", str(folder), str(other), "--out", str(tmp_path / "r.html")]) == 0
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "<script>alert" not in page
+    assert "<img" not in page
+
+
+def test_a_line_that_a_kill_has_cut_is_left_out(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 305, "train/lo')
+    assert main(["compare", str(folder)]) == 0
+
+
+def test_a_run_that_has_only_just_begun_is_left_out_of_its_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").touch()
+    assert main(["compare", str(tmp_path)]) == 1
+    assert "has metrics yet; wait for their first log" in capsys.readouterr().err
+    make_run(tmp_path / "c")
+    assert main(["compare", str(tmp_path)]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith("1 run in 1 group")
+    assert printed.err.count("holds no metrics yet: metrics.jsonl is empty; leave it out, or wait for its steps") == 2
+
+
+def test_one_run_and_many(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One alone has no differences; a dozen stand in blocks of five columns."""
+    one = make_run(tmp_path / "one")
+    assert main(["compare", str(one), "--out", str(tmp_path / "one.html")]) == 0
+    assert capsys.readouterr().out.startswith("1 run in 1 group\nmetrics")
+    for number in range(11):
+        folder = make_run(tmp_path / f"rate{number}x")
+        config = folder / "config.yaml"
+        config.write_text(config.read_text().replace("learning_rate: 0.001", f"learning_rate: {number + 1}.0e-05"))
+    assert main(["compare", str(tmp_path), "--out", str(tmp_path / "many.html")]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("12 runs in 12 groups")
+    assert len(re.findall(r"^model\.learning_rate ", printed, re.M)) == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "text"),
+    [
+        ([], 2, "runs are needed: trainer compare RUN [RUN...] [--out report.html]"),
+        (["x", "--output", "y"], 2, "'--output' is not understood here; see trainer compare --help"),
+        (["x", "--out", "y.pdf"], 2, "--out y.pdf: the report is a page; give it a name that ends in .html"),
+        (["nothing"], 1, "there is no run nothing: name a run directory, a folder of them, or an offline W&B folder"),
+        (["empty"], 1, "empty holds no run: neither metrics.jsonl nor an offline-run-* of W&B"),
+        (["young"], 1, "young holds no metrics yet: metrics.jsonl is empty; leave it out, or wait for its steps"),
+        (["wandb:x"], 1, "wandb:x: write wandb:entity/project or wandb:entity/project/group"),
+    ],
+)
+def test_refused(
+    words: list[str], status: int, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    Path("young").mkdir()
+    Path("young/metrics.jsonl").touch()
+    assert main(["compare", *words]) == status
+    assert text in capsys.readouterr().err

@@ -1,0 +1,115 @@
+"""Groups, best and last values, curves: against NumPy on the rows of the files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.compare.made_runs import best_of, make_run, make_runs
+from trainer.compare.command import read_runs
+from trainer.compare.fold import MISSING, Spread, cost, differences, fold, metrics_of, primary_metrics
+from trainer.tracking.runs import RunRecord
+
+METRIC = "eval/dev/spearman_cosine"
+
+
+def rows_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_seeds_of_a_recipe_are_one_group(tmp_path: Path) -> None:
+    folders = make_runs(tmp_path / "runs")
+    groups = fold(read_runs([str(tmp_path / "runs")]))
+    assert [group.name for group in groups] == ["cosent", "cosine", "infonce"]
+    assert [group.seeds for group in groups] == [[1, 2, 3]] * 3
+    assert primary_metrics(groups) == [METRIC]
+    for group in groups:
+        mine = [folder for folder in folders if folder.parent.name == group.name]
+        for metric in metrics_of(groups, "eval/"):
+            values = [best_of(folder, metric) for folder in mine]
+            assert group.best(metric) == Spread(
+                pytest.approx(np.mean(values)), pytest.approx(np.std(values, ddof=1)), 3
+            )
+        ends = [[row[METRIC] for row in rows_of(folder) if METRIC in row][-1] for folder in mine]
+        assert group.last(METRIC) == Spread(pytest.approx(np.mean(ends)), pytest.approx(np.std(ends, ddof=1)), 3)
+        lowest = [best_of(folder, "train/loss") for folder in mine]
+        found = group.best("train/loss")
+        assert found is not None
+        assert found.mean == pytest.approx(np.mean(lowest))
+
+
+def test_only_the_keys_that_differ(tmp_path: Path) -> None:
+    make_runs(tmp_path)
+    found = differences(fold(read_runs([str(tmp_path)])))
+    assert found == {
+        "model.loss": ["trainer.losses.CoSENT", "trainer.losses.CosineSimilarity", "trainer.losses.InfoNCE"],
+        "model.loss.scale": [20.0, MISSING, 20.0],
+        "model.learning_rate": [1e-3, 1e-3, 2e-3],
+        "data.batch_size": [32, 32, 64],
+    }
+
+
+@pytest.mark.parametrize("axis", ["step", "train/rows_seen", "train/wall_s"])
+def test_a_curve_is_the_mean_of_the_seeds_at_each_step(tmp_path: Path, axis: str) -> None:
+    folders = make_runs(tmp_path, recipes=1)
+    (group,) = fold(read_runs([str(tmp_path)]))
+    table = np.array([[(row[axis], row[METRIC]) for row in rows_of(folder) if METRIC in row] for folder in folders])
+    points = group.curve(METRIC, axis)
+    assert [point.x for point in points] == pytest.approx(table[..., 0].mean(axis=0))
+    assert [point.value.mean for point in points] == pytest.approx(table[..., 1].mean(axis=0))
+    assert [point.value.deviation for point in points] == pytest.approx(table[..., 1].std(axis=0, ddof=1))
+
+
+def test_a_seed_that_stopped_early_cuts_the_curve_not_the_table(tmp_path: Path) -> None:
+    """A mean over fewer seeds in the middle of a line would look like a jump."""
+    make_run(tmp_path / "a" / "seed=1", seed=1)
+    make_run(tmp_path / "a" / "seed=2", seed=2, steps=100)
+    (group,) = fold(read_runs([str(tmp_path)]))
+    assert [point.x for point in group.curve(METRIC, "step")] == [0, 25, 50, 75, 100]
+    best = group.best(METRIC)
+    assert best is not None
+    assert best.count == 2
+
+
+def test_values_that_are_not_finite_are_no_values() -> None:
+    rows = [{"step": 0, METRIC: 0.5}, {"step": 1, METRIC: None}, {"step": 2, METRIC: float("nan")}]
+    (group,) = fold([RunRecord("x", {}, rows)])
+    assert group.best(METRIC) == group.last(METRIC) == Spread(0.5, None, 1)
+    assert group.best("eval/dev/cosine_accuracy_threshold") is None
+    assert group.best("eval/none") is None
+
+
+def test_runs_without_a_config_are_not_taken_for_seeds() -> None:
+    groups = fold([RunRecord(name, {}, [{"step": 1, METRIC: 0.1}]) for name in ("/r/a", "/r/b")])
+    assert [group.name for group in groups] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["/r/stsb/lr=1_seed=1", "/r/stsb/lr=1_seed=2_job=77"], "lr=1"),
+        (["/r/stsb/seed=1_job=5", "/r/stsb/seed=2_job=6"], "stsb"),
+        (["/r/a-s1", "/r/a-s2"], "a"),
+        (["/x/one/a", "/y/two/b"], "x/one/a"),
+        (["my run", "my run"], "my run"),
+    ],
+)
+def test_the_name_of_a_group_has_no_seed(names: list[str], expected: str) -> None:
+    config = {"model": {"learning_rate": 1}}
+    runs = [RunRecord(name, {**config, "seed_everything": i}, [{"step": 1}]) for i, name in enumerate(names)]
+    (group,) = fold(runs)
+    assert group.name == expected
+
+
+def test_cost_is_the_median_rate_and_the_last_sums(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    rows = [row for row in rows_of(folder) if "train/loss" in row]
+    (group,) = fold(read_runs([str(folder)]))
+    found = cost(group)
+    assert found.rows_per_s == Spread(pytest.approx(np.median([row["train/rows_per_s"] for row in rows])), None, 1)
+    assert found.rows == Spread(300 * 32, None, 1)
+    assert found.gpu_hours == Spread(pytest.approx(300 * 0.11 / 3600), None, 1)
+    assert found.device == "1 x x86_64 CPU"

@@ -1,0 +1,1 @@
+"""`trainer compare`: runs beside each other, as tables and as a report."""

@@ -1,0 +1,237 @@
+"""Runs whose configs differ in nothing but the seed are one group: a mean and a spread."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Optional
+
+from trainer.tracking.direction import direction
+from trainer.tracking.runs import RunRecord
+
+# Of a config: the seed, and where a run lies and how it is watched.
+_NOT_COMPARED = re.compile(
+    r"seed_everything|data\.(seed|cache_dir)|ckpt_path|weights_only|trainer\.(default_root_dir|logger|enable_.*)"
+    r"|(tracking|watch|check|resume)\..*|config"
+)
+_OF_ONE_RUN = re.compile(r"(^|[_\-/])(seed|job|s)[=\-_]?\d+(?=$|[_\-/])")
+AXES = {
+    "step": "optimizer steps",
+    "train/rows_seen": "rows seen",
+    "train/tokens_seen": "tokens seen",
+    "train/wall_s": "wall time, s",
+    "train/gpu_hours": "device hours",
+}
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean over runs and their standard deviation (of a sample; None of a single run)."""
+
+    mean: float
+    deviation: Optional[float]
+    count: int
+
+    @classmethod
+    def of(cls, values: Iterable[Optional[float]]) -> Optional[Spread]:
+        """None where no run has a value."""
+        known = [value for value in values if value is not None]
+        if not known:
+            return None
+        return cls(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None, len(known))
+
+
+@dataclass(frozen=True)
+class Point:
+    """A step of a curve: where it lies on an axis, and the value of the runs there."""
+
+    x: float
+    value: Spread
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one config.
+
+    Attributes:
+        settings: key of the config -> value, without what differs between seeds.
+    """
+
+    name: str
+    runs: Sequence[RunRecord]
+    settings: Mapping[str, Any]
+
+    @property
+    def seeds(self) -> list[Any]:
+        return [run.seed for run in self.runs]
+
+    def best(self, metric: str) -> Optional[Spread]:
+        """Of the best value of each run; None where the metric has no better side."""
+        return Spread.of(found[0] if (found := best(run, metric)) else None for run in self.runs)
+
+    def last(self, metric: str) -> Optional[Spread]:
+        return Spread.of(last(run, metric) for run in self.runs)
+
+    def curve(self, metric: str, axis: str) -> list[Point]:
+        """The steps that all runs have (where there is none, that any has), in their order."""
+        at_step = [{row["step"]: row for row in run.rows if _number(row, metric) is not None} for run in self.runs]
+        at_step = [rows for rows in at_step if rows]
+        shared = set.intersection(*map(set, at_step)) if at_step else set()
+        points = []
+        for step in sorted(shared or set().union(*at_step)):
+            rows = [rows[step] for rows in at_step if step in rows]
+            x, value = Spread.of(_number(row, axis) for row in rows), Spread.of(_number(row, metric) for row in rows)
+            if x and value:
+                points.append(Point(x.mean, value))
+        return points
+
+
+def _number(row: Mapping[str, Any], name: str) -> Optional[float]:
+    value = row.get(name)
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def best(run: RunRecord, metric: str) -> Optional[tuple[float, int]]:
+    """The best value and its step, the first of equals."""
+    which = direction(metric)
+    found = [(value, row["step"]) for row in run.rows if (value := _number(row, metric)) is not None]
+    if which is None or not found:
+        return None
+    return max(found, key=lambda one: one[0]) if which == "max" else min(found, key=lambda one: one[0])
+
+
+def last(run: RunRecord, metric: str) -> Optional[float]:
+    return next((value for row in reversed(run.rows) if (value := _number(row, metric)) is not None), None)
+
+
+def metrics_of(groups: Sequence[Group], prefix: str) -> list[str]:
+    """Names of all metrics under a prefix, each once, in the order in which they were logged."""
+    rows = (row for group in groups for run in group.runs for row in run.rows)
+    return list(dict.fromkeys(name for row in rows for name in row if name.startswith(prefix)))
+
+
+def primary_metrics(groups: Sequence[Group]) -> list[str]:
+    """What stands for each validation set: as the run says, else the first metric of the set."""
+    said = [name for group in groups for run in group.runs for name in run.about.get("primary_metrics", ())]
+    logged = metrics_of(groups, "eval/")
+    first: dict[str, str] = {}
+    for name in [*said, *logged]:
+        if name in logged:
+            first.setdefault(name.rpartition("/")[0], name)
+    return list(dict.fromkeys([name for name in said if name in logged] or first.values()))
+
+
+# -- groups -----------------------------------------------------------------------------------------------
+
+
+def fold(runs: Sequence[RunRecord]) -> list[Group]:
+    """Groups in the order of their first run."""
+    of_settings: dict[str, list[RunRecord]] = {}
+    names = _short_names([run.name for run in runs])
+    for run, name in zip(runs, names, strict=True):
+        settings = _settings(run.config)
+        # Without a config nothing says that two runs are seeds of one.
+        key = json.dumps(settings, sort_keys=True, default=str) if settings else name
+        of_settings.setdefault(key, []).append(RunRecord(name, run.config, run.rows, run.about))
+    groups: list[Group] = []
+    for members in of_settings.values():
+        name, number = _group_name(members), 2
+        while name in [group.name for group in groups]:
+            name, number = f"{_group_name(members)} ({number})", number + 1
+        groups.append(Group(name, members, _settings(members[0].config)))
+    return groups
+
+
+def _short_names(names: Sequence[str]) -> list[str]:
+    """Without the folders that all are in; with the last of these where seed and job would be all that is left."""
+    absolute = {os.path.isabs(name) for name in names}
+    if len(absolute) == 2 or len(set(names)) < len(names):  # names of W&B, beside paths
+        return list(names)
+    shared = os.path.commonpath(names) if len(names) > 1 else os.path.dirname(names[0])
+    if not all(_without_seed(os.path.relpath(name, shared or ".")) for name in names):
+        shared = os.path.dirname(shared)
+    return [os.path.relpath(name, shared or ".") for name in names]
+
+
+def _without_seed(name: str) -> str:
+    return _OF_ONE_RUN.sub("", name).strip("/_-.")
+
+
+def _group_name(members: Sequence[RunRecord]) -> str:
+    """That of its first run, without seed and job."""
+    first = members[0].name
+    return first if len(members) == 1 else _without_seed(first) or first
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in _flat(config) if key and not _NOT_COMPARED.fullmatch(key)}
+
+
+def _flat(value: Any, key: str = "") -> Iterable[tuple[str, Any]]:
+    """Dotted keys; the place of a class is its key: model.loss, model.loss.scale."""
+    if isinstance(value, Mapping) and value:
+        for name, item in value.items():
+            inner = key if name in ("class_path", "init_args") and key else f"{key}.{name}".lstrip(".")
+            yield from _flat(item, inner)
+    elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+        for number, item in enumerate(value):
+            yield from _flat(item, f"{key}.{number}")
+    else:
+        yield key, value
+
+
+MISSING = object()
+
+
+def differences(groups: Sequence[Group]) -> dict[str, list[Any]]:
+    """Key -> its value in each group (MISSING: not there), of the keys whose values are not all the same."""
+    keys = sorted({key for group in groups for key in group.settings})
+    values = {key: [group.settings.get(key, MISSING) for group in groups] for key in keys}
+    return {key: row for key, row in values.items() if any(one != row[0] for one in row)}
+
+
+# -- cost -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a group took. Rates are medians over the logs of a run, sums are those of its last log."""
+
+    steps: Optional[Spread]
+    rows: Optional[Spread]
+    tokens: Optional[Spread]
+    rows_per_s: Optional[Spread]
+    tokens_per_s: Optional[Spread]
+    wall_s: Optional[Spread]
+    gpu_hours: Optional[Spread]
+    peak_gib: Optional[Spread]
+    device: str
+
+
+def cost(group: Group) -> Cost:
+    runs = group.runs
+
+    def of_last(name: str) -> Optional[Spread]:
+        return Spread.of(last(run, name) for run in runs)
+
+    def median(name: str) -> Optional[Spread]:
+        found = ([value for row in run.rows if (value := _number(row, name)) is not None] for run in runs)
+        return Spread.of(statistics.median(values) if values else None for values in found)
+
+    devices = dict.fromkeys(f"{run.about.get('ranks', '?')} x {run.about.get('device', '?')}" for run in runs)
+    return Cost(
+        steps=of_last("step"),
+        rows=of_last("train/rows_seen"),
+        tokens=of_last("train/tokens_seen"),
+        rows_per_s=median("train/rows_per_s"),
+        tokens_per_s=median("train/tokens_per_s"),
+        wall_s=of_last("train/wall_s"),
+        gpu_hours=of_last("train/gpu_hours"),
+        peak_gib=of_last("train/device_peak_gib") or of_last("train/host_peak_gib"),
+        device=", ".join(devices),
+    )

@@ -1,0 +1,61 @@
+"""The comparison in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from trainer.compare.fold import Group, cost, differences, metrics_of
+from trainer.compare.show import COST_ROWS, cost_cells, heading, metric, setting, winners
+
+_AT_ONCE = 5  # groups beside each other
+
+
+def print_comparison(groups: Sequence[Group], console: Console) -> None:
+    """What differs in the configs, the metrics, what it took: a column for each group, five at a time."""
+    num_runs = sum(len(group.runs) for group in groups)
+    console.print(f"{num_runs} run{'s' * (num_runs > 1)} in {len(groups)} group{'s' * (len(groups) > 1)}")
+    differing = differences(groups)
+    names = [*metrics_of(groups, "eval/"), *metrics_of(groups, "train/loss")]
+    for some in _blocks(groups):
+        if len(groups) > 1:
+            table = _table("config", some, groups)
+            for key, values in differing.items():
+                table.add_row(key, *(setting(values[groups.index(group)]) for group in some))
+            console.print(table)
+        _print_metrics(names, some, groups, console)
+        table = _table("cost", some, groups)
+        columns = [cost_cells(group, cost(group)) for group in some]
+        for row, label in enumerate(COST_ROWS):
+            table.add_row(label, *(column[row] for column in columns))
+        console.print(table)
+
+
+def _print_metrics(names: Sequence[str], some: Sequence[Group], groups: Sequence[Group], console: Console) -> None:
+    table = _table("metrics: best (last), mean ± sd", some, groups)
+    for name in names:
+        first, cells = winners(groups, name), []
+        for group in some:
+            best, last = group.best(name), group.last(name)
+            cell = Text(metric(best or last), style="bold green" if groups.index(group) in first else "")
+            if best is not None and last is not None:
+                cell.append(f" ({last.mean:.4f})", style="not bold dim")
+            cells.append(cell)
+        table.add_row(heading(name), *cells)
+    console.print(table)
+
+
+def _table(title: str, some: Sequence[Group], groups: Sequence[Group]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("", style="cyan", overflow="fold")
+    for group in some:
+        table.add_column(group.name, justify="right", overflow="fold")
+    return table
+
+
+def _blocks(groups: Sequence[Group]) -> Iterator[Sequence[Group]]:
+    for start in range(0, len(groups), _AT_ONCE):
+        yield groups[start : start + _AT_ONCE]

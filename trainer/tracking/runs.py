@@ -1,0 +1,80 @@
+"""Runs as they are read again: config, rows of metrics, what they ran on. From run directories and W&B's offline
+files; nothing heavy is imported."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+METRICS_FILE = "metrics.jsonl"
+STEP = "trainer/global_step"  # on W&B
+
+Row = dict[str, Any]  # step, and metric -> value; null where it was not finite; a histogram is a list of counts
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run.
+
+    Attributes:
+        name: its place, without the folders that all have.
+        config: effective config, as nested mappings.
+        rows: of metrics, in the order of their steps.
+        about: device, ranks, nodes, primary_metrics (run.json), as far as they are known.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    rows: Sequence[Row]
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def seed(self) -> Any:
+        return self.config.get("seed_everything")
+
+
+def read_log(path: Path) -> list[Row]:
+    """Rows of a metrics.jsonl; a last line that a kill has cut is left out, a missing file has none."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def read_run_dir(folder: Path) -> RunRecord:
+    """A run directory of `trainer fit`.
+
+    Raises:
+        ValueError: it has no row of metrics yet.
+    """
+    rows, config, about = read_log(folder / "metrics.jsonl"), folder / "config.yaml", folder / "run.json"
+    if not rows:
+        raise ValueError(f"{folder} holds no metrics yet: metrics.jsonl is empty; leave it out, or wait for its steps")
+    return RunRecord(
+        name=str(folder),
+        # libyaml where it is there: the pure reader takes a quarter of a second for a config
+        config=yaml.load(config.read_text(encoding="utf-8"), _LOADER) or {} if config.exists() else {},
+        rows=rows,
+        about=json.loads(about.read_text(encoding="utf-8")) if about.exists() else {},
+    )
+
+
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+def joined(fragments: Iterable[Sequence[Row]]) -> list[Row]:
+    """The rows of a run that several processes wrote one after the other: each goes on from a checkpoint, so what was
+    written before at or behind its first step did not last."""
+    rows: list[Row] = []
+    for fragment in fragments:
+        if fragment:
+            rows = [row for row in rows if row["step"] < fragment[0]["step"]] + list(fragment)
+    return rows
