@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from trainer.batch import PackedBatch
 from trainer.distributed import gather
 from trainer.encoder import Encoder
+from trainer.encoder.towers import Towers
 from trainer.evaluation.scoring import evaluate
 from trainer.evaluation.sharded import Encode, TokenizedSet, ask_teacher, tokenize_set
 from trainer.memory import explained_memory
@@ -148,7 +149,7 @@ class Evaluation(Callback):
             pl_module.log_dict(self.last_metrics, sync_dist=True)
 
 
-def _encode_with(encoder: Encoder, device: torch.device, max_tokens: int) -> Encode:
+def _encode_with(encoder: Encoder | Towers, device: torch.device, max_tokens: int) -> Encode:
     def encode(batch: PackedBatch) -> Tensor:
         with explained_memory("evaluation", batch, max_tokens):
             return encoder.embed(batch.to(device))

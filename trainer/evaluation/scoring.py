@@ -16,7 +16,7 @@ from trainer.distributed import gather
 from trainer.evaluation.base import num_not_finite, refuse_not_finite
 from trainer.evaluation.classification import Classification
 from trainer.evaluation.search import Search
-from trainer.evaluation.sharded import Encode, TokenizedSet, embed, of_all_texts, search, tokenize_set
+from trainer.evaluation.sharded import Encode, TokenizedSet, embed_set, of_all_texts, search, tokenize_set
 
 if TYPE_CHECKING:
     from trainer.data.module import ValidationSet
@@ -31,24 +31,24 @@ def _scorer(
     one: TokenizedSet, encode: Encode, classify: Classify | None, rank: int, world_size: int, max_tokens: int
 ) -> Callable[[], dict[str, float]]:
     """Does what all ranks must do together; what comes back is for rank 0 to call."""
-    evaluator, rows, texts = one.evaluator, one.rows, one.texts
+    evaluator, rows = one.evaluator, one.rows
     if isinstance(evaluator, Search):
         found, documents = search(encode, one, rank, world_size, max_tokens), one.documents
 
         def score_search() -> dict[str, float]:
             assert found.neighbours is not None
             assert documents is not None
-            refuse_not_finite(found.num_bad, len(texts.ids_U) + len(documents.ids_U))
-            neighbours = of_all_texts(found.neighbours, texts, documents, evaluator.depth)
+            refuse_not_finite(found.num_bad, len(one.texts.ids_U) + len(documents.ids_U))
+            neighbours = of_all_texts(found.neighbours, one.texts, documents, evaluator.depth)
             return evaluator.score_neighbours(neighbours, rows)
 
         return score_search
     is_classified = isinstance(evaluator, Classification)
-    embeddings_UD = embed(encode, texts.ids_U, rank, world_size, max_tokens, everywhere=is_classified)
+    embeddings_UD, text_N = embed_set(encode, one, rank, world_size, max_tokens, everywhere=is_classified)
     if not isinstance(evaluator, Classification):
-        return lambda: evaluator.score(embeddings_UD[texts.text_N], rows)
+        return lambda: evaluator.score(embeddings_UD[text_N], rows)
     assert classify is not None
-    logits_BL = _logits(classify, evaluator, embeddings_UD, texts.text_N)
+    logits_BL = _logits(classify, evaluator, embeddings_UD, text_N)
 
     def score_logits() -> dict[str, float]:
         refuse_not_finite(num_not_finite(embeddings_UD), len(embeddings_UD))

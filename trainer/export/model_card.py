@@ -45,7 +45,7 @@ def fill_card(model: SentenceTransformer, run: Run) -> None:
     # Without this tag sentence-transformers would copy the card of the backbone.
     card.add_tags(["generated_from_trainer", DISTRIBUTION])
     card.version.setdefault("accelerate", "not installed")
-    _set_base(card, run.module.encoder_spec)
+    _set_base(card, run.module.encoder_specs)
     train = [_read(source, run.data.cache_dir) for source in run.data.train_sources]
     validation = [_read(source, run.data.cache_dir) for source in run.data.validation_sources]
     if run.data.max_rows:
@@ -78,7 +78,7 @@ def fill_card(model: SentenceTransformer, run: Run) -> None:
 
 def complete_readme(path: Path, run: Run) -> None:
     """Add which checkpoint this is, our versions and a local base model to a rendered card."""
-    base = Path(run.module.encoder_spec.backbone).name
+    base = _name(run.module.encoder_specs)
     text = path.read_text(encoding="utf-8") if path.is_file() else f"# {base}\n"
     text = text.replace(_UNKNOWN_BASE, f"- **Base model:** `{base}` (a local folder)")
     for source in run.data.validation_sources:
@@ -105,11 +105,16 @@ def _version(distribution: str) -> str:
 # -- base model, data, loss -------------------------------------------------------------------------------
 
 
-def _set_base(card: SentenceTransformerModelCardData, spec: EncoderSpec) -> None:
-    if Path(spec.backbone).is_dir():
-        # The path is private and no hub id; the folder's name must do.
+def _name(specs: Sequence[EncoderSpec]) -> str:
+    return " and ".join(dict.fromkeys(Path(spec.backbone).name for spec in specs))
+
+
+def _set_base(card: SentenceTransformerModelCardData, specs: Sequence[EncoderSpec]) -> None:
+    spec = specs[0]
+    if len(specs) > 1 or Path(spec.backbone).is_dir():
+        # A path is private and no hub id, and a card names one base: the folder's name must do.
         card.base_model = card.base_model_revision = None
-        card.model_name = f"SentenceTransformer based on {Path(spec.backbone).name}"
+        card.model_name = f"SentenceTransformer based on {_name(specs)}"
     elif card.base_model is None:
         card.base_model, card.base_model_revision = spec.backbone, spec.revision
 

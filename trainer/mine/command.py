@@ -134,7 +134,7 @@ def _refuse(options: argparse.Namespace) -> None:
 
 def _specs(options: argparse.Namespace) -> dict[str, EncoderSpec]:
     """Kind of text -> the encoder with its prompt; none where no model is named."""
-    from trainer.encoder.text import read_prompts
+    from trainer.encoder.folder import read_prompts
 
     if options.model is None:
         return {}

@@ -149,7 +149,7 @@ def choose_prompt(spec: EncoderSpec, prompt: str | None, name: str | None) -> En
         ValueError: the model has no prompt of that name, or both were given.
     """
     from trainer.data.files import did_you_mean
-    from trainer.encoder.text import read_prompts
+    from trainer.encoder.folder import read_prompts
 
     if prompt is not None and name is not None:
         raise ValueError("--prompt and --prompt-name were both given; give one of them")

@@ -161,7 +161,7 @@ def _embed_shard(encoder: Encoder, texts: TokenizedTexts, settings: Settings, de
         return normalize(embeddings_SD, dim=-1) if settings.normalize else embeddings_SD
 
     # Every rank has a shard of its own: there is nothing to gather.
-    embeddings_UD = embed(encode, texts.ids_U, rank=0, world_size=1, max_tokens=settings.max_tokens)
+    embeddings_UD = embed(encode, texts, rank=0, world_size=1, max_tokens=settings.max_tokens)
     return embeddings_UD[texts.text_N]
 
 
