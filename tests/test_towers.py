@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import pickle
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from lightning.pytorch import Trainer
-from scipy.stats import spearmanr
+from scipy.stats import pearsonr, spearmanr
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 from torch import Tensor, nn
@@ -22,9 +27,13 @@ from tests.batches import gradients_of, largest_difference
 from tests.two_ranks import TwoRanks
 from trainer.batch import PackedBatch
 from trainer.check.report import make_report
+from trainer.cli import main
 from trainer.data.batches import StepBatches
 from trainer.data.module import PairData, ValidationSet
+from trainer.data.opaque import OpaqueBatches, OpaqueStream
 from trainer.data.sources import Source
+from trainer.data.streaming import StreamedTable
+from trainer.data.tokens import tokenize
 from trainer.demo_data import MAX_SCORE, read_pairs, write_pairs
 from trainer.distributed import gather
 from trainer.encoder import EncoderSpec
@@ -64,7 +73,7 @@ class Bench:
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory, tiny_encoders: dict[str, Path], cache: Path) -> Bench:
-    pairs = write_pairs(tmp_path_factory.mktemp("pairs"), ROWS, 4, seed=3)[0]
+    pairs = write_pairs(tmp_path_factory.mktemp("pairs"), ROWS, 12, seed=3)[0]
     return Bench(str(tiny_encoders[QUERY]), str(tiny_encoders[DOCUMENT]), str(pairs), str(cache))
 
 
@@ -103,9 +112,10 @@ def test_two_ranks_compute_what_one_process_computes(two_ranks: TwoRanks, bench:
     """A step of 13 rows and one of a single row, whole and in chunks; each tower trains the pieces of its own texts."""
     for number, frozen in ((0, False), (1, False), (0, True)):
         loss, gradients = step(bench, number, 16384, frozen)
-        chunked_loss, chunked = step(bench, number, 40, frozen)
-        assert chunked_loss == pytest.approx(loss, rel=1e-5)
-        assert largest_difference(chunked, gradients) < 1e-5
+        if number == 0:
+            chunked_loss, chunked = step(bench, number, 40, frozen)
+            assert chunked_loss == pytest.approx(loss, rel=1e-5)
+            assert largest_difference(chunked, gradients) < 1e-5
         for two_loss, found in two_ranks(step, bench, number, 16384, frozen):
             assert two_loss == pytest.approx(loss, rel=1e-5)
             assert largest_difference(found, gradients) < 2e-5
@@ -132,7 +142,42 @@ def test_pieces_and_lengths_are_those_of_each_tower(bench: Bench) -> None:
     assert batch.num_tokens == sum(queries.lengths) + sum(documents.lengths)
     longest = [max(stream.lengths) * BATCH for stream in batch.streams]
     assert batch.padded_tokens == sum(longest)
-    assert torch.equal(batch.to("cpu").streams[1].input_ids_T, documents.input_ids_T)
+    sent = pickle.loads(pickle.dumps(batch)).to("cpu")
+    assert torch.equal(sent.streams[1].input_ids_T, documents.input_ids_T)
+    assert sent.streams[1].tower == "document"
+
+
+def test_streams_hold_the_same_pieces(bench: Bench, tmp_path: Path) -> None:
+    """A row that lacks a negative has a placeholder of the document tower; hashes of both towers are told apart."""
+    rows = [
+        {"query": row.sentence1, "pos": row.sentence2, "neg": [row.sentence1, row.sentence2][: i % 3]}
+        for i, row in enumerate(read_pairs(Path(bench.pairs)))
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = load_texts(*bench.specs)
+    assert text.documents is not None
+    spec: dict[str, Any] = {"columns": {"anchor": "query", "positive": "pos", "negatives": "neg"}, "max_negatives": 2}
+    table = tokenize(Source(str(tmp_path / "rows.parquet"), **spec), text, tmp_path)
+    streamed = StreamedTable(Source(str(tmp_path / "rows.parquet"), streaming=True, **spec), text, tmp_path)
+    everything = np.arange(len(rows))
+    assert [ids.tolist() for ids in table.ids("negative_2", everything[:2])] == [text.documents.no_text] * 2
+    assert set(text.documents.no_text) <= set(table.used_ids("document").tolist())
+    assert (table.hashes(everything) == streamed.hashes(everything)).all()
+    anchors, _, negatives, _ = table.hashes(everything[1:2])[0]
+    assert anchors != negatives  # one text
+    expected = text.documents([row["pos"] for row in rows])
+    for one in (table, streamed):
+        assert [ids.tolist() for ids in one.ids("positive", everything)] == expected
+
+    opaque = OpaqueStream(Source(str(tmp_path / "rows.jsonl"), streaming=True, **spec), text, 0)
+    whole = OpaqueBatches(opaque, len(rows), 0, 1, 0, 1, {})[0]
+    shuffled = whole.targets.row_ids_B.tolist()
+    documents = whole.streams[1]
+    segments = torch.split(documents.input_ids_T, list(documents.lengths))
+    positives = [segments[place].tolist() for place in documents.order_S.tolist()][: len(rows)]
+    assert positives == [expected[row] for row in shuffled]
+    assert documents.num_columns == 3
 
 
 def test_columns_without_a_query_are_refused(bench: Bench) -> None:
@@ -277,3 +322,57 @@ def test_queries_and_documents_are_evaluated_by_their_tower(
     a, b = peer.encode_query(queries), peer.encode_document(documents[:12])
     cosines = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
     assert ours["eval/sts/spearman_cosine"] == pytest.approx(spearmanr(pairs["score"], cosines)[0], abs=1e-6)
+
+
+# -- the commands -----------------------------------------------------------------------------------------
+
+
+def test_fit_exports_what_validate_and_sentence_transformers_read(bench: Bench, tmp_path: Path) -> None:
+    """The metric at the end of a fit, that of the exported folder by its routes, and that of its embeddings with the
+    prompts that training put before queries and documents."""
+    dev = Path(bench.pairs).with_name("dev.jsonl.gz")
+    held_out: dict[str, Any] = {"name": "dev", "path": str(dev), "columns": SCORED, "score_range": [0, MAX_SCORE]}
+    prompts = {"prompts": {"anchor": "it was ", "positive": "at dawn "}}
+    train = {**held_out, **prompts, "path": bench.pairs}
+    del train["name"]
+    config: dict[str, Any] = {
+        "model": {
+            "encoder": {"backbone": bench.query, "prompt": "the "},
+            "document_encoder": {"backbone": bench.document},
+            "loss": "CosineSimilarity",
+            "learning_rate": 1e-3,
+        },
+        "data": {"train": [train], "validation": [{**held_out, **prompts}], "batch_size": 4},
+        "trainer": {"accelerator": "cpu", "devices": 1, "max_steps": 3},
+        "checkpoint": {"monitor": None},
+        "tracking": {"wandb": "off"},
+    }
+    (tmp_path / "fit.yaml").write_text(yaml.safe_dump(config))
+    assert (
+        main(["fit", "--config", str(tmp_path / "fit.yaml"), "--trainer.default_root_dir", str(tmp_path / "run")]) == 0
+    )
+    log = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    expected = next(row for row in reversed(log) if "eval/dev/pearson_cosine" in row)
+    assert expected["step"] == 3
+
+    model = str(tmp_path / "run" / "model")
+    config["model"]["encoder"] = {"backbone": model, "route": "query"}
+    config["model"]["document_encoder"] = {"backbone": model, "route": "document"}
+    config["data"]["validation"] = [held_out]  # the folder has the prompts now
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(config))
+    assert (
+        main(["validate", "--config", str(tmp_path / "again.yaml"), "--trainer.default_root_dir", str(tmp_path)]) == 0
+    )
+    found = json.loads((tmp_path / "metrics.json").read_text())["metrics"]
+    assert found["eval/dev/pearson_cosine"] == pytest.approx(expected["eval/dev/pearson_cosine"], abs=1e-5)
+
+    peer = SentenceTransformer(model, device="cpu")
+    assert peer.prompts == {"query": "the it was ", "document": "at dawn "}
+    rows = read_pairs(dev)
+    a, b = peer.encode_query([row.sentence1 for row in rows]), peer.encode_document([row.sentence2 for row in rows])
+    cosines = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+    pearson = pearsonr([row.score for row in rows], cosines)[0]
+    assert expected["eval/dev/pearson_cosine"] == pytest.approx(pearson, abs=1e-5)
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert "- **Base models:** `bert` for queries, `roberta` for documents" in card
+    assert "model.encode_query(" in card
