@@ -96,7 +96,7 @@ BAD_CONFIGS = {
         "batch_size: 16",
         "zzz: 16",
         "x.yaml:13: unknown key 'data.zzz'; keys here: train, encoder, validation, batch_size, no_duplicates, "
-        "mixing, num_workers, max_rows, cache_dir, stream_cache_gib, seed",
+        "mixing, num_workers, max_rows, cache_dir, stream_cache_gib, seed, document_encoder",
     ),
     "key of another trainer": (
         "batch_size: 16",

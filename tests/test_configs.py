@@ -77,6 +77,8 @@ def fit_args(recipe: Path, hardware: Path, folder: Path, backbone: Path, texts: 
         "trainer.log_every_n_steps": 1,
         "tracking.wandb": "off",
     }
+    if "document_encoder" in config["model"]:
+        flags |= {"model.document_encoder.backbone": backbone, "model.document_encoder.max_length": 48}
     for part, apart in (("train", 1), ("validation", 3)):
         tiny = []
         for number, source in enumerate(config["data"].get(part, [])):

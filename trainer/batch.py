@@ -107,6 +107,8 @@ class PackedBatch(_Sent):
         source: index of the training source all rows come from.
         padded_tokens: pieces that a padded forward of each column would hold.
         position: of a stream without an index behind this batch, for the checkpoint: loader worker and its reader's.
+        documents: where queries and documents have an encoder each, the texts of all columns but the first one.
+        tower: whose texts these are, query or document; one encoder takes both.
     """
 
     input_ids_T: Tensor
@@ -119,27 +121,31 @@ class PackedBatch(_Sent):
     source: int = 0
     padded_tokens: int = 0
     position: tuple[int, dict[str, Any]] | None = None
+    documents: PackedBatch | None = None
+    tower: str = "query"
+
+    @property
+    def streams(self) -> list[PackedBatch]:
+        """One for each encoder: queries, then documents."""
+        return [self] if self.documents is None else [self, self.documents]
 
     @property
     def num_tokens(self) -> int:
         """Pieces of the rows that count."""
-        return sum(self.lengths) if self.num_rows else 0
+        return sum(sum(stream.lengths) for stream in self.streams) if self.num_rows else 0
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        return replace(
-            self,
-            input_ids_T=self.input_ids_T.to(device, non_blocking=True),
-            positions_T=self.positions_T.to(device, non_blocking=True),
-            order_S=self.order_S.to(device, non_blocking=True),
-            targets=self.targets.to(device),
-        )
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> PackedBatch:
-        pin = torch.Tensor.pin_memory
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> PackedBatch:
         return replace(
             self,
-            input_ids_T=pin(self.input_ids_T),
-            positions_T=pin(self.positions_T),
-            order_S=pin(self.order_S),
-            targets=self.targets.pin_memory(),
+            input_ids_T=function(self.input_ids_T),
+            positions_T=function(self.positions_T),
+            order_S=function(self.order_S),
+            targets=self.targets._map(function),
+            documents=self.documents and self.documents._map(function),
         )

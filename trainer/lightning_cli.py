@@ -70,6 +70,7 @@ TRAINER_DEFAULTS: Mapping[str, Any] = {
 LINKS: Mapping[str, str] = {
     "data.seed": "seed_everything",
     **{f"data.encoder.{part.name}": f"model.encoder.{part.name}" for part in dataclasses.fields(EncoderSpec)},
+    "data.document_encoder": "model.document_encoder",
 }
 # trainer key -> (the only value, why)
 FIXED: Mapping[str, tuple[Any, str]] = {
@@ -309,7 +310,8 @@ class TrainerCLI(LightningCLI):
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         metrics = next(callback for callback in callbacks if isinstance(callback, Evaluation)).last_metrics
         if is_first_rank(os.environ):
-            about = {"model": self.model.encoder_spec.backbone, "checkpoint": self.options.ckpt_path}
+            names = [spec.backbone for spec in self.model.encoder_specs]
+            about = {"model": " and ".join(names), "checkpoint": self.options.ckpt_path}
             write_results(metrics, about, self.run_dir)
             print_results(metrics, [one.name for one in self.datamodule.validation_sets])
 

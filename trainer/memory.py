@@ -42,13 +42,15 @@ def _is_lack_of_memory(error: BaseException) -> bool:
 
 
 def _sentence(doing: str, batch: PackedBatch, max_tokens: int) -> str:
-    texts, tokens, longest = len(batch.lengths), sum(batch.lengths), batch.lengths[-1]
+    lengths = [length for stream in batch.streams for length in stream.lengths]
+    texts, tokens, longest = len(lengths), sum(lengths), max(lengths)
+    num_rows = len(batch.lengths) // batch.num_columns
     # Above the size of the batch the knob does nothing; below the longest text neither.
     smaller = max(1, min(max_tokens, tokens) // 2)
     remedy = f"model.max_tokens is {max_tokens} now; try {smaller}"
     if smaller < longest:
         remedy += f", or model.encoder.max_length below {longest}"
     return (
-        f"out of memory in {doing}, with a batch of {texts // batch.num_columns} rows, {texts} texts, {tokens} tokens, "
+        f"out of memory in {doing}, with a batch of {num_rows} rows, {texts} texts, {tokens} tokens, "
         f"longest text {longest} tokens: {remedy}"
     )

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, Optional, cast
+from typing import Any, Literal, Optional, Union, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -20,6 +20,7 @@ from trainer.data.teaching import teach
 from trainer.distributed import gather
 from trainer.distributed.strategies import ZeRO
 from trainer.encoder import Encoder, EncoderSpec
+from trainer.encoder.towers import Towers, load_encoder
 from trainer.evaluation.classification import Classification
 from trainer.finite import FiniteSteps
 from trainer.losses import Loss
@@ -29,10 +30,12 @@ logger = logging.getLogger(__name__)
 
 
 class EmbeddingModule(LightningModule):
-    """Fine-tunes a siamese encoder.
+    """Fine-tunes a siamese encoder, or two of them.
 
     Args:
         encoder: the encoder to fine-tune.
+        document_encoder: an encoder of its own for the documents, which are all columns but anchor; the first one then
+            takes the queries, anchor, alone.
         loss: function of the embeddings, by class name.
         losses: others by a name of yours, for the training sources whose loss is that name.
         teacher: frozen encoder whose embeddings a loss wants (MSE, EmbedDistill; the guide of GISTEmbed); it embeds
@@ -61,6 +64,7 @@ class EmbeddingModule(LightningModule):
         max_tokens: int = 16384,
         decay_all: bool = False,
         print_first_batch: bool = False,
+        document_encoder: Optional[EncoderSpec] = None,
     ) -> None:
         super().__init__()
         if not 0.0 <= warmup_ratio < 1.0:
@@ -68,6 +72,7 @@ class EmbeddingModule(LightningModule):
         if max_tokens < 1:
             raise ValueError(f"model.max_tokens is {max_tokens}; it must be 1 or more")
         self.encoder_spec = encoder
+        self.document_spec = document_encoder
         self.loss = loss
         if wrong := [name for name in losses or {} if not name.isidentifier() or hasattr(nn.ModuleDict, name)]:
             raise ValueError(f"model.losses can't have the name '{wrong[0]}'; take another, of letters, digits and '_'")
@@ -93,10 +98,16 @@ class EmbeddingModule(LightningModule):
         self.last_grad_norm: Optional[Tensor] = None
         self.last_metrics: dict[str, Tensor] = {}
         self.finite_steps = FiniteSteps()
-        self._base: Optional[str] = None
-        self.encoder: Encoder
+        self._base: dict[str, str] = {}  # of what is not trained, by the prefix of its encoder
+        self._checksums: dict[str, str] = {}  # of the embedding matrices, likewise
+        self.encoder: Union[Encoder, Towers]
 
     # -- building -----------------------------------------------------------------------------------------
+
+    @property
+    def encoder_specs(self) -> list[EncoderSpec]:
+        """Of all texts; or of queries, and of documents."""
+        return [self.encoder_spec] if self.document_spec is None else [self.encoder_spec, self.document_spec]
 
     @property
     def all_losses(self) -> list[Loss]:
@@ -172,13 +183,14 @@ class EmbeddingModule(LightningModule):
         """Load the encoder and make the heads; Lightning calls it inside the strategy's context."""
         if hasattr(self, "encoder"):
             return
-        self.encoder = Encoder(self.encoder_spec, self.max_tokens, self.data.text)
+        self.encoder = load_encoder(self.encoder_spec, self.document_spec, self.max_tokens, self.data.text)
         # Now, for a strategy may take the weights apart later.
-        self._base = self.encoder.base_checksum() if self.encoder.base_names else None
+        self._base = {name: part.base_checksum() for name, part in self.encoder.parts.items() if part.base_names}
         for loss in self.all_losses:
             loss.build(self.encoder.embedding_dimension)
         strategy = self.trainer.strategy
-        self.encoder.lockstep = isinstance(strategy, ZeRO) and strategy.stage == 3
+        for part in self.encoder.parts.values():
+            part.lockstep = isinstance(strategy, ZeRO) and strategy.stage == 3
         self.train()  # transformers loads in evaluation mode, in which dropout is off
         for held_out in self.data.validation_sources:
             if isinstance(held_out.evaluator, Classification):
@@ -187,27 +199,34 @@ class EmbeddingModule(LightningModule):
             self._check_columns()
             # The loss scaler of fp16 leaves out steps, and would not tell us to leave out their decay.
             known_decay = not self.weight_decay or str(self.trainer.precision) != "16-mixed"
-            if self.encoder_spec.compact_vocabulary == "auto" and known_decay:
-                used_ids = self.data.used_ids()
-                if used_ids is None:
-                    what = "streaming: the pieces to come are not known, so the whole vocabulary is trained"
-                    gather.warn(logger, what)
-                else:
-                    self.encoder.compact_vocabulary(used_ids)
+            if known_decay and not self.compact_vocabularies(self.data):
+                gather.warn(logger, "streaming: the pieces to come are not known, so the whole vocabulary is trained")
         # No buffer of ours changes from batch to batch differently on different ranks. DDP would broadcast all of
         # them before every forward, the frozen embedding matrix (hundreds of MB) included.
         nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
             self, [name for name, _ in self.named_buffers()]
         )
 
+    def compact_vocabularies(self, data: PairData) -> bool:
+        """Train only the pieces that each encoder's training texts use, where its spec allows it; False where it
+        does and nobody knows them."""
+        asked = [spec.compact_vocabulary == "auto" for spec in self.encoder_specs]
+        for tower, part, is_asked in zip(("query", "document"), self.encoder.parts.values(), asked, strict=False):
+            used_ids = data.used_ids(tower) if is_asked else None
+            if used_ids is not None:
+                part.compact_vocabulary(used_ids)
+        return not any(asked) or data.used_ids() is not None
+
     def _check_columns(self) -> None:
         """The columns of every source against what its loss takes."""
         for source, table in zip(self.data.train_sources, self.data.inputs, strict=True):
             for finding in unfit_columns(self.loss_of(source), source, table):
                 raise ValueError(str(finding))
-            if any((source.prompts or {}).values()) and not self.encoder.pools_prompt:
+            for spec, part in zip(self.encoder_specs, self.encoder.parts.values(), strict=True):
+                if part.pools_prompt or not any((source.prompts or {}).values()):
+                    continue
                 raise ValueError(
-                    f"{source.path}: prompts of columns are pooled like the text, but '{self.encoder_spec.backbone}' "
+                    f"{source.path}: prompts of columns are pooled like the text, but '{spec.backbone}' "
                     "leaves its prompt out of the embedding: give one prompt as model.encoder.prompt, or set "
                     "include_prompt to true in its 1_Pooling/config.json"
                 )
@@ -305,9 +324,10 @@ class EmbeddingModule(LightningModule):
         rate = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
         with explained_memory("training", self._batch, self.max_tokens):  # forward and backward run in here
             super().optimizer_step(*args, **kwargs)
-        vocabulary = self.encoder.vocabulary
-        if vocabulary is not None and self.weight_decay and self.optimizer_name == "adamw":
-            vocabulary.decay_unused(1.0 - rate * self.weight_decay)
+        for part in self.encoder.parts.values():
+            vocabulary = part.vocabulary
+            if vocabulary is not None and self.weight_decay and self.optimizer_name == "adamw":
+                vocabulary.decay_unused(1.0 - rate * self.weight_decay)
 
     def on_train_batch_end(self, outputs: Any, batch: PackedBatch, batch_idx: int) -> None:
         gather.enter("loading the next batch")  # all callbacks have had their turn
@@ -329,59 +349,66 @@ class EmbeddingModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.finite_steps.read(self.trainer)
-        vocabulary = self.encoder.vocabulary
-        if vocabulary is not None:
-            checkpoint["base_vocabulary"] = self._base_checksum()
-        if self._base is not None:  # the folder of the backbone has them
-            checkpoint["base_weights"] = self._base
-            for name in self.encoder.base_names:
-                checkpoint["state_dict"].pop(f"encoder.{name}", None)  # other ranks than the first may hold none
+        for prefix, part in self.encoder.parts.items():
+            if part.vocabulary is not None:
+                checkpoint[f"{prefix}base_vocabulary"] = self._vocabulary_checksum(prefix)
+            if prefix in self._base:  # the folder of the backbone has them
+                checkpoint[f"{prefix}base_weights"] = self._base[prefix]
+                for name in part.base_names:
+                    # Other ranks than the first may hold none.
+                    checkpoint["state_dict"].pop(f"encoder.{prefix}{name}", None)
 
-    def _base_checksum(self) -> str:
-        vocabulary = self.encoder.vocabulary
-        assert vocabulary is not None
-        if not hasattr(self, "_checksum"):
-            self._checksum = vocabulary.base_checksum()
-        return self._checksum
+    def _vocabulary_checksum(self, prefix: str) -> str:
+        if prefix not in self._checksums:
+            vocabulary = self.encoder.parts[prefix].vocabulary
+            assert vocabulary is not None
+            self._checksums[prefix] = vocabulary.base_checksum()
+        return self._checksums[prefix]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make the vocabulary fit the checkpoint's, and fill in what its backbone has, before weights are loaded."""
-        state = checkpoint["state_dict"]
-        names = self.encoder.base_names
-        if checkpoint.get("base_weights") != ((self._base or self.encoder.base_checksum()) if names else None):
+        for spec, prefix in zip(self.encoder_specs, self.encoder.parts, strict=True):
+            self._fit_checkpoint(spec, prefix, checkpoint)
+
+    def _fit_checkpoint(self, spec: EncoderSpec, prefix: str, checkpoint: dict[str, Any]) -> None:
+        state, part = checkpoint["state_dict"], self.encoder.parts[prefix]
+        names = part.base_names
+        base = (self._base.get(prefix) or part.base_checksum()) if names else None
+        if checkpoint.get(f"{prefix}base_weights") != base:
             raise ValueError(
-                f"the frozen weights of '{self.encoder_spec.backbone}' are not those the checkpoint was trained with: "
+                f"the frozen weights of '{spec.backbone}' are not those the checkpoint was trained with: "
                 "restore the backbone folder or its revision, and freeze and lora of its run"
             )
-        state.update({f"encoder.{name}": self.encoder.get_parameter(name).detach() for name in names})
-        name = next((key for key in state if key.endswith(".used_ids")), None)
+        state.update({f"encoder.{prefix}{name}": part.get_parameter(name).detach() for name in names})
+        held = (key for key in state if key.startswith(f"encoder.{prefix}") and key.endswith(".used_ids"))
+        name = next(held, None)
         if name is None:
             return
-        vocabulary = self.encoder.vocabulary
+        vocabulary = part.vocabulary
         if vocabulary is None or not torch.equal(vocabulary.used_ids.cpu(), state[name].cpu()):
             if vocabulary is not None and self.trainer.training:
                 raise ValueError(
                     f"the checkpoint was trained on texts with {len(state[name])} distinct pieces, this data has "
                     f"{len(vocabulary.used_ids)} others: go on with the same data, or start from its model/ folder"
                 )
-            self.encoder.compact_vocabulary(state[name])
-        if self._base_checksum() != checkpoint["base_vocabulary"]:
+            part.compact_vocabulary(state[name])
+        if self._vocabulary_checksum(prefix) != checkpoint[f"{prefix}base_vocabulary"]:
             raise ValueError(
-                f"the embedding matrix of '{self.encoder_spec.backbone}' is not the one the checkpoint was trained "
+                f"the embedding matrix of '{spec.backbone}' is not the one the checkpoint was trained "
                 "from: restore the backbone folder or its revision"
             )
 
     def _print(self, batch: PackedBatch) -> None:
-        segments = torch.split(batch.input_ids_T.cpu(), list(batch.lengths))
+        columns: list[list[str]] = []
+        for stream, part in zip(batch.streams, self.encoder.parts.values(), strict=True):
+            segments = torch.split(stream.input_ids_T.cpu(), list(stream.lengths))
+            texts = [str(part.text.tokenizer.decode(segments[place])) for place in stream.order_S.tolist()]
+            columns += [texts[i : i + batch.num_rows] for i in range(0, len(texts), batch.num_rows)]
         targets = batch.targets
         for row in range(batch.num_rows):
-            texts = []
-            for column in range(batch.num_columns):
-                place = int(batch.order_S[column * batch.num_rows + row])
-                texts.append(str(self.encoder.text.tokenizer.decode(segments[place])))
             score = "" if targets.scores_B is None else f" score {float(targets.scores_B[row]):.3f}"
             label = "" if targets.labels_B is None else f" label {int(targets.labels_B[row])}"
-            print(f"row {int(targets.row_ids_B[row])}{score}{label}: " + " | ".join(texts))
+            print(f"row {int(targets.row_ids_B[row])}{score}{label}: " + " | ".join(column[row] for column in columns))
 
 
 def count_steps(steps_per_epoch: int, max_epochs: int, max_steps: int) -> int:

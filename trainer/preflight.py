@@ -126,7 +126,7 @@ def check_backbone(parts: Parts) -> str:
     from trainer.encoder.folder import backbone_folder
 
     teachers = [source.teacher for source in parts.datamodule.validation_sources if source.teacher is not None]
-    for spec in (parts.model.encoder_spec, *teachers):
+    for spec in (*parts.model.encoder_specs, *teachers):
         if backbone_folder(spec) is not None:
             continue
         if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
@@ -142,9 +142,10 @@ def check_space(parts: Parts) -> str:
     """Two checkpoints, since the older one goes when the newer one is whole, and the export."""
     from trainer.encoder.folder import backbone_folder
 
-    folder = backbone_folder(parts.model.encoder_spec)
-    num_parameters = count_parameters(folder) if folder else 0
-    if not num_parameters:
+    folders = {backbone_folder(spec) for spec in parts.model.encoder_specs}  # two routes may be of one
+    counted = [count_parameters(folder) if folder else 0 for folder in folders]
+    num_parameters = sum(counted)
+    if not all(counted):
         return "not known before the backbone is here"
     needed = (2 * CHECKPOINT_BYTES + EXPORT_BYTES) * num_parameters
     place = next(path for path in (parts.run_dir, *parts.run_dir.absolute().parents) if path.exists())

@@ -25,11 +25,12 @@ def prepare(args: Sequence[str]) -> int:
     from trainer.lightning_cli import Parts
 
     parts = Parts(["fit", *args], read_command(args), execute=False)
-    data, spec = parts.datamodule, parts.model.encoder_spec
-    Encoder(spec, parts.model.max_tokens)  # no list of files to keep: what loads here loads there
-    folder = backbone_folder(spec)
-    assert folder is not None
-    _say("backbone", spec.backbone, "", folder)
+    data = parts.datamodule
+    for spec in parts.model.encoder_specs:
+        Encoder(spec, parts.model.max_tokens)  # no list of files to keep: what loads here loads there
+        folder = backbone_folder(spec)
+        assert folder is not None
+        _say("backbone", spec.backbone, "", folder)
     for source in data.train_sources:
         if source.streaming:
             print(f"train      {source.path}: is read while it trains; nothing to prepare")

@@ -18,8 +18,9 @@ from trainer.data.leaks import LeakFacts, leak_facts
 from trainer.data.sources import EvalSource, Source
 from trainer.data.tokens import TokenTable, tokenize
 from trainer.encoder import EncoderSpec
+from trainer.encoder.folder import normalizes
 from trainer.encoder.size import backbone_size
-from trainer.encoder.text import TextPreparation, load_text_preparation, normalizes
+from trainer.encoder.text import TextPreparation, load_text_preparation
 
 COLUMNS = {"anchor": "a", "positive": "b", "score": "s", "label": "k"}
 WORDS = ["the", "cat", "bought", "a", "ring", "in", "garden", "고양이", "漢字", "שלום"]

@@ -41,9 +41,11 @@ def test_every_block_is_a_config(block: str) -> None:
     for key, value in encoder.items():
         found = getattr(built.model.encoder_spec, key)
         assert (vars(found) if key == "lora" else found) == value
+    for key, value in said.get("model", {}).get("document_encoder", {}).items():
+        assert getattr(built.model.document_spec, key) == value
     for key, value in data["train"][0].items():
         assert getattr(built.data.train_sources[0], key) == value
 
 
 def test_all_blocks_were_found() -> None:
-    assert len(BLOCKS) == PAGE.count("```yaml") == 3
+    assert len(BLOCKS) == PAGE.count("```yaml") == 5

@@ -290,7 +290,7 @@ def test_labelled_texts(bench: Any, tmp_path: Path) -> None:
 
 def test_base_model_of_the_hub_is_named() -> None:
     card = SentenceTransformerModelCardData()
-    _set_base(card, EncoderSpec(backbone="some-org/some-model", revision="v2"))
+    _set_base(card, [EncoderSpec(backbone="some-org/some-model", revision="v2")])
     assert (card.base_model, card.base_model_revision) == ("some-org/some-model", "v2")
 
 

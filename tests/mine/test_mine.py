@@ -21,6 +21,8 @@ from tests.two_ranks import TwoRanks
 from trainer.cli import main
 from trainer.data.loading import load
 from trainer.data.sources import Source
+from trainer.encoder import EncoderSpec
+from trainer.encoder.towers import load_encoder
 from trainer.mine import search as searching
 from trainer.mine.pairs import Pairs, number_pairs
 from trainer.mine.search import Vectors, read_chunks, search
@@ -286,6 +288,39 @@ def test_embeddings_that_predict_wrote_need_no_model(
     given[3] = str(tmp_path / "a")
     assert run(folder, tmp_path / "missing.jsonl", *given) == 1
     assert "1 of 1 shards are missing, the first is shard-00000.parquet" in capsys.readouterr().err
+
+
+def test_anchors_and_documents_by_their_towers(
+    folder: Path, tiny_encoders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The two encoders of a Router are one model, whoever embedded; none may take the other's place."""
+    specs = [EncoderSpec(str(tiny_encoders[kind])) for kind in ("bert", "mpnet")]
+    with load_encoder(specs[0], specs[1], 1000).as_sentence_transformer() as saved:
+        saved.save_pretrained(str(tmp_path / "towers"))
+    assert run(folder, tmp_path / "made.jsonl", "--model", str(tmp_path / "towers"), "--output-scores") == 0
+    peer = SentenceTransformer(str(tmp_path / "towers"), device="cpu")
+    texts = list(dict.fromkeys(row["a"] for row in read(folder / "pairs.jsonl")))
+    documents = dict(zip(texts, peer.encode_document(texts, normalize_embeddings=True), strict=True))
+    for row in read(tmp_path / "made.jsonl")[::10]:
+        query = peer.encode_query([row["anchor"]], normalize_embeddings=True)[0]
+        found = [float(query @ documents[text]) for text in (row["positive"], *row["negatives"])]
+        np.testing.assert_allclose(row["scores"], found, atol=1e-5)
+
+    for column, task in (("q", "query"), ("a", "document")):
+        where = ["--data", str(folder / "pairs.jsonl"), "--text", column, "--out", str(tmp_path / column)]
+        flags = ["--model", str(tmp_path / "towers"), "--task", task, "--accelerator", "cpu"]
+        assert main(["predict", *flags, *where]) == 0
+    given = ["--anchor-embeddings", str(tmp_path / "q"), "--positive-embeddings", str(tmp_path / "a")]
+    assert run(folder, tmp_path / "given.jsonl", *given, "--output-scores") == 0
+    assert (tmp_path / "given.jsonl").read_text() == (tmp_path / "made.jsonl").read_text()
+    manifest = tmp_path / "a" / "_manifest.json"
+    manifest.write_text(manifest.read_text().replace('"document"', '"query"'))
+    assert run(folder, tmp_path / "wrong.jsonl", *given) == 1
+    said = capsys.readouterr().err
+    assert (
+        f"{tmp_path / 'a'} holds embeddings of the query encoder, but this column takes that of document: trainer"
+        in said
+    )
 
 
 def test_rules_that_leave_nothing_are_an_error(

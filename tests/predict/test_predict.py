@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from trainer.cli import main
 from trainer.data.loading import load
 from trainer.data.sources import Source
 from trainer.encoder import Encoder, EncoderSpec
+from trainer.encoder.towers import load_encoder
 from trainer.predict.embed import Settings, embed_rows
 from trainer.predict.shards import Shards, open_shards, start_shards
 
@@ -79,6 +81,36 @@ def test_prompt_truncation_length_and_npy(tiny_encoder: Path, corpus: Path, tmp_
     assert_allclose(found, expected, atol=1e-3)
     assert_allclose(np.linalg.norm(found.astype(np.float32), axis=1), 1.0, atol=2e-3)
     assert np.load(tmp_path / "out/shard-00002.ids.npy").tolist() == [f"d{i}" for i in range(200, 250)]
+
+
+def test_a_task_is_a_tower_or_a_prompt(
+    tiny_encoders: dict[str, Path], corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As encode_query and encode_document, of a model with separate towers and of one encoder with prompts."""
+    specs = [
+        EncoderSpec(str(tiny_encoders[kind]), prompt=prompt) for kind, prompt in (("bert", "find: "), ("mpnet", ""))
+    ]
+    with load_encoder(specs[0], specs[1], 300).as_sentence_transformer() as model:
+        model.save_pretrained(str(tmp_path / "towers"))
+    assert run(tmp_path / "towers", corpus, tmp_path / "out") == 1
+    error = capsys.readouterr().err
+    assert (
+        "towers' has an encoder for each of query, document (a Router of sentence-transformers), but --task is" in error
+    )
+    assert error.endswith("is unset; name one of them\n")
+    texts = texts_of(corpus)
+    prompted: Any = SentenceTransformer(str(tiny_encoders["bert"]), device="cpu")
+    prompted.prompts = {"query": "find: ", "document": "At night: "}
+    prompted.save_pretrained(str(tmp_path / "prompted"))
+    for name in ("towers", "prompted"):
+        peer = SentenceTransformer(str(tmp_path / name), device="cpu")
+        for task, encode in (("query", peer.encode_query), ("document", peer.encode_document)):
+            out = tmp_path / f"{name}-{task}"
+            assert run(tmp_path / name, corpus, out, "--task", task, "--format", "npy") == 0
+            assert_allclose(np.concatenate(list(open_shards(out)[0].pieces())), encode(texts), atol=1e-5)
+    capsys.readouterr()
+    assert run(tmp_path / "towers", corpus, tmp_path / "towers-query", "--task", "document", "--format", "npy") == 1
+    assert "holds the embeddings of another run" in capsys.readouterr().err
 
 
 def embed_here(model: str, corpus: str, out: str, cache: str) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, replace
 
 from trainer.encoder.size import BackboneSize
 
@@ -63,6 +64,11 @@ class Sharing:
             live = 4 * min(self.live_parameters, whole.num_parameters)
             weights = min(whole.weights, live + (0 if self.offload else whole.weights // self.num_ranks))
         return replace(whole, weights=weights, gradients=gradients, optimizer=moments)
+
+
+def together(parts: Sequence[Memory]) -> Memory:
+    """Of encoders that are trained in one step: what each forward keeps is there until the backward."""
+    return Memory(*map(sum, zip(*map(astuple, parts), strict=True)))
 
 
 def estimate(size: BackboneSize, num_used: int | None, num_tokens: int, is_half: bool, has_moments: bool) -> Memory:

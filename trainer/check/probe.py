@@ -11,7 +11,7 @@ import torch
 from trainer.batch import PackedBatch
 from trainer.data.batches import StepBatches
 from trainer.data.module import PairData
-from trainer.encoder import Encoder
+from trainer.encoder.towers import load_encoder
 from trainer.memory import explained_memory
 from trainer.module import EmbeddingModule
 
@@ -25,12 +25,10 @@ def probe(module: EmbeddingModule, data: PairData, num_ranks: int, is_half: bool
         ValueError: no weights, or not enough memory; says the batch and the knob.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    module.encoder = Encoder(module.encoder_spec, module.max_tokens)
+    module.encoder = load_encoder(module.encoder_spec, module.document_spec, module.max_tokens)
     for loss in module.all_losses:
         loss.build(module.encoder.embedding_dimension)
-    used_ids = data.used_ids()
-    if module.encoder_spec.compact_vocabulary == "auto" and used_ids is not None:
-        module.encoder.compact_vocabulary(used_ids)
+    module.compact_vocabularies(data)
     module.to(device).train()
     parameters = [p for p in module.parameters() if p.requires_grad]
     is_adamw = module.optimizer_name == "adamw"

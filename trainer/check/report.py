@@ -19,8 +19,8 @@ from trainer.data.facts import SourceFacts, source_facts
 from trainer.data.leaks import LeakFacts, leak_facts
 from trainer.data.module import PairData
 from trainer.distributed.strategies import ZeRO
+from trainer.encoder.folder import normalizes
 from trainer.encoder.size import backbone_size
-from trainer.encoder.text import normalizes
 from trainer.module import EmbeddingModule
 
 VERSION = 1  # of the JSON: raised when a key changes its meaning or goes
@@ -39,8 +39,10 @@ class Plan:
         epochs: passes over the data.
         tokens_per_step: pieces of a step on all ranks, mean of a sample of steps.
         max_tokens_per_step: the largest of that sample.
+        max_tokens_of_towers: the same of what each encoder takes: of all texts, or of queries and of documents.
         padding_efficiency: share of real pieces where each column of those steps is padded; packed it is 1.
-        num_used_pieces, num_pieces: pieces that training texts use (None with streaming), of those the tokenizer has.
+        num_used_pieces, num_pieces: pieces that training texts use (None with streaming), of those the tokenizer has;
+            of separate towers the sums over both.
         num_negatives: for each source the negatives of a query; None where the loss takes none from the batch.
         false_negatives: those among them that are right answers, because a text stands twice in the batch; the mean of
             that sample of steps.
@@ -54,6 +56,7 @@ class Plan:
     epochs: float
     tokens_per_step: float
     max_tokens_per_step: int
+    max_tokens_of_towers: list[int]
     padding_efficiency: float
     num_used_pieces: Optional[int]
     num_pieces: int
@@ -131,7 +134,7 @@ def make_report(
         allow: names of errors that shall not stop it.
     """
     sources, leaks = read_facts(data)
-    backbone = Path(module.encoder_spec.backbone)
+    backbones = [Path(spec.backbone) for spec in module.encoder_specs]
     situation = Situation(
         paths=[source.path for source in data.train_sources],
         sources=sources,
@@ -139,8 +142,9 @@ def make_report(
         leaks=leaks,
         batch_size=data.batch_size,
         epochs=num_steps / steps_per_epoch,
-        normalized=normalizes(module.encoder_spec),
-        backbone=backbone.name if backbone.is_dir() else str(backbone),  # a cause may stand in a model card
+        normalized=all(normalizes(spec) for spec in module.encoder_specs),
+        # A cause may stand in a model card.
+        backbone=" and ".join(path.name if path.is_dir() else str(path) for path in backbones),
         no_duplicates=data.no_duplicates,
         by_label=[source.rows_per_label is not None for source in data.train_sources],
         left_out=[(n, part.tell_left_out(n)) for n, part in zip(data.rows_without_place, data.parts, strict=True)],
@@ -151,12 +155,12 @@ def make_report(
     plan = _plan(situation, data, steps_per_epoch, num_steps, num_ranks)
     return Report(
         loss=" and ".join(dict.fromkeys(map(name_of, situation.losses))),
-        backbone=module.encoder_spec.backbone,
+        backbone=" and ".join(spec.backbone for spec in module.encoder_specs),
         paths=situation.paths,
         sources=sources,
         leaks=leaks,
         plan=plan,
-        memory=_memory(module, plan, is_half, strategy),
+        memory=_memory(module, data, plan, is_half, strategy),
         findings=unfit + [replace(f, allowed=f.severity == "error" and f.name in allow) for f in findings(situation)],
     )
 
@@ -174,52 +178,71 @@ def read_facts(data: PairData) -> tuple[list[SourceFacts], list[LeakFacts]]:
 
 
 def _plan(situation: Situation, data: PairData, steps_per_epoch: int, num_steps: int, num_ranks: int) -> Plan:
-    order, used_ids = data.order, data.used_ids()
+    order, towers = data.order, _towers(data)
+    used_ids = [data.used_ids(tower) for tower in towers]
     tokens, padded = [], []
     num_queries, num_false = np.zeros((2, len(data.tables)), np.int64)
     steps = range(0, order.steps_per_epoch, max(1, order.steps_per_epoch // _SAMPLED_STEPS))
-    if used_ids is None:  # streamed: far steps lie in blocks that nobody has fetched
+    if used_ids[0] is None:  # streamed: far steps lie in blocks that nobody has fetched
         steps = range(min(order.steps_per_epoch, _STREAMED_STEPS))
     for index in steps:
         step = order.step(0, index)
         table = data.tables[step.source]
         lengths = [[len(ids) for ids in table.ids(column, step.rows)] for column in table.columns]
-        tokens.append(sum(map(sum, lengths)))
+        by_tower = dict.fromkeys(towers, 0)
+        for column, found in zip(table.columns, lengths, strict=True):
+            by_tower[data.text.tower_of(column)] += sum(found)
+        tokens.append(list(by_tower.values()))
         padded.append(sum(max(column) * len(column) for column in lengths))
         if situation.losses[step.source].in_batch_negatives and len(table.columns) > 1:
             num_queries[step.source] += len(step.rows)
             num_false[step.source] += count_false_negatives(table.hashes(step.rows))
+    totals = [sum(counts) for counts in tokens]
     return Plan(
         batch_size=data.batch_size,
         num_ranks=num_ranks,
         steps_per_epoch=steps_per_epoch,
         num_steps=num_steps,
         epochs=situation.epochs,
-        tokens_per_step=float(np.mean(tokens)),
-        max_tokens_per_step=max(tokens),
-        padding_efficiency=sum(tokens) / sum(padded),
-        num_used_pieces=None if used_ids is None else len(used_ids),
-        num_pieces=len(data.text.tokenizer),
+        tokens_per_step=float(np.mean(totals)),
+        max_tokens_per_step=max(totals),
+        max_tokens_of_towers=[max(counts) for counts in zip(*tokens, strict=True)],
+        padding_efficiency=sum(totals) / sum(padded),
+        num_used_pieces=None if used_ids[0] is None else sum(len(ids) for ids in used_ids if ids is not None),
+        num_pieces=sum(len(text.tokenizer) for text in (data.text, data.text.documents) if text is not None),
         num_negatives=[num_negatives(loss, facts, data.batch_size) for _, facts, loss in situation.judged()],
         false_negatives=[float(n / of) if of else None for n, of in zip(num_false, num_queries, strict=True)],
         num_left_out=data.rows_without_place,
     )
 
 
-def _memory(module: EmbeddingModule, plan: Plan, is_half: bool, strategy: object) -> Optional[memory.Memory]:
+def _towers(data: PairData) -> list[str]:
+    """One where one encoder takes all texts."""
+    return ["query"] if data.text.documents is None else ["query", "document"]
+
+
+def _memory(
+    module: EmbeddingModule, data: PairData, plan: Plan, is_half: bool, strategy: object
+) -> Optional[memory.Memory]:
     try:
-        size = backbone_size(module.encoder_spec)
+        sizes = [backbone_size(spec) for spec in module.encoder_specs]
     except (ValueError, AttributeError):  # an architecture with other names for its sizes: an estimate less, no more
         return None
-    is_compact = module.encoder_spec.compact_vocabulary == "auto"
-    largest = -(-plan.max_tokens_per_step // plan.num_ranks)
-    needed = memory.estimate(
-        size,
-        plan.num_used_pieces if is_compact else None,
-        min(module.max_tokens, largest),
-        is_half,
-        module.optimizer_name == "adamw",
-    )
+    parts = []
+    for tower, spec, size, tokens in zip(
+        _towers(data), module.encoder_specs, sizes, plan.max_tokens_of_towers, strict=True
+    ):
+        used_ids = data.used_ids(tower) if spec.compact_vocabulary == "auto" else None
+        parts.append(
+            memory.estimate(
+                size,
+                None if used_ids is None else len(used_ids),
+                min(module.max_tokens, -(-tokens // plan.num_ranks)),
+                is_half,
+                module.optimizer_name == "adamw",
+            )
+        )
+    needed = memory.together(parts)
     if not isinstance(strategy, ZeRO):
         return needed
     return memory.Sharing(strategy.stage, plan.num_ranks, strategy.offload, strategy.live_parameters).of(needed)

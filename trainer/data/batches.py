@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from trainer.batch import PackedBatch
-from trainer.data.collate import pack, targets_of
+from trainer.data.collate import pack, pack_towers, targets_of
 from trainer.data.order import SLICE_ROWS, WINDOW_SLICES, Order, split_rows
 from trainer.data.streaming import StreamedTable
 from trainer.data.teacher import TeacherTable
@@ -57,7 +57,8 @@ class StepBatches(Dataset[PackedBatch]):
         columns = [table.ids(column, embedded) for column in table.columns]
         if self.streamed:
             self._prefetch(step + self.steps_ahead)
-        return pack(columns, targets, num_rows=len(rows), source=plan.source)
+        together = pack_towers if table.has_towers else pack
+        return together(columns, targets, num_rows=len(rows), source=plan.source)
 
     def _prefetch(self, step: int) -> None:
         plan = self.order.step(*divmod(step, self.steps_per_epoch))

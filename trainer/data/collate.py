@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, overload
 
 import numpy as np
@@ -117,6 +117,16 @@ def pack(
     )
 
 
+def pack_towers(
+    columns: Sequence[Sequence[NDArray[np.integer]]], targets: Targets, num_rows: int, source: int = 0
+) -> PackedBatch:
+    """As ``pack``, the first column for the query tower and the others for the document tower."""
+    queries = pack(columns[:1], targets, num_rows, source)
+    bare = Targets(rows_per_rank=targets.rows_per_rank, row_ids_B=targets.row_ids_B)  # a loss asks the queries'
+    documents = replace(pack(columns[1:], bare, num_rows, source), tower="document")
+    return replace(queries, documents=documents, padded_tokens=queries.padded_tokens + documents.padded_tokens)
+
+
 def _as_spans(columns: Sequence[Sequence[NDArray[np.integer]]]) -> TokenSpans:
     """All texts, column by column, as spans of one array."""
     spans = [column for column in columns if isinstance(column, TokenSpans)]
@@ -128,7 +138,7 @@ def _as_spans(columns: Sequence[Sequence[NDArray[np.integer]]]) -> TokenSpans:
     return TokenSpans(np.concatenate(texts), np.cumsum(lengths) - lengths, lengths)
 
 
-def pack_texts(ids: Sequence[Sequence[int] | NDArray[np.integer]]) -> PackedBatch:
+def pack_texts(ids: Sequence[Sequence[int] | NDArray[np.integer]], tower: str = "query") -> PackedBatch:
     """Texts without targets, one column: what evaluation and inference embed."""
     targets = Targets(rows_per_rank=(len(ids),), row_ids_B=torch.arange(len(ids)))
-    return pack([[np.asarray(i, dtype=np.int64) for i in ids]], targets, num_rows=len(ids))
+    return replace(pack([[np.asarray(i, dtype=np.int64) for i in ids]], targets, num_rows=len(ids)), tower=tower)

@@ -197,10 +197,11 @@ def _count(
         targets: dict[str, Any] = {name: values[places] for name, values in whole.items() if values is not None}
     else:  # streamed: to read all of it would take as long as an epoch, and its texts are known as pieces alone
         places = np.arange(min(num_rows, STREAMED_ROWS))
-        decode: Any = partial(text.tokenizer.batch_decode, skip_special_tokens=True)
+        tokenizers: Any = {name: text.of_column(name).tokenizer for name in table.columns}
+        decode = {name: partial(one.batch_decode, skip_special_tokens=True) for name, one in tokenizers.items()}
         absent = table.hashes(places) == NO_TEXT
         texts = {
-            name: pa.array(decode(table.ids(name, places)), pa.large_string(), mask=absent[:, i])
+            name: pa.array(decode[name](table.ids(name, places)), pa.large_string(), mask=absent[:, i])
             for i, name in enumerate(table.columns)
         }
         targets = table.targets(places)

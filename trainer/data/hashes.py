@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 NO_TEXT = -1  # in place of a hash, where a row has no text in a column
 
 
-def hash_tokens(ids_T: NDArray[np.integer], lengths_S: NDArray[np.integer]) -> NDArray[np.int64]:
+def hash_tokens(ids_T: NDArray[np.integer], lengths_S: NDArray[np.integer], seed: int = 0) -> NDArray[np.int64]:
     """A hash of each text: (S,) int64, 0 or more.
 
     Args:
         ids_T: pieces of all texts, one behind the other.
         lengths_S: pieces of each text, none 0.
+        seed: of the tokenizer, for the pieces of one are others than those of another.
     """
     if not len(lengths_S):
         return np.zeros(0, np.int64)
@@ -29,7 +30,7 @@ def hash_tokens(ids_T: NDArray[np.integer], lengths_S: NDArray[np.integer]) -> N
         # Each piece is mixed with its place, so that a sum, which NumPy takes at once, tells orders apart.
         mixed_T = _mix(ids_T.astype(np.uint64) | (places_T.astype(np.uint64) << np.uint64(32)))
         sums_S = np.add.reduceat(mixed_T, starts_S)
-        return (_mix(sums_S + lengths_S.astype(np.uint64)) >> np.uint64(1)).astype(np.int64)
+        return (_mix(sums_S + lengths_S.astype(np.uint64) + np.uint64(seed << 32)) >> np.uint64(1)).astype(np.int64)
 
 
 def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:

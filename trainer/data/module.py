@@ -32,7 +32,8 @@ from trainer.data.teacher import TeacherTable
 from trainer.data.tokens import TokenTable, end_with, tokenize, worker_context
 from trainer.distributed import gather
 from trainer.encoder.spec import EncoderSpec
-from trainer.encoder.text import TextPreparation, load_text_preparation
+from trainer.encoder.text import TextPreparation
+from trainer.encoder.towers import load_texts
 from trainer.evaluation.base import Evaluator, Rows
 from trainer.interruption import shielded, stop_if_asked
 
@@ -143,6 +144,7 @@ class PairData(LightningDataModule):
         cache_dir: of tokenised data; unset: $TRAINER_CACHE or ~/.cache/siamese-trainer.
         stream_cache_gib: most disk space for the tokens of each source with streaming.
         encoder: linked from model.encoder.
+        document_encoder: linked from model.document_encoder.
         seed: of the order, linked from seed_everything.
     """
 
@@ -159,6 +161,7 @@ class PairData(LightningDataModule):
         cache_dir: Optional[str] = None,
         stream_cache_gib: float = 20.0,
         seed: int = 42,
+        document_encoder: Optional[EncoderSpec] = None,
     ) -> None:
         super().__init__()
         if batch_size < 1:
@@ -166,6 +169,7 @@ class PairData(LightningDataModule):
         self.train_sources = train
         self.validation_sources = validation or []
         self.encoder_spec = encoder
+        self.document_spec = document_encoder
         for source in train:
             if source.streaming and source.on_bad_row == "skip":
                 raise ValueError(
@@ -184,6 +188,12 @@ class PairData(LightningDataModule):
                 )
             if not (math.isfinite(source.weight) and source.weight > 0):
                 raise ValueError(f"{source.path}: weight is {source.weight:g}; it must be above 0")
+            if document_encoder is not None and "anchor" not in source.text_columns:
+                raise ValueError(
+                    f"{source.path}: model.document_encoder separates documents (positive, ...) from queries (anchor), "
+                    f"but the texts are {', '.join(source.text_columns)}: leave document_encoder out, or give "
+                    "pairs"
+                )
         for held_out in validation or []:
             if held_out.streaming:
                 raise ValueError(
@@ -212,8 +222,8 @@ class PairData(LightningDataModule):
 
     @cached_property
     def text(self) -> TextPreparation:
-        """Of the encoder; reading a vocabulary of 250,000 pieces takes a second, so it is read once."""
-        return load_text_preparation(self.encoder_spec)
+        """Of the encoder, or of both; reading a vocabulary of 250,000 pieces takes a second, so it is read once."""
+        return load_texts(self.encoder_spec, self.document_spec)
 
     def text_of(self, source: Source) -> TextPreparation:
         """That of the encoder, with the shorter lengths of a source's columns.
@@ -222,10 +232,12 @@ class PairData(LightningDataModule):
             ValueError: one is no length, or longer than the encoder's.
         """
         for column, length in (source.max_lengths or {}).items():
-            if not self.text.shortest < length <= self.text.max_length:
+            whole = self.text.of_column(column)
+            if not whole.shortest < length <= whole.max_length:
+                key = "encoder" if self.text.tower_of(column) == "query" else "document_encoder"
                 raise ValueError(
-                    f"{source.path}: max_lengths gives '{column}' {length} pieces; give {self.text.shortest + 1} to "
-                    f"{self.text.max_length}, which is model.encoder.max_length"
+                    f"{source.path}: max_lengths gives '{column}' {length} pieces; give {whole.shortest + 1} to "
+                    f"{whole.max_length}, which is model.{key}.max_length"
                 )
         lengths = {column: source.max_length_of(column) for column in source.text_columns}
         return replace(self.text, max_lengths={c: length for c, length in lengths.items() if length is not None})
@@ -348,9 +360,13 @@ class PairData(LightningDataModule):
         """Steps that a loader's worker sends at once."""
         return steps_per_window(self.batch_size) if self.num_workers else 1
 
-    def used_ids(self) -> Optional[torch.Tensor]:
-        """Pieces that any training text uses, ascending, int64; None with streaming: nobody knows before the end."""
-        known = [table.used_ids() for table in self.tables if isinstance(table, TokenTable)]
+    def used_ids(self, tower: str = "query") -> Optional[torch.Tensor]:
+        """Pieces that any training text uses, ascending, int64; None with streaming: nobody knows before the end.
+
+        Args:
+            tower: where documents have an encoder of their own, whose texts: query or document.
+        """
+        known = [table.used_ids(tower) for table in self.tables if isinstance(table, TokenTable)]
         if self.stream is not None or len(known) < len(self.tables):
             return None
         return torch.from_numpy(np.unique(np.concatenate(known)))

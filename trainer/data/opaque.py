@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 
 from trainer.batch import PackedBatch
 from trainer.data.checks import checked_rows
-from trainer.data.collate import pack, targets_of
+from trainer.data.collate import pack, pack_towers, targets_of
 from trainer.data.files import data_format, is_hub_id
 from trainer.data.order import mix, permute, split_rows
 from trainer.data.rowgroups import StreamError, file_urls
@@ -246,4 +246,5 @@ class OpaqueBatches(Dataset[PackedBatch]):
         columns, found, hashes, numbers = self._readers[own].take(num_rows)
         may_lack_texts = self.stream.source.may_lack_texts
         targets = targets_of(numbers, found, hashes, may_lack_texts, self.rows_per_rank, self.rank)
-        return replace(pack(columns, targets, num_rows=num_rows), position=(own, self._readers[own].position))
+        together = pack if self.stream.text.documents is None else pack_towers
+        return replace(together(columns, targets, num_rows=num_rows), position=(own, self._readers[own].position))

@@ -91,6 +91,7 @@ class StreamedTable:
         self.source, self.text, self.cache_dir, self.max_bytes = source, text, Path(cache_dir), max_bytes
         self.columns = source.text_columns
         self.may_lack_texts = source.may_lack_texts
+        self.has_towers = text.documents is not None
         self._groups = [(file, number) for file in files for number in range(len(file.group_sizes))]
         self._first_in_file = np.concatenate([np.cumsum(file.group_sizes) - file.group_sizes for file in files])
         self.group_sizes = tuple(chain.from_iterable(file.group_sizes for file in files))

@@ -3,8 +3,9 @@
 A table is a folder of plain arrays whose suffix is their type. ``ids.int32`` holds the pieces of the distinct texts,
 one behind the other, ``offsets.int64`` where each begins, ``hashes.int64`` a hash of each, and a file per text column
 which of them each row has (``anchor.int64``): a text that repeats is tokenised and stored once. ``score.float32``,
-``label.int64`` and ``group.int64`` are the targets, ``used_ids.npy`` the pieces that occur. Where rows may lack texts,
-text 0 stands in their place. Ranks and loader workers map the same files and share their pages.
+``label.int64`` and ``group.int64`` are the targets, ``used_ids.npy`` the pieces that occur (those of documents with an
+encoder of their own in ``used_document_ids.npy``). Where rows may lack texts, text 0 stands in their place. Ranks and
+loader workers map the same files and share their pages.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ logger = logging.getLogger(__name__)
 
 _VERSION = 4  # of the files: raise it when the same source and tokenizer give another folder
 _SPAN = 2000  # texts per task
+_USED_IDS = {"query": "used_ids.npy", "document": "used_document_ids.npy"}
 _TEXTS_PER_PROCESS = 20_000  # fewer are tokenised before another process has started
 # Rows among which a text that repeats is found; memory is bounded by the bytes of their texts.
 _SEGMENT_ROWS, _SEGMENT_BYTES = 1 << 20, 1 << 27
@@ -66,6 +68,7 @@ class TokenTable:
         scores: float32 (N,), or None.
         num_skipped: bad rows of the source that were left out.
         may_lack_texts: whether a row may have no text in some column.
+        has_towers: whether documents have pieces of their own, for another encoder than that of the anchors.
         candidate_scores: of each candidate, float32 (N,), or none.
     """
 
@@ -80,6 +83,7 @@ class TokenTable:
         self._offsets: NDArray[np.int64] = _map(folder / "offsets.int64")
         self._hashes: NDArray[np.int64] = _map(folder / "hashes.int64")
         self.may_lack_texts: bool = report["may_lack_texts"]
+        self.has_towers: bool = report.get("has_towers", False)
         self._text_ids: dict[str, NDArray[np.int64]] = {c: _map(folder / f"{c}.int64") for c in self.columns}
         files = [folder / name for name in ("label.int64", "score.float32", "group.int64")]
         self._targets: dict[str, NDArray[Any]] = {file.stem: _map(file) for file in files if file.exists()}
@@ -136,9 +140,9 @@ class TokenTable:
         """Texts that were longer than the encoder's max_length and lost their end."""
         return self._num_truncated[column]
 
-    def used_ids(self) -> NDArray[np.int64]:
-        """Ids that any text of the table uses, ascending."""
-        return np.load(self.folder / "used_ids.npy")
+    def used_ids(self, tower: str = "query") -> NDArray[np.int64]:
+        """Ids that any text of the table uses, ascending; where it has towers, any text of that one."""
+        return np.load(self.folder / _USED_IDS[tower])
 
 
 def tokenize(source: Source, text: TextPreparation, cache_dir: Path, verify: bool = False) -> TokenTable:
@@ -166,7 +170,7 @@ def _map(path: Path) -> NDArray[Any]:
 def _build(source: Source, text: TextPreparation, cache_dir: Path, folder: Path) -> None:
     rows = load(source, cache_dir, verify=True)
     num_skipped_rows = num_skipped(source, cache_dir)
-    used = np.zeros(1, dtype=bool)
+    used = {text.tower_of(column): np.zeros(1, dtype=bool) for column in source.text_columns}
     with ExitStack() as stack:
 
         def array(name: str) -> Any:
@@ -179,21 +183,22 @@ def _build(source: Source, text: TextPreparation, cache_dir: Path, folder: Path)
         num_texts = num_ids = 0
         what = f"{source.path}: tokenising {len(rows):,} rows"
         advance = stack.enter_context(shown_progress(what, len(rows), "rows", len(rows) >= _TEXTS_PER_PROCESS))
-        # Columns of one length together, so that they share the texts that repeat.
-        by_length: dict[int, list[str]] = {}
+        # Columns of one tokenizer and length together, so that they share the texts that repeat.
+        alike: dict[tuple[str, int], list[str]] = {}
         for column in source.text_columns:
-            by_length.setdefault(text.of_column(column).max_length, []).append(column)
-        share = 1.0 / len(by_length)
+            alike.setdefault((text.tower_of(column), text.of_column(column).max_length), []).append(column)
+        share = 1.0 / len(alike)
         tokens = (
-            _tokenize_spans(
+            (tower, found)
+            for (tower, _), columns in alike.items()
+            for found in _tokenize_spans(
                 _spans(rows, tuple(columns), numbers, lambda done: advance(share * done), first=num_texts),
                 text.of_column(columns[0]),
                 len(rows) * len(columns),
             )
-            for columns in by_length.values()
         )
-        nothing = [_no_text(text)] if source.may_lack_texts else []
-        for ids, pieces, cut, digests in chain(nothing, chain.from_iterable(tokens)):
+        nothing = [(text.tower_of("negative"), _no_text(text))] if source.may_lack_texts else []
+        for tower, (ids, pieces, cut, digests) in chain(nothing, tokens):
             if not pieces.all():
                 for file in numbers.values():
                     file.flush()
@@ -204,15 +209,17 @@ def _build(source: Source, text: TextPreparation, cache_dir: Path, folder: Path)
             truncated.write(cut.tobytes())
             hashes.write(digests.tobytes())
             num_ids, num_texts = int(ends[-1]), num_texts + len(pieces)
-            used = np.pad(used, (0, max(0, int(ids.max()) + 1 - len(used))))
-            used[ids] = True
-    np.save(folder / "used_ids.npy", np.flatnonzero(used))
+            used[tower] = np.pad(used[tower], (0, max(0, int(ids.max()) + 1 - len(used[tower]))))
+            used[tower][ids] = True
+    for tower, is_used in used.items():
+        np.save(folder / _USED_IDS[tower], np.flatnonzero(is_used))
     _write_targets(rows, folder)
     report = {
         "source": source.path,
         "num_rows": len(rows),
         "num_skipped": num_skipped_rows,
         "may_lack_texts": source.may_lack_texts,
+        "has_towers": text.documents is not None,
         "num_candidate_scores": len(source.candidate_scores),
         "num_truncated": {c: _count_truncated(folder, c) for c in source.text_columns},
     }
@@ -317,7 +324,8 @@ def _tokenize_span(text: TextPreparation, texts: list[str]) -> _Tokens:
     if len(full):
         longer = replace(text, max_length=text.max_length + 1)([texts[i] for i in full])
         cut[full] = [len(t) > text.max_length for t in longer]
-    return flat, pieces, cut, hash_tokens(flat, pieces) if pieces.all() else np.zeros(len(ids), np.int64)
+    hashes = hash_tokens(flat, pieces, text.hash_seed) if pieces.all() else np.zeros(len(ids), np.int64)
+    return flat, pieces, cut, hashes
 
 
 # Of a worker process: what all its spans share.

@@ -75,7 +75,8 @@ class ExactnessCheck(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, EmbeddingModule)
-        pl_module.encoder.set_dropout(0.0)
+        for part in pl_module.encoder.parts.values():
+            part.set_dropout(0.0)
         data = pl_module.data
         sources = [data.order.step(0, step).source for step in range(min(MOST_STEPS, data.steps_per_epoch))]
         self.compared = {*range(NUM_STEPS), *(sources.index(source) for source in set(sources))}
@@ -126,8 +127,9 @@ class ExactnessCheck(Callback):
         alone = self.alone
         alone.trainer = trainer
         alone.configure_model()
-        alone.encoder.lockstep = False
-        alone.encoder.set_dropout(0.0)
+        for part in alone.encoder.parts.values():
+            part.lockstep = False
+            part.set_dropout(0.0)
         alone.to(pl_module.device)
 
     def _replay(
@@ -212,7 +214,7 @@ def _evaluate(trainer: Trainer, module: EmbeddingModule, rank: int, world_size: 
             [one for one in trainer.datamodule.validation_sets if one.teacher is None][:1],  # type: ignore[attr-defined]
             rank,
             world_size,
-            encoder.max_tokens,
+            module.max_tokens,
             module.classify,
         )
     module.train()

@@ -65,6 +65,8 @@ class Encoder(nn.Module):
                 f"model.encoder.backbone '{spec.backbone}': its weights are a pickle that holds more than tensors, "
                 "which could run code; take a copy in safetensors from someone you trust"
             ) from error
+        if spec.route is not None:
+            shell = _take_route(shell, spec.route, self.text.prompt)
         self._as_saved = _share_tokenizer(shell, self.text)
         shell.max_seq_length = self.text.max_length
         _override_modules(shell, spec)
@@ -121,6 +123,11 @@ class Encoder(nn.Module):
             for name, value in list(vars(module).items()):
                 if "dropout" in name and isinstance(value, float):
                     setattr(module, name, rate)
+
+    @property
+    def parts(self) -> dict[str, Encoder]:
+        """Encoders inside this one, by the prefix of their weights' names: itself."""
+        return {"": self}
 
     # -- vocabulary ---------------------------------------------------------------------------------------
 
@@ -273,6 +280,20 @@ def _share_tokenizer(shell: SentenceTransformer, text: TextPreparation) -> Calla
         backend.no_padding() if padding is None else backend.enable_padding(**padding)
 
     return restore
+
+
+def _take_route(shell: SentenceTransformer, route: str, prompt: str) -> SentenceTransformer:
+    """One of the encoders of a Router as a model of its own."""
+    modules: list[Any] = list(shell)
+    router, *behind = modules
+    prompts = dict.fromkeys(("query", "document", "default"), prompt) if prompt else None
+    return SentenceTransformer(
+        modules=[*router.sub_modules[route], *behind],
+        device="cpu",
+        prompts=prompts,
+        default_prompt_name="default" if prompt else None,
+        similarity_fn_name=shell.similarity_fn_name,
+    )
 
 
 def _override_modules(shell: SentenceTransformer, spec: EncoderSpec) -> None:

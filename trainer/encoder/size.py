@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import AutoModel
 
+from trainer.encoder.folder import read_config
 from trainer.encoder.spec import EncoderSpec
-from trainer.encoder.text import read_config
 from trainer.encoder.trainable import restrict
 
 _GATED_MODEL_TYPES = frozenset({"modernbert", "qwen3"})

@@ -43,6 +43,7 @@ class EncoderSpec:
         freeze: leave the embeddings and this many of the first layers as they are; 0: the embeddings alone; unset:
             train all.
         lora: train low-rank adapters instead of the backbone's own weights.
+        route: which encoder of a folder with several (a Router of sentence-transformers): query or document.
         revision: of a hub id.
         trust_remote_code: run Python code that comes with the model.
     """
@@ -56,5 +57,6 @@ class EncoderSpec:
     dropout: Optional[float] = None
     freeze: Optional[int] = None
     lora: Optional[LoRA] = None
+    route: Optional[str] = None
     revision: Optional[str] = None
     trust_remote_code: bool = False

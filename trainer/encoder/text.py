@@ -9,17 +9,18 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from sentence_transformers.util import load_file_path
 from tokenizers import normalizers
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import PaddingStrategy, TruncationStrategy
 
+from trainer.encoder.folder import OWN_MODULES, read_json, read_modules
 from trainer.encoder.spec import EncoderSpec
 
 # Position tables of these start behind the padding index.
 _OFFSET_MODEL_TYPES = frozenset({"roberta", "xlm-roberta", "camembert", "mpnet"})
 
-_OWN_MODULES = "sentence_transformers."
+# Task -> names that models give its prompt, as encode_query and encode_document look for them.
+TASK_PROMPTS = {"query": ("query",), "document": ("document", "passage", "corpus")}
 
 
 @dataclass
@@ -31,16 +32,25 @@ class TextPreparation:
         max_length: pieces kept of a text, special tokens included.
         prompt: put before every text; empty for none.
         max_lengths: of text columns that keep fewer pieces; by name.
+        documents: of the document tower, where queries and documents have an encoder each; None: one for all texts.
+        hash_seed: of the hashes of its texts; not 0 where their pieces are not those of the query tower.
     """
 
     tokenizer: PreTrainedTokenizerBase
     max_length: int
     prompt: str = ""
     max_lengths: dict[str, int] = field(default_factory=dict)
+    documents: TextPreparation | None = None
+    hash_seed: int = 0
 
     def of_column(self, column: str) -> TextPreparation:
         """What turns the texts of a column into token ids."""
-        return replace(self, max_length=self.max_lengths.get(column, self.max_length), max_lengths={})
+        text = self if self.documents is None or column == "anchor" else self.documents
+        return replace(text, max_length=self.max_lengths.get(column, text.max_length), max_lengths={}, documents=None)
+
+    def tower_of(self, column: str) -> str:
+        """Whose texts stand in a column: query where one encoder takes all, else document too."""
+        return "query" if self.documents is None or column == "anchor" else "document"
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
         if self.prompt:
@@ -74,6 +84,8 @@ class TextPreparation:
     @cached_property
     def no_text(self) -> list[int]:
         """Pieces that stand where a row has no text: the special ones, or one where the tokenizer has none."""
+        if self.documents is not None:
+            return self.documents.no_text  # negatives may lack, never a query
         return replace(self, prompt="")([""])[0] or [self.tokenizer.pad_token_id or 0]
 
     @cached_property
@@ -83,6 +95,8 @@ class TextPreparation:
         # Both are set by the last call, not by the tokenizer's files.
         backend["truncation"] = backend["padding"] = None
         knobs = [backend, self.max_length, self.prompt, *([self.max_lengths] if self.max_lengths else [])]
+        if self.documents is not None:
+            knobs.append(self.documents.fingerprint)
         return hashlib.sha256(json.dumps(knobs, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -99,32 +113,6 @@ def position_offset(config: PretrainedConfig) -> int:
     return config.pad_token_id + 1 if config.model_type in _OFFSET_MODEL_TYPES else 0
 
 
-def read_config(spec: EncoderSpec) -> PretrainedConfig:
-    """config.json of the backbone, wherever in a sentence-transformers folder it lies; no weights."""
-    return AutoConfig.from_pretrained(
-        spec.backbone,
-        subfolder=_modules(spec)[0]["path"],
-        revision=spec.revision,
-        trust_remote_code=spec.trust_remote_code,
-    )
-
-
-def normalizes(spec: EncoderSpec) -> bool:
-    """Whether embeddings will have length 1: what the config says, else what the folder does."""
-    if isinstance(spec.normalize, bool):
-        return spec.normalize
-    return any(module["type"].endswith("Normalize") for module in _modules(spec))
-
-
-def read_prompts(spec: EncoderSpec) -> dict[str, str]:
-    """The prompts that come with a model, by name."""
-    return (_read_json(spec, "config_sentence_transformers.json") or {}).get("prompts") or {}
-
-
-def _modules(spec: EncoderSpec) -> list[dict[str, Any]]:
-    return _read_json(spec, "modules.json") or [{"path": "", "type": _OWN_MODULES}]
-
-
 def load_text_preparation(spec: EncoderSpec) -> TextPreparation:
     """Read the tokenizer, the length and the prompt of an encoder; no weights.
 
@@ -133,7 +121,7 @@ def load_text_preparation(spec: EncoderSpec) -> TextPreparation:
             backbone.
     """
     where: dict[str, Any] = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
-    modules = _modules(spec)
+    modules = read_modules(spec)
     subfolder = modules[0]["path"]
     if not spec.trust_remote_code:
         _refuse_code(spec, subfolder, [module["type"] for module in modules])
@@ -145,8 +133,8 @@ def load_text_preparation(spec: EncoderSpec) -> TextPreparation:
         raise ValueError(
             f"model.encoder.backbone '{spec.backbone}' is neither a model folder nor a reachable hub id: {cause}"
         ) from error
-    transformer = _read_json(spec, "sentence_bert_config.json", subfolder) or {}
-    model = _read_json(spec, "config_sentence_transformers.json") or {}
+    transformer = read_json(spec, "sentence_bert_config.json", subfolder) or {}
+    model = read_json(spec, "config_sentence_transformers.json") or {}
     positions = num_positions(config)
     max_length = spec.max_length
     if max_length is None:
@@ -159,7 +147,9 @@ def load_text_preparation(spec: EncoderSpec) -> TextPreparation:
         )
     prompt = spec.prompt
     if prompt is None:
-        prompt = (model.get("prompts") or {}).get(model.get("default_prompt_name") or "", "")
+        prompts = model.get("prompts") or {}
+        named = next((name for name in TASK_PROMPTS.get(spec.route or "", ()) if name in prompts), None)
+        prompt = prompts.get(named or model.get("default_prompt_name") or "") or ""
     if transformer.get("do_lower_case"):
         _lower_first(tokenizer)
     return TextPreparation(tokenizer, max_length, prompt)
@@ -168,9 +158,9 @@ def load_text_preparation(spec: EncoderSpec) -> TextPreparation:
 def _refuse_code(spec: EncoderSpec, subfolder: str, module_types: Sequence[str]) -> None:
     """Names the code that comes with a model. transformers would leave it aside in silence where it knows the type of
     the model, and embed with other layers than the author's."""
-    code = {name for name in module_types if not name.startswith(_OWN_MODULES)}
+    code = {name for name in module_types if not name.startswith(OWN_MODULES)}
     for file in ("config.json", "tokenizer_config.json"):
-        for found in ((_read_json(spec, file, subfolder) or {}).get("auto_map") or {}).values():
+        for found in ((read_json(spec, file, subfolder) or {}).get("auto_map") or {}).values():
             code |= {name for name in (found if isinstance(found, list) else [found]) if name}
     if code:
         raise ValueError(
@@ -188,11 +178,3 @@ def _lower_first(tokenizer: PreTrainedTokenizerBase) -> None:
         parts = [backend.normalizer[i] for i in range(len(backend.normalizer))]
     if not any(isinstance(part, normalizers.Lowercase) for part in parts):
         backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *parts])
-
-
-def _read_json(spec: EncoderSpec, name: str, subfolder: str = "") -> Any:
-    path = load_file_path(spec.backbone, name, subfolder=subfolder, revision=spec.revision)
-    if path is None:
-        return None
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)

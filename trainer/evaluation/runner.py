@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from trainer.batch import PackedBatch
 from trainer.distributed import gather
 from trainer.encoder import Encoder
+from trainer.encoder.towers import Towers
 from trainer.evaluation.health import measure
 from trainer.evaluation.scoring import Observe, evaluate
 from trainer.evaluation.sharded import Encode, TokenizedSet, ask_teacher, tokenize_set
@@ -139,8 +140,8 @@ class Evaluation(Callback):
         health: dict[str, float] = {}
         histograms: dict[str, list[int]] = {}
 
-        def observe(one: TokenizedSet, embeddings_UD: Tensor) -> None:
-            found = measure(one.evaluator, one.rows, embeddings_UD, one.texts.text_N)
+        def observe(one: TokenizedSet, embeddings_UD: Tensor, text_N: Tensor) -> None:
+            found = measure(one.evaluator, one.rows, embeddings_UD, text_N)
             health.update({f"health/{one.name}/{name}": value for name, value in found.metrics.items()})
             histograms.update({f"health/{one.name}/{name}": counts for name, counts in found.histograms.items()})
 
@@ -158,7 +159,7 @@ class Evaluation(Callback):
             pl_module.log_dict(self.last_metrics, sync_dist=True)
 
 
-def _encode_with(encoder: Encoder, device: torch.device, max_tokens: int) -> Encode:
+def _encode_with(encoder: Encoder | Towers, device: torch.device, max_tokens: int) -> Encode:
     def encode(batch: PackedBatch) -> Tensor:
         with explained_memory("evaluation", batch, max_tokens):
             return encoder.embed(batch.to(device))

@@ -16,7 +16,7 @@ from trainer.distributed import gather
 from trainer.evaluation.base import num_not_finite, refuse_not_finite
 from trainer.evaluation.classification import Classification
 from trainer.evaluation.search import Search
-from trainer.evaluation.sharded import Encode, TokenizedSet, embed, of_all_texts, search, tokenize_set
+from trainer.evaluation.sharded import Encode, TokenizedSet, embed_set, of_all_texts, search, tokenize_set
 
 if TYPE_CHECKING:
     from trainer.data.module import ValidationSet
@@ -27,38 +27,39 @@ Classify = Callable[[Optional[str], Sequence[Tensor]], Tensor]
 _CLASSIFIED_ROWS = 4096  # whose embeddings are taken from those of distinct texts at once
 
 
-# What else rank 0 does with a set and the embeddings (U, D) of its distinct texts; of a search, of its queries.
-Observe = Callable[[TokenizedSet, Tensor], None]
+# What else rank 0 does with a set, the embeddings (U, D) of its distinct texts, and which of them each text is (N,); of
+# a search, its queries.
+Observe = Callable[[TokenizedSet, Tensor, Tensor], None]
 
 
 def _scorer(
     one: TokenizedSet, encode: Encode, classify: Classify | None, rank: int, world_size: int, max_tokens: int
-) -> tuple[Callable[[], dict[str, float]], Tensor]:
+) -> tuple[Callable[[], dict[str, float]], tuple[Tensor, Tensor]]:
     """Does what all ranks must do together; what comes back is for rank 0, to call and to observe."""
-    evaluator, rows, texts = one.evaluator, one.rows, one.texts
+    evaluator, rows = one.evaluator, one.rows
     if isinstance(evaluator, Search):
         found, documents = search(encode, one, rank, world_size, max_tokens), one.documents
 
         def score_search() -> dict[str, float]:
             assert found.neighbours is not None
             assert documents is not None
-            refuse_not_finite(found.num_bad, len(texts.ids_U) + len(documents.ids_U))
-            neighbours = of_all_texts(found.neighbours, texts, documents, evaluator.depth)
+            refuse_not_finite(found.num_bad, len(one.texts.ids_U) + len(documents.ids_U))
+            neighbours = of_all_texts(found.neighbours, one.texts, documents, evaluator.depth)
             return evaluator.score_neighbours(neighbours, rows)
 
-        return score_search, found.queries_UD
+        return score_search, (found.queries_UD, one.texts.text_N)
     is_classified = isinstance(evaluator, Classification)
-    embeddings_UD = embed(encode, texts.ids_U, rank, world_size, max_tokens, everywhere=is_classified)
+    embeddings_UD, text_N = embed_set(encode, one, rank, world_size, max_tokens, everywhere=is_classified)
     if not isinstance(evaluator, Classification):
-        return lambda: evaluator.score(embeddings_UD[texts.text_N], rows), embeddings_UD
+        return lambda: evaluator.score(embeddings_UD[text_N], rows), (embeddings_UD, text_N)
     assert classify is not None
-    logits_BL = _logits(classify, evaluator, embeddings_UD, texts.text_N)
+    logits_BL = _logits(classify, evaluator, embeddings_UD, text_N)
 
     def score_logits() -> dict[str, float]:
         refuse_not_finite(num_not_finite(embeddings_UD), len(embeddings_UD))
         return evaluator.score_logits(logits_BL, rows)
 
-    return score_logits, embeddings_UD
+    return score_logits, (embeddings_UD, text_N)
 
 
 def _logits(classify: Classify, evaluator: Classification, embeddings_UD: Tensor, text_N: Tensor) -> Tensor:
@@ -120,10 +121,10 @@ def evaluate(
     for validation_set in sets:
         gather.enter(f"evaluation of {validation_set.name}")
         one = validation_set if isinstance(validation_set, TokenizedSet) else tokenize_set(validation_set)
-        score, embeddings_UD = _scorer(one, encode, classify, rank, world_size, max_tokens)
+        score, embedded = _scorer(one, encode, classify, rank, world_size, max_tokens)
         found = _score(one, score, rank, world_size)
         if observe is not None and rank == 0:
-            observe(one, embeddings_UD)
+            observe(one, *embedded)
         metrics |= found
         for key, value in found.items() if one.suite else ():
             mean_key = f"eval/{one.suite}/{key.rpartition('/')[2]}"

@@ -42,10 +42,12 @@ class TokenizedTexts:
     Attributes:
         ids_U: of each distinct text.
         text_N: for each text the distinct text it is.
+        tower: which encoder takes them, where queries and documents have one each.
     """
 
     ids_U: TokenSpans
     text_N: Tensor
+    tower: str = "query"
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class TokenizedSet:
     """A validation set with the token ids of its texts.
 
     Attributes:
-        texts: what is embedded; of a search the queries, and ``documents`` apart.
+        texts: what is embedded; of a search, and of separate towers, the queries, and ``documents`` apart.
         suite: of which it is one of several sets; empty for none.
         teacher: that embeds the teacher's column of the rows; None for none, and when it has done so.
     """
@@ -75,8 +77,10 @@ def tokenize_set(validation_set: ValidationSet) -> TokenizedSet:
     """
     name, evaluator, rows = validation_set.name, validation_set.evaluator, validation_set.rows
     suite, teacher = validation_set.suite, validation_set.teacher
+    text = validation_set.text
     if isinstance(evaluator, Search):
-        queries, documents = (tokenize(texts, validation_set.text) for texts in (rows.queries, rows.documents))
+        queries = tokenize(rows.queries, text.of_column("anchor"))
+        documents = tokenize(rows.documents, text.of_column("document"), text.tower_of("document"))
         return TokenizedSet(name, evaluator, rows, queries, documents, suite)
     found = list(rows) if isinstance(rows, Mapping) else list(rows.column_names)
     missing = [column for column in evaluator.columns if column not in found]
@@ -88,10 +92,16 @@ def tokenize_set(validation_set: ValidationSet) -> TokenizedSet:
     texts = evaluator.texts(rows)
     if not texts:
         raise ValueError(f"Validation set '{name}' has no rows. Remove it or check its path.")
-    return TokenizedSet(name, evaluator, rows, tokenize(texts, validation_set.text), teacher=teacher)
+    first = evaluator.text_columns[0]  # an anchor comes before all documents
+    tower, num_first = text.tower_of(first), len(rows[first])
+    if text.documents is None or tower == "document" or len(texts) == num_first:
+        return TokenizedSet(name, evaluator, rows, tokenize(texts, text.of_column(first), tower), teacher=teacher)
+    queries = tokenize(texts[:num_first], text.of_column(first))
+    documents = tokenize(texts[num_first:], text.documents, "document")
+    return TokenizedSet(name, evaluator, rows, queries, documents, teacher=teacher)
 
 
-def tokenize(texts: Sequence[str], text: TextPreparation) -> TokenizedTexts:
+def tokenize(texts: Sequence[str], text: TextPreparation, tower: str = "query") -> TokenizedTexts:
     """Token ids of each distinct text; their numbers are in the order in which they first stand in ``texts``."""
     number = {one: i for i, one in enumerate(dict.fromkeys(texts))}
     distinct = list(number)
@@ -102,7 +112,7 @@ def tokenize(texts: Sequence[str], text: TextPreparation) -> TokenizedTexts:
         values.append(np.fromiter((i for one in ids for i in one), np.int32))
     lengths_U = np.array(lengths, dtype=np.int64)
     spans = TokenSpans(np.concatenate(values), np.cumsum(lengths_U) - lengths_U, lengths_U)
-    return TokenizedTexts(spans, torch.tensor([number[one] for one in texts]))
+    return TokenizedTexts(spans, torch.tensor([number[one] for one in texts]), tower)
 
 
 def plan_rounds(lengths: Sequence[int], world_size: int, max_tokens: int) -> list[list[list[int]]]:
@@ -127,23 +137,23 @@ def plan_rounds(lengths: Sequence[int], world_size: int, max_tokens: int) -> lis
 
 
 def _rounds(
-    encode: Encode, ids_U: TokenSpans, rounds: Sequence[list[list[int]]], rank: int
+    encode: Encode, texts: TokenizedTexts, rounds: Sequence[list[list[int]]], rank: int
 ) -> Iterator[tuple[Tensor, list[list[int]]]]:
     """Embeddings of this rank's share of each round, (B, D) float32 on its device, and the shares of all ranks."""
     for shares in rounds:
         # A rank without a share embeds a text whose embedding is dropped: under ZeRO-3 a forward is a
         # collective, so all ranks must do the same number of them.
         mine = shares[rank] or shares[0][:1]
-        yield encode(pack_texts([ids_U[i] for i in mine])).float()[: len(shares[rank])], shares
+        yield encode(pack_texts([texts.ids_U[i] for i in mine], texts.tower)).float()[: len(shares[rank])], shares
 
 
 def embed(
-    encode: Encode, ids_U: TokenSpans, rank: int, world_size: int, max_tokens: int, everywhere: bool = False
+    encode: Encode, texts: TokenizedTexts, rank: int, world_size: int, max_tokens: int, everywhere: bool = False
 ) -> Tensor:
-    """Embeddings of all texts, (U, D) float32: on the CPU of rank 0, where others get none, or on every device."""
+    """Embeddings of the distinct texts, (U, D) float32: on the CPU of rank 0, where others get none, or everywhere."""
     parts, order = [], []
-    rounds = plan_rounds(ids_U.lengths_S.tolist(), world_size, max_tokens)
-    for embeddings_BD, shares in _rounds(encode, ids_U, rounds, rank):
+    rounds = plan_rounds(texts.ids_U.lengths_S.tolist(), world_size, max_tokens)
+    for embeddings_BD, shares in _rounds(encode, texts, rounds, rank):
         gathered_bD = gather.gather_rows(embeddings_BD, [len(share) for share in shares])
         if everywhere or rank == 0:
             parts.append(gathered_bD if everywhere else gathered_bD.cpu())
@@ -154,6 +164,16 @@ def embed(
     embeddings_UD = torch.empty_like(gathered_UD)
     embeddings_UD[torch.tensor(order, device=gathered_UD.device)] = gathered_UD
     return embeddings_UD
+
+
+def embed_set(
+    encode: Encode, one: TokenizedSet, rank: int, world_size: int, max_tokens: int, everywhere: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Embeddings of a set's distinct texts, as `embed` gives them, and for each of its N texts which of them it is."""
+    parts = [one.texts] if one.documents is None else [one.texts, one.documents]
+    embeddings_UD = torch.cat([embed(encode, part, rank, world_size, max_tokens, everywhere) for part in parts])
+    starts = [0, len(one.texts.ids_U)]
+    return embeddings_UD, torch.cat([start + part.text_N for start, part in zip(starts, parts, strict=False)])
 
 
 @torch.no_grad()
@@ -168,7 +188,7 @@ def ask_teacher(
     evaluator = one.evaluator
     assert evaluator.teacher_column is not None
     texts = tokenize(one.rows[evaluator.teacher_column], text)
-    teacher_UD = embed(encode, texts.ids_U, rank, world_size, max_tokens)
+    teacher_UD = embed(encode, texts, rank, world_size, max_tokens)
     columns: dict[str, Any] = {column: one.rows[column][:] for column in evaluator.columns}
     if rank == 0:
         columns["teacher"] = teacher_UD[texts.text_N]
@@ -198,14 +218,14 @@ def search(encode: Encode, one: TokenizedSet, rank: int, world_size: int, max_to
     evaluator, documents = one.evaluator, one.documents
     assert isinstance(evaluator, Search)
     assert documents is not None
-    queries_UD = embed(encode, one.texts.ids_U, rank, world_size, max_tokens, everywhere=True)
+    queries_UD = embed(encode, one.texts, rank, world_size, max_tokens, everywhere=True)
     rounds = plan_rounds(documents.ids_U.lengths_S.tolist(), world_size, max_tokens)
     num_held = [sum(len(shares[r]) for shares in rounds) for r in range(world_size)]
     # In the order of the corpus: of equal scores the earlier document comes first, on any number of ranks.
     held = sorted(text for shares in rounds for text in shares[rank])
     place = {text: i for i, text in enumerate(held)}
     documents_BD = queries_UD.new_empty(len(held), queries_UD.shape[1])
-    for embeddings_BD, shares in _rounds(encode, documents.ids_U, rounds, rank):
+    for embeddings_BD, shares in _rounds(encode, documents, rounds, rank):
         places = torch.tensor([place[text] for text in shares[rank]], dtype=torch.int64)
         documents_BD[places.to(documents_BD.device)] = embeddings_BD
     num_bad = torch.tensor([num_not_finite(documents_BD)], device=queries_UD.device)

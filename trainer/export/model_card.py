@@ -45,17 +45,19 @@ def fill_card(model: SentenceTransformer, run: Run) -> None:
     # Without this tag sentence-transformers would copy the card of the backbone.
     card.add_tags(["generated_from_trainer", DISTRIBUTION])
     card.version.setdefault("accelerate", "not installed")
-    _set_base(card, run.module.encoder_spec)
+    _set_base(card, run.module.encoder_specs)
     train = [_read(source, run.data.cache_dir) for source in run.data.train_sources]
     validation = [_read(source, run.data.cache_dir) for source in run.data.validation_sources]
     if run.data.max_rows:
         train = [rows and rows.select(range(min(len(rows), run.data.max_rows))) for rows in train]
+    has_towers = run.module.document_spec is not None
     card.train_datasets = [
-        _dataset_entry(card, source, rows, run.module.loss_of(source), run.module.loss_of(source).describe())
+        _dataset_entry(card, source, rows, loss, loss.describe(), has_towers)
         for source, rows in zip(run.data.train_sources, train, strict=True)
+        for loss in [run.module.loss_of(source)]
     ]
     card.eval_datasets = [
-        _dataset_entry(card, source, rows, source.evaluator, vars(source.evaluator))
+        _dataset_entry(card, source, rows, source.evaluator, vars(source.evaluator), has_towers)
         for source, rows in zip(run.data.validation_sources, validation, strict=True)
     ]
     card.datasets = sorted({entry["id"] for entry in card.train_datasets if "id" in entry})
@@ -78,9 +80,12 @@ def fill_card(model: SentenceTransformer, run: Run) -> None:
 
 def complete_readme(path: Path, run: Run) -> None:
     """Add which checkpoint this is, our versions and a local base model to a rendered card."""
-    base = Path(run.module.encoder_spec.backbone).name
-    text = path.read_text(encoding="utf-8") if path.is_file() else f"# {base}\n"
-    text = text.replace(_UNKNOWN_BASE, f"- **Base model:** `{base}` (a local folder)")
+    specs = run.module.encoder_specs
+    text = path.read_text(encoding="utf-8") if path.is_file() else f"# {_name(specs)}\n"
+    base = f"- **Base model:** `{_name(specs)}` (a local folder)"
+    if len(specs) > 1:
+        base = f"- **Base models:** `{_name(specs[:1])}` for queries, `{_name(specs[1:])}` for documents"
+    text = text.replace(_UNKNOWN_BASE, base)
     for source in run.data.validation_sources:
         # The template calls whatever belongs to a data set its loss.
         code = f"<code>{fullname(source.evaluator)}</code>"
@@ -105,11 +110,17 @@ def _version(distribution: str) -> str:
 # -- base model, data, loss -------------------------------------------------------------------------------
 
 
-def _set_base(card: SentenceTransformerModelCardData, spec: EncoderSpec) -> None:
-    if Path(spec.backbone).is_dir():
-        # The path is private and no hub id; the folder's name must do.
+def _name(specs: Sequence[EncoderSpec]) -> str:
+    """Of hub ids the ids; of a folder its name, for the path is private."""
+    return " and ".join(Path(spec.backbone).name if Path(spec.backbone).is_dir() else spec.backbone for spec in specs)
+
+
+def _set_base(card: SentenceTransformerModelCardData, specs: Sequence[EncoderSpec]) -> None:
+    spec = specs[0]
+    if len(specs) > 1 or Path(spec.backbone).is_dir():
+        # A path is private and no hub id, and a card names one base: the folder's name must do.
         card.base_model = card.base_model_revision = None
-        card.model_name = f"SentenceTransformer based on {Path(spec.backbone).name}"
+        card.model_name = f"SentenceTransformer based on {_name(specs)}"
     elif card.base_model is None:
         card.base_model, card.base_model_revision = spec.backbone, spec.revision
 
@@ -136,6 +147,7 @@ def _dataset_entry(
     rows: Dataset | None,
     judge: object,
     settings: Mapping[str, Any],
+    has_towers: bool,
 ) -> dict[str, Any]:
     """Size, columns, statistics and samples of a data set, and the loss or evaluator that judged it."""
     is_hub = rows is not None and is_hub_id(source.path)
@@ -148,7 +160,9 @@ def _dataset_entry(
     if rows is None:
         entry["columns"] = [f"<code>{column}</code>" for column in source.columns]
     else:
-        card.compute_dataset_metrics(rows, entry, loss=None)
+        columns = rows.column_names if has_towers else []
+        tasks = {name: "query" if name == "anchor" else "document" for name in columns}
+        card.compute_dataset_metrics(rows, entry, loss=None, router_mapping=tasks)
         if "score" in entry["examples"]:  # float32 shows as 0.6000000238418579
             entry["examples"]["score"] = [round(score, 4) for score in entry["examples"]["score"]]
     entry["loss"] = {"fullname": fullname(judge)}

@@ -13,7 +13,7 @@ from typing import Any
 
 from trainer.data.module import PairData
 from trainer.data.sources import EvalSource
-from trainer.encoder import EncoderSpec
+from trainer.encoder import Encoder, EncoderSpec
 from trainer.evaluation.base import Evaluator
 from trainer.module import EmbeddingModule
 
@@ -62,7 +62,8 @@ def allowed_findings(path: Path) -> list[dict[str, Any]]:
 
 def hyperparameters(run: Run) -> dict[str, Any]:
     """What decides the result; not where and how it ran, for it is the same on any number of ranks."""
-    module, data, spec = run.module, run.data, run.module.encoder_spec
+    module, data = run.module, run.data
+    encoders = list(module.encoder.parts.values())
     trainer = run.config.get("trainer") or {}
     return {
         "batch_size": data.batch_size,
@@ -79,7 +80,18 @@ def hyperparameters(run: Run) -> dict[str, Any]:
         "max_steps": trainer.get("max_steps", -1),
         "max_rows": data.max_rows,
         "max_tokens": module.max_tokens,
-        "max_length": module.encoder.text.max_length,
+        **_encoder_settings(module.encoder_specs[0], encoders[0]),
+        **{
+            f"document_{name}": value
+            for spec, encoder in zip(module.encoder_specs[1:], encoders[1:], strict=True)
+            for name, value in _encoder_settings(spec, encoder).items()
+        },
+    }
+
+
+def _encoder_settings(spec: EncoderSpec, encoder: Encoder) -> dict[str, Any]:
+    return {
+        "max_length": encoder.text.max_length,
         "pooling": spec.pooling,
         "normalize": spec.normalize,
         "prompt": None if spec.prompt is None else repr(spec.prompt),
@@ -96,6 +108,7 @@ def non_default(values: Mapping[str, Any]) -> dict[str, Any]:
     defaults = {name: one.default for parameters in signatures for name, one in parameters.items()}
     defaults |= {"gradient_clip_val": 1.0, "max_steps": -1}  # the command line's
     always = {"batch_size", "learning_rate", "schedule", "warmup_ratio", "weight_decay", "max_tokens", "seed"}
+    defaults |= {f"document_{name}": value for name, value in defaults.items()}
     return {name: x for name, x in values.items() if name in always or x != defaults.get(name, ...)}
 
 

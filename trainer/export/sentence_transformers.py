@@ -6,7 +6,7 @@ import argparse
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from trainer.data.module import PairData
 from trainer.data.sources import Source
 from trainer.distributed import gather
 from trainer.encoder import Encoder
+from trainer.encoder.towers import load_encoder
 from trainer.export.model_card import DISTRIBUTION, complete_readme, fill_card
 from trainer.export.record import Run, allowed_findings
 from trainer.manifest import STATE, best, newest, problem, read_state
@@ -60,8 +61,11 @@ def export_run(source: Path, out: Path) -> None:
         allowed=allowed_findings(run_dir / CHECK_FILE),
     )
     with module.encoder.as_sentence_transformer() as model:
-        _set_prompt(model, module.encoder_spec.prompt)
-        _set_column_prompts(model, module.encoder.text.prompt, data.train_sources)
+        if isinstance(module.encoder, Encoder):  # towers have set theirs
+            _set_prompt(model, module.encoder_spec.prompt)
+        parts = list(module.encoder.parts.values())
+        before = {"query": parts[0].text.prompt, "document": parts[-1].text.prompt}
+        _set_column_prompts(model, before, data.train_sources)
         fill_card(model, run)
         _write(model, run, out)
 
@@ -110,23 +114,24 @@ def _build(run_dir: Path, config: dict[str, Any]) -> tuple[EmbeddingModule, Pair
     parser.add_class_arguments(EmbeddingModule, "model")
     parser.add_class_arguments(PairData, "data")
     # The saved config leaves out what the command line links.
-    linked = {"encoder": config["model"].get("encoder"), "seed": config.get("seed_everything", 42)}
+    linked = {name: config["model"].get(name) for name in ("encoder", "document_encoder")}
+    linked["seed"] = config.get("seed_everything", 42)
     known = {"model": config["model"], "data": {**config["data"], **linked}}
     try:
         built = parser.instantiate_classes(parser.parse_object(known))
     except argparse.ArgumentError as error:
         path = run_dir / "config.yaml"
         raise ValueError(f"{path} does not fit this version: {error}; restore the file that the fit wrote") from error
-    spec = built.model.encoder_spec
-    if Path(spec.backbone).is_dir():
-        # A relative path may look like a hub id, which sentence-transformers would then ask the hub about.
-        spec.backbone = str(Path(spec.backbone).resolve())
+    for spec in built.model.encoder_specs:
+        if Path(spec.backbone).is_dir():
+            # A relative path may look like a hub id, which sentence-transformers would then ask the hub about.
+            spec.backbone = str(Path(spec.backbone).resolve())
     return built.model, built.data
 
 
 def _load_encoder(module: EmbeddingModule, checkpoint: dict[str, Any], path: Path) -> None:
     """Make the encoder from its backbone and give it the weights of the checkpoint."""
-    module.encoder = Encoder(module.encoder_spec, module.max_tokens)
+    module.encoder = load_encoder(module.encoder_spec, module.document_spec, module.max_tokens)
     # The same steps as when a fit resumes: compact the vocabulary, check that its base is the same.
     module.on_load_checkpoint(checkpoint)
     prefix = "encoder."
@@ -136,8 +141,9 @@ def _load_encoder(module: EmbeddingModule, checkpoint: dict[str, Any], path: Pat
         module.encoder.load_state_dict(weights, strict=True)
     except RuntimeError as error:
         cause = " ".join(" ".join(str(error).splitlines()[1:2]).split())[:300]
+        backbones = " and ".join(f"'{spec.backbone}'" for spec in module.encoder_specs)
         raise ValueError(
-            f"{path} does not fit the backbone '{module.encoder_spec.backbone}': {cause} "
+            f"{path} does not fit the backbone {backbones}: {cause} "
             "Restore the backbone folder, or its revision, that the run was trained from"
         ) from error
 
@@ -173,11 +179,11 @@ def _set_prompt(model: SentenceTransformer, prompt: str | None) -> None:
     model.default_prompt_name = "default"
 
 
-def _set_column_prompts(model: SentenceTransformer, before: str, sources: Sequence[Source]) -> None:
+def _set_column_prompts(model: SentenceTransformer, before: Mapping[str, str], sources: Sequence[Source]) -> None:
     """Give encode_query the prompt of the anchors, and encode_document that of all other columns.
 
     Args:
-        before: put before every text, and so before those prompts.
+        before: put before every query and document, and so before those prompts.
     """
     if not any(source.prompts for source in sources):
         return
@@ -190,7 +196,7 @@ def _set_column_prompts(model: SentenceTransformer, before: str, sources: Sequen
                     found[name].add(prompt)
     for name, prompts in found.items():
         if len(prompts) == 1:
-            model.prompts[name] = before + next(iter(prompts))
+            model.prompts[name] = before[name] + next(iter(prompts))
         else:
             kept = repr(model.prompts.get(name)) if model.prompts.get(name) else "nothing"
             gather.warn(
@@ -198,7 +204,7 @@ def _set_column_prompts(model: SentenceTransformer, before: str, sources: Sequen
                 f"the training columns of a {name} have {len(prompts)} prompts, and a model has one: encode_{name} "
                 f"puts {kept} before a text; name another by encode(..., prompt=...)",
             )
-    if found["query"] == found["document"] and len(found["query"]) == 1:
+    if found["query"] == found["document"] and len(found["query"]) == 1 and before["query"] == before["document"]:
         model.prompts["default"] = model.prompts["query"]
         model.default_prompt_name = "default"
 

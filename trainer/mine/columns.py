@@ -13,7 +13,7 @@ from trainer.data.loading import fingerprint, load
 from trainer.data.sources import Source
 from trainer.encoder.text import load_text_preparation
 from trainer.mine.search import Vectors
-from trainer.predict.command import begin, embed, end, on_first_rank
+from trainer.predict.command import begin, embed, end, on_first_rank, said_once
 from trainer.predict.embed import Settings
 from trainer.predict.shards import Shards, open_shards
 
@@ -77,16 +77,25 @@ def embed_columns(
 ) -> tuple[Vectors, dict[str, dict[str, Any]]]:
     """Embeddings of all columns, those that were given and those that are made here, and what their manifests say."""
     said: dict[str, dict[str, Any]] = {}
+    loaded = {specs["query"].route: encoder} if encoder is not None else {}
     opened: dict[str, Shards] = {}
     for name, column in columns.items():
         folder = getattr(options, f"{name}_embeddings")
         if folder is None:
-            assert encoder is not None
-            folder = work / name
-            _embed_column(options, column, specs[column.kind], encoder, device, folder)
+            folder, spec = work / name, specs[column.kind]
+            if spec.route not in loaded:  # documents have an encoder of their own
+                loaded = {spec.route: _load(spec, options.max_tokens, device)}
+            _embed_column(options, column, spec, loaded[spec.route], device, folder)
         opened[name], said[name] = on_first_rank(lambda folder=folder: open_shards(folder))  # type: ignore[misc]
     on_first_rank(lambda: _match(options, columns, opened, said))
     return Vectors(opened["anchor"], opened["positive"], opened.get("corpus")), said
+
+
+def _load(spec: EncoderSpec, max_tokens: int, device: torch.device) -> Encoder:
+    from trainer.encoder import Encoder
+
+    with said_once():
+        return Encoder(spec, max_tokens).eval().to(device)
 
 
 def _embed_column(
@@ -101,7 +110,7 @@ def _embed_column(
     settings = Settings(options.precision, max_tokens=options.max_tokens)
     dimension = encoder.embedding_dimension
     shards = Shards(folder, "npy", len(column.rows), _SHARD_ROWS, dimension, "float32", has_ids=False)
-    begin(shards, encoder, settings, {"data": column.fingerprint})
+    begin(shards, encoder, spec, settings, {"data": column.fingerprint})
     try:
         embed(encoder, column.rows, column.column, shards, settings, device)
     finally:
@@ -122,7 +131,15 @@ def _match(
                 f"{opened[name].folder} holds {opened[name].num_rows:,} embeddings of other texts than column '{key}' "
                 f"of {file} ({len(column.rows):,} rows); make them: trainer predict --data {file} --text {key}"
             )
-    for key in ("model", "dimension"):
-        if len({saved[key] for saved in said.values()}) > 1:
-            listed = ", ".join(f"{shards.folder}: {said[name][key]}" for name, shards in opened.items())
+        task, own = said[name].get("task"), "query" if column.kind == "query" else "document"
+        if task not in (None, own):
+            raise ValueError(
+                f"{opened[name].folder} holds embeddings of the {task} encoder, but this column takes that of "
+                f"{own}: trainer predict --task {own}"
+            )
+    # Two encoders of one model are one model.
+    models = {name: saved.get("towers", saved["model"]) for name, saved in said.items()}
+    for key, values in (("model", models), ("dimension", {name: saved["dimension"] for name, saved in said.items()})):
+        if len(set(values.values())) > 1:
+            listed = ", ".join(f"{shards.folder}: {values[name]}" for name, shards in opened.items())
             raise ValueError(f"the embeddings differ in their {key} ({listed}); embed all with one model")

@@ -34,8 +34,7 @@ if TYPE_CHECKING:
     from trainer.encoder import Encoder, EncoderSpec
     from trainer.mine.pairs import Pairs
 
-# Kind of text -> names that models give the prompt for it, as sentence-transformers looks for them.
-_PROMPT_NAMES = {"query": ("query",), "corpus": ("document", "passage", "corpus")}
+_TASKS = {"query": "query", "corpus": "document"}  # kind of text -> whose prompt, or whose encoder, it takes
 
 
 def flags() -> Flags:
@@ -60,9 +59,9 @@ def flags() -> Flags:
     add("--relative-margin", type=float, help="the same as a share (0.05 is usual)")
     add("--min-score", type=float, help="lowest similarity of a negative")
     add("--max-score", type=float, help="highest similarity of a negative")
-    for kind, names in _PROMPT_NAMES.items():
+    for kind, task in _TASKS.items():
         add(f"--{kind}-prompt", help=f"before {'anchors' if kind == 'query' else 'documents'}")
-        add(f"--{kind}-prompt-name", help=f"the same by its name in the model ({names[0]})")
+        add(f"--{kind}-prompt-name", help=f"the same by its name in the model ({task})")
     for name in ("anchor", "positive", "corpus"):
         add(f"--{name}-embeddings", type=Path, help="that trainer predict wrote for it")
     add_encoder(parser)
@@ -134,17 +133,12 @@ def _refuse(options: argparse.Namespace) -> None:
 
 def _specs(options: argparse.Namespace) -> dict[str, EncoderSpec]:
     """Kind of text -> the encoder with its prompt; none where no model is named."""
-    from trainer.encoder.text import read_prompts
-
     if options.model is None:
         return {}
-    spec, specs = encoder_spec(options), {}
-    prompts = read_prompts(spec)
-    for kind, names in _PROMPT_NAMES.items():
+    specs = {}
+    for kind, task in _TASKS.items():
         prompt, name = getattr(options, f"{kind}_prompt"), getattr(options, f"{kind}_prompt_name")
-        if prompt is None and name is None:
-            name = next((one for one in names if one in prompts), None)
-        specs[kind] = choose_prompt(spec, prompt, name)
+        specs[kind] = choose_prompt(encoder_spec(options, task), prompt, name, task)
     return specs
 
 

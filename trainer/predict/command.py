@@ -36,6 +36,7 @@ def flags() -> Flags:
     add("--format", default="parquet", choices=("parquet", "npy"), help="or npy")
     add("--dtype", default="float32", choices=("float32", "float16"), help="or float16, of the written numbers")
     add("--shard-rows", type=at_least(1), default=10000, help="rows of a file")
+    add("--task", choices=("query", "document"), help="its prompt, or its encoder if it has one of its own")
     add("--prompt", help="put before every text (the model's default)")
     add("--prompt-name", help="the same by its name in the model")
     add("--normalize", action="store_true", help="scale to length 1, after truncation")
@@ -65,7 +66,7 @@ def predict(args: Sequence[str]) -> int:
         text = Source(options.data, {"text": options.text}, split=options.split, on_bad_row=options.on_bad_row)
         source = replace(text, columns={**text.columns, "id": options.id}) if options.id else text
         rows = load(source, options.cache_dir or default_cache_dir())
-        spec = choose_prompt(encoder_spec(options), options.prompt, options.prompt_name)
+        spec = choose_prompt(encoder_spec(options, options.task), options.prompt, options.prompt_name, options.task)
     encoder, device = start(options, spec)
     settings = read_settings(options, encoder)
     shards = Shards(
@@ -78,7 +79,7 @@ def predict(args: Sequence[str]) -> int:
         has_ids=bool(options.id),
     )
     # The texts alone: whoever uses the embeddings asks whether they are those of a column.
-    begin(shards, encoder, settings, {"data": fingerprint(text), "id": options.id})
+    begin(shards, encoder, spec, settings, {"data": fingerprint(text), "id": options.id})
     try:
         work = embed(encoder, rows, "text", shards, settings, device)
     finally:
@@ -123,8 +124,14 @@ def on_first_rank(function: Callable[[], Value]) -> Value:
     return found
 
 
-def encoder_spec(options: argparse.Namespace) -> EncoderSpec:
-    """What --model means: a model, or the model/ that a fit has written into its run directory."""
+def encoder_spec(options: argparse.Namespace, task: str | None) -> EncoderSpec:
+    """What --model means: a model, or the model/ that a fit has written into its run directory; of one with separate
+    encoders that of the task, query or document.
+
+    Raises:
+        ValueError: it can't be read, or has separate encoders and no task was named.
+    """
+    from trainer.encoder.folder import read_routes
     from trainer.encoder.spec import EncoderSpec
     from trainer.encoder.text import load_text_preparation
 
@@ -138,30 +145,35 @@ def encoder_spec(options: argparse.Namespace) -> EncoderSpec:
         revision=options.revision,
         trust_remote_code=options.trust_remote_code,
     )
+    if read_routes(spec):
+        spec = replace(spec, route=task)
     load_text_preparation(spec)  # what is wrong with it is said before anything starts
     return spec
 
 
-def choose_prompt(spec: EncoderSpec, prompt: str | None, name: str | None) -> EncoderSpec:
-    """The encoder with the prompt that the flags name; without any, with the model's default.
+def choose_prompt(spec: EncoderSpec, prompt: str | None, name: str | None, task: str | None) -> EncoderSpec:
+    """The encoder with the prompt that the flags name; without any, with that of the task, else the model's default.
 
     Raises:
         ValueError: the model has no prompt of that name, or both were given.
     """
     from trainer.data.files import did_you_mean
-    from trainer.encoder.text import read_prompts
+    from trainer.encoder.folder import read_prompts
+    from trainer.encoder.text import TASK_PROMPTS
 
     if prompt is not None and name is not None:
         raise ValueError("--prompt and --prompt-name were both given; give one of them")
+    prompts = read_prompts(spec)
+    if name is None and prompt is None and task is not None:
+        name = next((one for one in TASK_PROMPTS[task] if one in prompts), None)
     if name is None:
         return replace(spec, prompt=prompt)
-    prompts = read_prompts(spec)
     if name not in prompts:
         raise ValueError(
             f"'{spec.backbone}' has no prompt '{name}'; it has {', '.join(prompts) or 'none'}."
             f"{did_you_mean(name, prompts)} Or write it out: --prompt '{name}: '"
         )
-    return replace(spec, prompt=prompts[name])
+    return replace(spec, prompt=prompts[name] or "")
 
 
 def start(options: argparse.Namespace, spec: EncoderSpec) -> tuple[Encoder, torch.device]:
@@ -189,9 +201,11 @@ def read_settings(options: argparse.Namespace, encoder: Encoder) -> Settings:
     return Settings(options.precision, options.normalize, options.truncate_dim, options.max_tokens)
 
 
-def begin(shards: Shards, encoder: Encoder, settings: Settings, about_rows: Mapping[str, Any]) -> None:
+def begin(
+    shards: Shards, encoder: Encoder, spec: EncoderSpec, settings: Settings, about_rows: Mapping[str, Any]
+) -> None:
     """Shards to write, in a folder that nobody else writes into; or to go on with."""
-    from trainer.predict.embed import fingerprint
+    from trainer.predict.embed import about_towers, fingerprint
     from trainer.predict.shards import start_shards
     from trainer.run_lock import take_lock
 
@@ -202,6 +216,7 @@ def begin(shards: Shards, encoder: Encoder, settings: Settings, about_rows: Mapp
             "max_length": encoder.text.max_length,
             "precision": settings.precision,
             "normalize": settings.normalize,
+            **about_towers(spec),
         }
         start_shards(shards, {**about_rows, **about_model})
         if said := take_lock(shards.folder, os.environ):

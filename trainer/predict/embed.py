@@ -11,7 +11,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from datasets import Dataset
@@ -24,8 +24,10 @@ from trainer.data.ahead import map_ahead
 from trainer.data.progress import shown_progress
 from trainer.distributed import gather
 from trainer.distributed.shared_work import SharedWork
-from trainer.encoder import Encoder
+from trainer.encoder import Encoder, EncoderSpec
+from trainer.encoder.folder import backbone_folder
 from trainer.evaluation.sharded import TokenizedTexts, embed, tokenize
+from trainer.files import sha256_of
 from trainer.memory import explained_memory
 from trainer.predict.shards import Shards
 
@@ -77,6 +79,16 @@ def fingerprint(encoder: Encoder) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:24]
+
+
+def about_towers(spec: EncoderSpec) -> dict[str, Any]:
+    """Of a model with separate encoders: which one it is, and a hash of the whole model, which is the same for both."""
+    folder = backbone_folder(spec) if spec.route is not None else None
+    if folder is None:
+        return {}
+    files = sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors", ".bin"))
+    digests = [(str(path.relative_to(folder)), sha256_of(path)) for path in files]
+    return {"task": spec.route, "towers": hashlib.sha256(json.dumps(digests).encode()).hexdigest()[:24]}
 
 
 def embed_rows(
@@ -161,7 +173,7 @@ def _embed_shard(encoder: Encoder, texts: TokenizedTexts, settings: Settings, de
         return normalize(embeddings_SD, dim=-1) if settings.normalize else embeddings_SD
 
     # Every rank has a shard of its own: there is nothing to gather.
-    embeddings_UD = embed(encode, texts.ids_U, rank=0, world_size=1, max_tokens=settings.max_tokens)
+    embeddings_UD = embed(encode, texts, rank=0, world_size=1, max_tokens=settings.max_tokens)
     return embeddings_UD[texts.text_N]
 
 

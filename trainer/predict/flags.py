@@ -16,6 +16,8 @@ _KEYS = {
     "model.encoder.backbone": "--model",
     "model.encoder.max_length": "--max-length",
     "model.encoder.trust_remote_code to true": "--trust-remote-code",
+    ", or train both: encoder and document_encoder of the model, each with this backbone and its route": "",
+    "model.encoder.route": "--task",
     "model.max_tokens": "--max-tokens",
     "--trainer.default_root_dir": "--out",
     "set on_bad_row: skip": "give --on-bad-row skip",

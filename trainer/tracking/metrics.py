@@ -95,7 +95,7 @@ class MetricsLog(Callback):
         self._since = 0.0
         self._paused = 0.0
         self._waited = 0.0
-        self._arithmetic: Arithmetic | None = None
+        self._arithmetic: list[Arithmetic] = []  # of each encoder
         self._wall_s = 0.0
         self._gpu_hours = 0.0
         self._ticked: float | None = None
@@ -162,7 +162,7 @@ class MetricsLog(Callback):
                 if isinstance(logger, RunLogger):
                     logger.log_about(about)
         self._sources = names_of_sources(trainer)
-        self._arithmetic = count_arithmetic(pl_module.encoder_spec)  # type: ignore[arg-type]
+        self._arithmetic = [count_arithmetic(spec) for spec in pl_module.encoder_specs]  # type: ignore
         self._start_clock(trainer)
         self._ticked = self._since
 
@@ -178,8 +178,8 @@ class MetricsLog(Callback):
         sums.rows += batch.targets.num_global_rows
         sums.tokens += batch.num_tokens
         sums.padded_tokens += batch.padded_tokens
-        if self._arithmetic is not None and batch.num_rows:
-            sums.flops += self._arithmetic.step(batch.lengths)
+        for arithmetic, stream in zip(self._arithmetic, batch.streams if batch.num_rows else (), strict=False):
+            sums.flops += arithmetic.step(stream.lengths)
         # On the device and without reading the value: a read would wait for the step.
         sums.loss = sums.loss + outputs["loss"].detach().double() / gather.world_size()
         grad_norm = getattr(pl_module, "last_grad_norm", None)

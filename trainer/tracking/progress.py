@@ -123,9 +123,10 @@ def describe_run(trainer: Trainer, module: EmbeddingModule) -> str:
     # Under ZeRO-3 a rank holds a part of a parameter; ds_numel is the whole.
     sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in module.parameters()]
     trained = sum(size for size, requires_grad in sizes if requires_grad)
+    backbones = " and ".join(spec.backbone for spec in module.encoder_specs)
     nodes = f"{trainer.num_nodes} node{'s' * (trainer.num_nodes > 1)}"
     return (
-        f"{module.encoder_spec.backbone}: {sum(size for size, _ in sizes) / 1e6:.1f} M parameters, "
+        f"{backbones}: {sum(size for size, _ in sizes) / 1e6:.1f} M parameters, "
         f"{trained / 1e6:.1f} M trained · {sum(module.data.sizes):,} rows · "
         f"{module.num_training_steps:,} steps of {module.data.batch_size} rows · "
         f"{nodes} x {trainer.num_devices} {module.device.type} · precision {trainer.precision}"
