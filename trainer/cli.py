@@ -152,14 +152,15 @@ def _check(args: list[str]) -> int:
 
 
 def _export(args: list[str]) -> int:
-    if len(args) != 2 or any(arg.startswith("-") for arg in args):
-        raise ConfigError("two paths are needed: trainer export RUN_OR_CHECKPOINT OUT")
-    source, out = Path(args[0]), Path(args[1])
+    paths = [arg for arg in args if arg != "--legacy"]
+    if len(paths) != 2 or any(arg.startswith("-") for arg in paths):
+        raise ConfigError("two paths are needed: trainer export RUN_OR_CHECKPOINT OUT [--legacy]")
+    source, out = Path(paths[0]), Path(paths[1])
     if not source.exists():
         raise ConfigError(f"there is no run or checkpoint {source}")
     from trainer.export.sentence_transformers import export_run
 
-    export_run(source, out)
+    export_run(source, out, legacy=len(args) > 2)
     return 0
 
 

@@ -76,9 +76,10 @@ three ways to run:
 --debug (or TRAINER_DEBUG=1) shows the traceback of a failure.
 """
 EXPORT = """\
-usage: trainer export RUN_OR_CHECKPOINT OUT
+usage: trainer export RUN_OR_CHECKPOINT OUT [--legacy]
 
 Writes a folder that sentence-transformers loads, with its model card.
+--legacy writes the layout that sentence-transformers 3 to 5 load as well.
 
   trainer export runs/stsb model     the best checkpoint of a run, else the last
   trainer export runs/stsb/checkpoints/step-00000500 model

@@ -20,6 +20,7 @@ from trainer.data.sources import Source
 from trainer.distributed import gather
 from trainer.encoder import Encoder
 from trainer.encoder.towers import load_encoder
+from trainer.export.legacy import rewrite_as_legacy
 from trainer.export.model_card import DISTRIBUTION, complete_readme, fill_card
 from trainer.export.record import Run, allowed_findings
 from trainer.manifest import STATE, best, newest, problem, read_state
@@ -30,16 +31,17 @@ from trainer.tracking.runs import read_log
 logger = logging.getLogger(__name__)
 
 
-def export_run(source: Path, out: Path) -> None:
+def export_run(source: Path, out: Path, legacy: bool = False) -> None:
     """Write a run's model as a sentence-transformers folder with its model card; weights are float32.
 
     Args:
         source: a run directory (its best checkpoint is taken, else its newest), or a checkpoint in it.
         out: the folder to write. It appears whole or not at all; an older export in its place is replaced.
+        legacy: in the layout that sentence-transformers 3 to 5 load.
 
     Raises:
-        ValueError: there is nothing to export, the checkpoint does not fit its backbone, or ``out`` holds
-            something that is no export of ours.
+        ValueError: there is nothing to export, the checkpoint does not fit its backbone, ``out`` holds something
+            that is no export of ours, or the model has no legacy layout.
     """
     out = out.resolve()
     _refuse_foreign(out)
@@ -67,7 +69,7 @@ def export_run(source: Path, out: Path) -> None:
         before = {"query": parts[0].text.prompt, "document": parts[-1].text.prompt}
         _set_column_prompts(model, before, data.train_sources)
         fill_card(model, run)
-        _write(model, run, out)
+        _write(model, run, out, legacy)
 
 
 # -- reading the run --------------------------------------------------------------------------------------
@@ -220,7 +222,7 @@ def _refuse_foreign(out: Path) -> None:
         raise ValueError(f"{out} holds a model that {DISTRIBUTION} did not export; give an empty or a new folder")
 
 
-def _write(model: SentenceTransformer, run: Run, out: Path) -> None:
+def _write(model: SentenceTransformer, run: Run, out: Path, legacy: bool) -> None:
     """Write beside ``out``, then rename, so that nobody ever loads half a model."""
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
@@ -228,6 +230,9 @@ def _write(model: SentenceTransformer, run: Run, out: Path) -> None:
     try:
         model.save_pretrained(str(partial))
         complete_readme(partial / "README.md", run)
+        if legacy:
+            assert model.max_seq_length is not None  # the encoder sets it
+            rewrite_as_legacy(partial, model.max_seq_length)
         mode = (partial / "README.md").stat().st_mode
         for file in partial.rglob("*"):
             if file.is_file():
