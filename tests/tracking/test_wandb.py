@@ -76,6 +76,17 @@ def records(fragment: Path) -> list[dict]:
     return [json.loads(line) for line in inspect(fragment).splitlines()]
 
 
+def finished_records(fragment: Path) -> list[dict]:
+    """All of a run that has ended: its service writes the last block behind the answer to finish()."""
+    end = time.monotonic() + 20
+    found = records(fragment)
+    while not any("exit" in record for record in found):
+        assert time.monotonic() < end, "no exit record"
+        time.sleep(0.1)
+        found = records(fragment)
+    return found
+
+
 @pytest.fixture
 def no_wandb_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     for name in list(os.environ):
@@ -172,7 +183,7 @@ def test_a_run_stores_the_rows_of_its_metrics_file(
 
     wandb.finish()
     (fragment,) = run_dir.glob("wandb/offline-run-*/*.wandb")
-    found = records(fragment)
+    found = finished_records(fragment)
     written = read_metrics(run_dir)
     assert len(written) == 6
     (read,) = read_offline(offline_folders(run_dir / "wandb"))
