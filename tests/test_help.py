@@ -57,7 +57,18 @@ def test_every_flag_in_an_example_exists(parsers: Mapping[str, Any]) -> None:
     known = {option for parser in parsers.values() for option in parser._option_string_actions}
     for parser in (predict_flags(), mine_flags()):
         known |= parser._option_string_actions.keys()
-    known |= {"--FLAG", "--KEY", "--help-all", "--debug", "--exact", "--json", "--probe", "--all", "--older-than"}
+    known |= {
+        "--FLAG",
+        "--KEY",
+        "--help-all",
+        "--debug",
+        "--exact",
+        "--json",
+        "--probe",
+        "--all",
+        "--older-than",
+        "--legacy",
+    }
     for name, text in ALL.items():
         for flag in re.findall(r"--[A-Za-z][\w.-]*", text):
             assert flag in known or flag == "--help", f"{name}.txt: {flag}"

@@ -48,4 +48,4 @@ def test_every_block_is_a_config(block: str) -> None:
 
 
 def test_all_blocks_were_found() -> None:
-    assert len(BLOCKS) == PAGE.count("```yaml") == 5
+    assert len(BLOCKS) == PAGE.count("```yaml") == 6

@@ -138,3 +138,29 @@ def test_adapter_dropout_is_its_own(tiny_encoder: Path) -> None:
     rates = {name: m.p for name, m in encoder.named_modules() if isinstance(m, nn.Dropout)}
     assert {rate for name, rate in rates.items() if "lora" in name} == {0.3}
     assert {rate for name, rate in rates.items() if "lora" not in name} == {0.0}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "mpnet"])
+def test_layers_computed_again_give_the_same_gradient(tiny_encoders: dict[str, Path], kind: str) -> None:
+    """With dropout, whose masks are replayed; each layer runs twice, and once without gradients."""
+    spec = EncoderSpec(str(tiny_encoders[kind]), dropout=0.2)
+    plain, again = (Encoder(replace(spec, checkpoint_layers=on), 4096).train() for on in (False, True))
+    ran: list[int] = []
+    for number, layer in enumerate(blocks(again.backbone)):
+        next(layer.children()).register_forward_hook(lambda *_, number=number: ran.append(number))
+    gradients = []
+    for encoder in (plain, again):
+        torch.manual_seed(4)
+        gradients.append(_step(encoder))
+    assert largest_difference(*gradients) < 1e-6
+    num_layers = len(blocks(again.backbone))
+    assert ran == [*range(num_layers), *reversed(range(num_layers))]
+    ran.clear()
+    with torch.no_grad():
+        _embed(again)
+    assert ran == [*range(num_layers)]
+
+
+def test_layers_that_can_not_be_computed_again(tiny_encoders: dict[str, Path]) -> None:
+    with pytest.raises(ValueError, match=r"checkpoint_layers is true, .*'mpnet' again: set it to false, and lower"):
+        _load(tiny_encoders["mpnet"], checkpoint_layers=True)

@@ -95,6 +95,8 @@ class Encoder(nn.Module):
         use_host_dropout(self.backbone)
         if spec.dropout is not None:
             self.set_dropout(spec.dropout)
+        if spec.checkpoint_layers:
+            _checkpoint_layers(self.backbone)
         restrict(self.backbone, spec)
         self._has_adapters = spec.lora is not None
         self._keeps_base = spec.lora is not None or spec.freeze is not None
@@ -260,6 +262,15 @@ class Encoder(nn.Module):
             if self.packed:
                 self.backbone.set_attn_implementation(PACKED_ATTENTION)
             self.train(training)
+
+
+def _checkpoint_layers(backbone: PreTrainedModel) -> None:
+    if not backbone.supports_gradient_checkpointing:
+        raise ValueError(
+            f"model.encoder.checkpoint_layers is true, but transformers can't compute the layers of "
+            f"'{backbone.config.model_type}' again: set it to false, and lower model.max_tokens or max_length"
+        )
+    backbone.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def _share_tokenizer(shell: SentenceTransformer, text: TextPreparation) -> Callable[[], None]:

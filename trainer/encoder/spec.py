@@ -42,6 +42,8 @@ class EncoderSpec:
         dropout: overrides every dropout rate of the backbone; unset: its own.
         freeze: leave the embeddings and this many of the first layers as they are; 0: the embeddings alone; unset:
             train all.
+        checkpoint_layers: keep what goes into each layer, and compute the rest again in the backward: less memory where
+            single texts are long, a third more time. Many texts need no such thing: max_tokens bounds their forward.
         lora: train low-rank adapters instead of the backbone's own weights.
         route: which encoder of a folder with several (a Router of sentence-transformers): query or document.
         revision: of a hub id.
@@ -56,6 +58,7 @@ class EncoderSpec:
     compact_vocabulary: Literal["auto", "off"] = "auto"
     dropout: Optional[float] = None
     freeze: Optional[int] = None
+    checkpoint_layers: bool = False
     lora: Optional[LoRA] = None
     route: Optional[str] = None
     revision: Optional[str] = None
