@@ -19,8 +19,10 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
+from torch.testing import assert_close
 
 from tests.batches import norm_of, relative_error
 from tests.evaluation.test_informationretrieval import write_set
@@ -61,6 +63,7 @@ class Run:
     precision: str = "32-true"
     freeze: int | None = None
     lora: int = 0
+    compact: str = "auto"
     save_at: int = 0
     save_to: str = ""
     resume: str = ""
@@ -124,6 +127,7 @@ def build(run: Run, callbacks: list[Callback], **options: Any) -> tuple[Embeddin
     wanted = {"CosineSimilarity": {"score": "score"}, "Softmax": {"label": "label"}, "InfoNCE": {}}[run.loss]
     lora = LoRA(r=run.lora, dropout=run.dropout) if run.lora else None
     spec = EncoderSpec(f"{run.folder}/encoder", dropout=run.dropout, freeze=run.freeze, lora=lora)
+    spec.compact_vocabulary = run.compact  # type: ignore[assignment]
     rows = f"{run.folder}/rows.jsonl"
     dev = f"{run.folder}/dev.jsonl"
     validation = [EvalSource(name="dev", path=dev, columns=columns | {"score": "score"})]
@@ -279,6 +283,27 @@ def test_frozen_weights_in_chunks(
     resumed, _ = ranks(train, replace(noisy, resume=path))
     assert resumed.norms == undisturbed.norms[8:]
     assert all(torch.equal(resumed.weights[name], value) for name, value in undisturbed.weights.items())
+
+
+@pytest.mark.parametrize("stage", [0, 2], ids=["ddp", "zero-2"])
+def test_a_compact_vocabulary_on_two_ranks_is_the_whole_one_of_one_process(
+    result_of: Any, folder: Path, stage: int
+) -> None:
+    """The matrix after 20 AdamW steps with clipping and weight decay, which unused rows go through as well."""
+    run = Run(str(folder), max_tokens=WHOLE)
+    full, ours = train(replace(run, compact="off")), result_of(replace(run, stage=stage))
+    name = "encoder.backbone.embeddings.word_embeddings"
+    expected, trained = full.weights[f"{name}.weight"], ours.weights[f"{name}.weight"]
+    used = ours.weights[f"{name}.used_ids"]
+    assert trained.shape[0] == len(used) < expected.shape[0]
+    base = load_file(folder / "encoder" / "model.safetensors")["embeddings.word_embeddings.weight"]
+    matrix = base * ours.weights[f"{name}.decay"].float()
+    matrix[used] = trained
+    unused = torch.ones(len(base), dtype=torch.bool).index_fill(0, used, False)
+    assert float((base - expected)[unused].abs().max()) > 1e-5, "decay does nothing"
+    assert_close(matrix[unused], expected[unused], rtol=1e-6, atol=0.0)
+    assert relative_error({name: matrix}, {name: expected}) < 1e-5
+    assert ours.norms == pytest.approx(full.norms, rel=1e-5)
 
 
 def test_ranks_with_few_chunks_wait_for_those_with_more(results_of: Any, folder: Path) -> None:
