@@ -14,7 +14,7 @@ from trainer.compare.report import render_report
 from trainer.compare.table import print_comparison
 from trainer.config_files import ConfigError
 from trainer.files import write_whole
-from trainer.tracking.runs import RunRecord, read_run_dir
+from trainer.tracking.runs import METRICS_FILE, RunRecord, read_run_dir
 from trainer.tracking.wandb_runs import ONLINE, offline_folders, read_offline, read_online
 
 _DEPTH = 3  # folders below a named one in which runs are looked for: runs/<recipe>/<run>
@@ -96,7 +96,7 @@ def read_runs(places: Sequence[str]) -> list[RunRecord]:
 def _run_dirs(folder: Path) -> list[Path]:
     """The folder if it is a run directory, else those below it."""
     for depth in range(_DEPTH + 1):
-        found = sorted(path.parent for path in folder.glob("/".join(["*"] * depth + ["metrics.jsonl"])))
+        found = sorted(path.parent for path in folder.glob("/".join(["*"] * depth + [METRICS_FILE])))
         if found:
             return found
     return []

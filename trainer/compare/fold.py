@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import statistics
@@ -11,8 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Optional
 
-from trainer.tracking.direction import direction
-from trainer.tracking.runs import RunRecord
+from trainer.tracking.runs import RunRecord, best, number
 
 # Of a config: the seed, and where a run lies and how it is watched.
 _NOT_COMPARED = re.compile(
@@ -72,41 +70,27 @@ class Group:
 
     def best(self, metric: str) -> Optional[Spread]:
         """Of the best value of each run; None where the metric has no better side."""
-        return Spread.of(found[0] if (found := best(run, metric)) else None for run in self.runs)
+        return Spread.of(found[0] if (found := best(run.rows, metric)) else None for run in self.runs)
 
     def last(self, metric: str) -> Optional[Spread]:
         return Spread.of(last(run, metric) for run in self.runs)
 
     def curve(self, metric: str, axis: str) -> list[Point]:
         """The steps that all runs have (where there is none, that any has), in their order."""
-        at_step = [{row["step"]: row for row in run.rows if _number(row, metric) is not None} for run in self.runs]
+        at_step = [{row["step"]: row for row in run.rows if number(row, metric) is not None} for run in self.runs]
         at_step = [rows for rows in at_step if rows]
         shared = set.intersection(*map(set, at_step)) if at_step else set()
         points = []
         for step in sorted(shared or set().union(*at_step)):
             rows = [rows[step] for rows in at_step if step in rows]
-            x, value = Spread.of(_number(row, axis) for row in rows), Spread.of(_number(row, metric) for row in rows)
+            x, value = Spread.of(number(row, axis) for row in rows), Spread.of(number(row, metric) for row in rows)
             if x and value:
                 points.append(Point(x.mean, value))
         return points
 
 
-def _number(row: Mapping[str, Any], name: str) -> Optional[float]:
-    value = row.get(name)
-    return value if isinstance(value, int | float) and math.isfinite(value) else None
-
-
-def best(run: RunRecord, metric: str) -> Optional[tuple[float, int]]:
-    """The best value and its step, the first of equals."""
-    which = direction(metric)
-    found = [(value, row["step"]) for row in run.rows if (value := _number(row, metric)) is not None]
-    if which is None or not found:
-        return None
-    return max(found, key=lambda one: one[0]) if which == "max" else min(found, key=lambda one: one[0])
-
-
 def last(run: RunRecord, metric: str) -> Optional[float]:
-    return next((value for row in reversed(run.rows) if (value := _number(row, metric)) is not None), None)
+    return next((value for row in reversed(run.rows) if (value := number(row, metric)) is not None), None)
 
 
 def metrics_of(groups: Sequence[Group], prefix: str) -> list[str]:
@@ -220,7 +204,7 @@ def cost(group: Group) -> Cost:
         return Spread.of(last(run, name) for run in runs)
 
     def median(name: str) -> Optional[Spread]:
-        found = ([value for row in run.rows if (value := _number(row, name)) is not None] for run in runs)
+        found = ([value for row in run.rows if (value := number(row, name)) is not None] for run in runs)
         return Spread.of(statistics.median(values) if values else None for values in found)
 
     devices = dict.fromkeys(f"{run.about.get('ranks', '?')} x {run.about.get('device', '?')}" for run in runs)

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 
-from trainer.compare.fold import AXES, Group, best, cost, differences, last, metrics_of, primary_metrics
+from trainer.compare.fold import AXES, Group, cost, differences, last, metrics_of, primary_metrics
 from trainer.compare.plots import colour, curves, dots, histograms
 from trainer.compare.show import COST_ROWS, cost_cells, has_other_losses, heading, metric, setting, winners
+from trainer.tracking.runs import best
 
 PAGE = Path(__file__).with_name("page.html")
 _HEALTH = "health/"
@@ -69,7 +70,7 @@ def _summary(groups: Sequence[Group]) -> str:
     names = [group.name for group in groups]
     figures = ""
     for name in primary:
-        values = [[found[0] for run in group.runs if (found := best(run, name))] for group in groups]
+        values = [[found[0] for run in group.runs if (found := best(run.rows, name))] for group in groups]
         figures += _figure(f"{heading(name, name.removeprefix('eval/'))}, best of each run", dots(name, names, values))
     columns = [*primary, "train/loss"] if metrics_of(groups, "train/loss") else primary
     crowns = [winners(groups, name) for name in columns]
@@ -186,7 +187,7 @@ def _runs(groups: Sequence[Group]) -> str:
     rows = []
     for number, group in enumerate(groups):
         for run in group.runs:
-            cells = [f"{found[0]:.4f} at {found[1]:,}" if (found := best(run, name)) else "–" for name in primary]
+            cells = [f"{found[0]:.4f} at {found[1]:,}" if (found := best(run.rows, name)) else "–" for name in primary]
             seed = "–" if run.seed is None else str(run.seed)
             rows.append(_row([run.name, seed, f"{last(run, 'step') or 0:,.0f}", *cells], kind=colour(number)))
     head = ["run", "seed", "steps", *(heading(name, name.removeprefix("eval/")) for name in primary)]

@@ -14,8 +14,7 @@ from lightning.pytorch import Trainer
 
 from trainer.distributed import gather
 from trainer.files import write_whole
-
-FILE_NAME = "run.json"
+from trainer.tracking.runs import ABOUT_FILE
 
 
 def write_about(trainer: Trainer) -> dict[str, Any]:
@@ -27,7 +26,7 @@ def write_about(trainer: Trainer) -> dict[str, Any]:
         "nodes": trainer.num_nodes,
         "primary_metrics": list(dict.fromkeys(one.primary_metric for one in sets)),
     }
-    write_whole(Path(trainer.default_root_dir) / FILE_NAME, json.dumps(about, indent=1) + "\n")
+    write_whole(Path(trainer.default_root_dir) / ABOUT_FILE, json.dumps(about, indent=1) + "\n")
     return about
 
 

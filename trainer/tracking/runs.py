@@ -4,14 +4,18 @@ files; nothing heavy is imported."""
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import yaml
 
+from trainer.tracking.direction import direction
+
 METRICS_FILE = "metrics.jsonl"
+ABOUT_FILE = "run.json"
 STEP = "trainer/global_step"  # on W&B
 
 Row = dict[str, Any]  # step, and metric -> value; null where it was not finite; a histogram is a list of counts
@@ -49,13 +53,28 @@ def read_log(path: Path) -> list[Row]:
     return rows
 
 
+def number(row: Mapping[str, Any], name: str) -> Optional[float]:
+    """A finite value of a row; None where there is none, or something else."""
+    value = row.get(name)
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def best(rows: Iterable[Row], metric: str) -> Optional[tuple[float, int]]:
+    """The best value and its step, the first of equals; None where neither side is better, or nothing was logged."""
+    which = direction(metric)
+    found = [(value, row["step"]) for row in rows if (value := number(row, metric)) is not None]
+    if which is None or not found:
+        return None
+    return max(found, key=lambda one: one[0]) if which == "max" else min(found, key=lambda one: one[0])
+
+
 def read_run_dir(folder: Path) -> RunRecord:
     """A run directory of `trainer fit`.
 
     Raises:
         ValueError: it has no row of metrics yet.
     """
-    rows, config, about = read_log(folder / "metrics.jsonl"), folder / "config.yaml", folder / "run.json"
+    rows, config, about = read_log(folder / METRICS_FILE), folder / "config.yaml", folder / ABOUT_FILE
     if not rows:
         raise ValueError(f"{folder} holds no metrics yet: metrics.jsonl is empty; leave it out, or wait for its steps")
     return RunRecord(

@@ -22,7 +22,7 @@ from trainer.files import write_whole
 from trainer.interruption import shielded
 from trainer.tracking.direction import direction
 from trainer.tracking.redact import redact, redact_arguments
-from trainer.tracking.runs import METRICS_FILE, STEP, read_log
+from trainer.tracking.runs import METRICS_FILE, STEP, Row, best, read_log
 from trainer.tracking.wandb_mode import choose_mode, has_key
 
 ID_FILE = "wandb_id"
@@ -162,35 +162,35 @@ class RunLogger(WandbLogger):
         artifact.add_dir(str(folder), policy="immutable")  # as it lies there, without a second copy
         self.experiment.log_artifact(artifact)
 
-    def _finish_summary(self) -> None:
-        """Best and last values of the whole run, from its metrics file."""
-        rows = read_log(Path(self._wandb_init["dir"]) / METRICS_FILE)
-        for name in dict.fromkeys(name for row in rows for name in row):
-            which, values = direction(name), [row[name] for row in rows if row.get(name) is not None]
-            if which and values:
-                top = max(values) if which == "max" else min(values)
-                self.experiment.summary.update({name: {which: top, "last": values[-1]}})
+    def _rows(self) -> list[Row]:
+        """Of the whole run: what other processes wrote before a requeue, too."""
+        return read_log(Path(self._wandb_init["dir"]) / METRICS_FILE)
 
-    def _log_evaluations(self) -> None:
+    def _finish_summary(self, rows: Sequence[Row]) -> None:
+        """Best and last values of the run."""
+        for name in dict.fromkeys(name for row in rows for name in row):
+            if top := best(rows, name):
+                end = [row[name] for row in rows if row.get(name) is not None][-1]
+                self.experiment.summary.update({name: {direction(name): top[0], "last": end}})
+
+    def _log_evaluations(self, rows: Sequence[Row]) -> None:
         """The table of all evaluations: a row for each metric."""
         import wandb
 
-        rows = read_log(Path(self._wandb_init["dir"]) / METRICS_FILE)
         names = list(dict.fromkeys(name for row in rows for name in row if name.startswith("eval/")))
         table = wandb.Table(columns=["set", "metric", "first", "best", "step of best", "last"])
         for name in names:
-            found = [(row[name], row["step"]) for row in rows if row.get(name) is not None]
+            found = [row[name] for row in rows if row.get(name) is not None]
             if found:
-                top = max(found, key=lambda one: one[0]) if direction(name) else (None, None)
                 one, _, metric = name.removeprefix("eval/").rpartition("/")
-                table.add_data(one, metric, found[0][0], *top, found[-1][0])
+                table.add_data(one, metric, found[0], *(best(rows, name) or (None, None)), found[-1])
         if names:
             self.experiment.log({"evaluations": table, STEP: rows[-1]["step"]})
 
     def interrupt(self, code: int) -> None:
         """End the run as one that was stopped and may come back, not as finished."""
         if self._experiment is not None:
-            self._finish_summary()
+            self._finish_summary(self._rows())
             self._experiment.mark_preempting()
             self._experiment.finish(exit_code=code)
 
@@ -198,8 +198,9 @@ class RunLogger(WandbLogger):
     def finalize(self, status: str) -> None:
         super().finalize(status)
         if self._experiment is not None and status == "success":
-            self._log_evaluations()
-            self._finish_summary()
+            rows = self._rows()
+            self._log_evaluations(rows)
+            self._finish_summary(rows)
         if self._experiment is not None and self._experiment.settings._offline:
             fragments = shlex.quote(str(Path(self._wandb_init["dir"]) / "wandb"))  # a requeue has left several
             print(f"tracked offline; send it from a machine with a network: wandb sync {fragments}/offline-run-*")
