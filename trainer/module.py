@@ -210,12 +210,15 @@ class EmbeddingModule(LightningModule):
     def compact_vocabularies(self, data: PairData) -> bool:
         """Train only the pieces that each encoder's training texts use, where its spec allows it; False where it
         does and nobody knows them."""
-        asked = [spec.compact_vocabulary == "auto" for spec in self.encoder_specs]
-        for tower, part, is_asked in zip(("query", "document"), self.encoder.parts.values(), asked, strict=False):
-            used_ids = data.used_ids(tower) if is_asked else None
-            if used_ids is not None:
-                part.compact_vocabulary(used_ids)
-        return not any(asked) or data.used_ids() is not None
+        are_known = True
+        for tower, spec, part in zip(data.text.towers, self.encoder_specs, self.encoder.parts.values(), strict=True):
+            if spec.compact_vocabulary == "auto":
+                used_ids = data.used_ids(tower)
+                if used_ids is None:
+                    are_known = False
+                else:
+                    part.compact_vocabulary(used_ids)
+        return are_known
 
     def _check_columns(self) -> None:
         """The columns of every source against what its loss takes."""

@@ -25,7 +25,7 @@ def probe(module: EmbeddingModule, data: PairData, num_ranks: int, is_half: bool
         ValueError: no weights, or not enough memory; says the batch and the knob.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    module.encoder = load_encoder(module.encoder_spec, module.document_spec, module.max_tokens)
+    module.encoder = load_encoder(module.encoder_spec, module.document_spec, module.max_tokens, data.text)
     for loss in module.all_losses:
         loss.build(module.encoder.embedding_dimension)
     module.compact_vocabularies(data)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
@@ -19,7 +18,7 @@ from trainer.data.facts import SourceFacts, source_facts
 from trainer.data.leaks import LeakFacts, leak_facts
 from trainer.data.module import PairData
 from trainer.distributed.strategies import ZeRO
-from trainer.encoder.folder import normalizes
+from trainer.encoder.folder import normalizes, public_name
 from trainer.encoder.size import backbone_size
 from trainer.module import EmbeddingModule
 
@@ -134,7 +133,6 @@ def make_report(
         allow: names of errors that shall not stop it.
     """
     sources, leaks = read_facts(data)
-    backbones = [Path(spec.backbone) for spec in module.encoder_specs]
     situation = Situation(
         paths=[source.path for source in data.train_sources],
         sources=sources,
@@ -143,8 +141,7 @@ def make_report(
         batch_size=data.batch_size,
         epochs=num_steps / steps_per_epoch,
         normalized=all(normalizes(spec) for spec in module.encoder_specs),
-        # A cause may stand in a model card.
-        backbone=" and ".join(path.name if path.is_dir() else str(path) for path in backbones),
+        backbone=public_name(module.encoder_specs),  # a cause may stand in a model card
         no_duplicates=data.no_duplicates,
         by_label=[source.rows_per_label is not None for source in data.train_sources],
         left_out=[(n, part.tell_left_out(n)) for n, part in zip(data.rows_without_place, data.parts, strict=True)],
@@ -178,7 +175,7 @@ def read_facts(data: PairData) -> tuple[list[SourceFacts], list[LeakFacts]]:
 
 
 def _plan(situation: Situation, data: PairData, steps_per_epoch: int, num_steps: int, num_ranks: int) -> Plan:
-    order, towers = data.order, _towers(data)
+    order, towers = data.order, data.text.towers
     used_ids = [data.used_ids(tower) for tower in towers]
     tokens, padded = [], []
     num_queries, num_false = np.zeros((2, len(data.tables)), np.int64)
@@ -216,11 +213,6 @@ def _plan(situation: Situation, data: PairData, steps_per_epoch: int, num_steps:
     )
 
 
-def _towers(data: PairData) -> list[str]:
-    """One where one encoder takes all texts."""
-    return ["query"] if data.text.documents is None else ["query", "document"]
-
-
 def _memory(
     module: EmbeddingModule, data: PairData, plan: Plan, is_half: bool, strategy: object
 ) -> Optional[memory.Memory]:
@@ -230,7 +222,7 @@ def _memory(
         return None
     parts = []
     for tower, spec, size, tokens in zip(
-        _towers(data), module.encoder_specs, sizes, plan.max_tokens_of_towers, strict=True
+        data.text.towers, module.encoder_specs, sizes, plan.max_tokens_of_towers, strict=True
     ):
         used_ids = data.used_ids(tower) if spec.compact_vocabulary == "auto" else None
         parts.append(

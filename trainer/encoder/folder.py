@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -25,6 +26,11 @@ def backbone_folder(spec: EncoderSpec) -> Path | None:
         return Path(snapshot_download(spec.backbone, revision=spec.revision, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):
         return None
+
+
+def public_name(specs: Sequence[EncoderSpec]) -> str:
+    """Of hub ids the ids; of a folder its name, for the path is private."""
+    return " and ".join(Path(spec.backbone).name if Path(spec.backbone).is_dir() else spec.backbone for spec in specs)
 
 
 def read_config(spec: EncoderSpec) -> PretrainedConfig:

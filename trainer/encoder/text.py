@@ -48,8 +48,13 @@ class TextPreparation:
         text = self if self.documents is None or column == "anchor" else self.documents
         return replace(text, max_length=self.max_lengths.get(column, text.max_length), max_lengths={}, documents=None)
 
+    @property
+    def towers(self) -> list[str]:
+        """Whose texts there are: query where one encoder takes all, else document too."""
+        return ["query"] if self.documents is None else ["query", "document"]
+
     def tower_of(self, column: str) -> str:
-        """Whose texts stand in a column: query where one encoder takes all, else document too."""
+        """Whose texts stand in a column."""
         return "query" if self.documents is None or column == "anchor" else "document"
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:

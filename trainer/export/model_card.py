@@ -25,6 +25,7 @@ from trainer.data.order import Order, Permutation
 from trainer.data.retrieval import load_collections
 from trainer.data.sources import EvalSource, Source
 from trainer.encoder import EncoderSpec
+from trainer.encoder.folder import public_name
 from trainer.export.record import Run, evaluations, hyperparameters, non_default, training_logs
 from trainer.losses import Loss
 
@@ -81,10 +82,10 @@ def fill_card(model: SentenceTransformer, run: Run) -> None:
 def complete_readme(path: Path, run: Run) -> None:
     """Add which checkpoint this is, our versions and a local base model to a rendered card."""
     specs = run.module.encoder_specs
-    text = path.read_text(encoding="utf-8") if path.is_file() else f"# {_name(specs)}\n"
-    base = f"- **Base model:** `{_name(specs)}` (a local folder)"
+    text = path.read_text(encoding="utf-8") if path.is_file() else f"# {public_name(specs)}\n"
+    base = f"- **Base model:** `{public_name(specs)}` (a local folder)"
     if len(specs) > 1:
-        base = f"- **Base models:** `{_name(specs[:1])}` for queries, `{_name(specs[1:])}` for documents"
+        base = f"- **Base models:** `{public_name(specs[:1])}` for queries, `{public_name(specs[1:])}` for documents"
     text = text.replace(_UNKNOWN_BASE, base)
     for source in run.data.validation_sources:
         # The template calls whatever belongs to a data set its loss.
@@ -110,17 +111,12 @@ def _version(distribution: str) -> str:
 # -- base model, data, loss -------------------------------------------------------------------------------
 
 
-def _name(specs: Sequence[EncoderSpec]) -> str:
-    """Of hub ids the ids; of a folder its name, for the path is private."""
-    return " and ".join(Path(spec.backbone).name if Path(spec.backbone).is_dir() else spec.backbone for spec in specs)
-
-
 def _set_base(card: SentenceTransformerModelCardData, specs: Sequence[EncoderSpec]) -> None:
     spec = specs[0]
     if len(specs) > 1 or Path(spec.backbone).is_dir():
         # A path is private and no hub id, and a card names one base: the folder's name must do.
         card.base_model = card.base_model_revision = None
-        card.model_name = f"SentenceTransformer based on {_name(specs)}"
+        card.model_name = f"SentenceTransformer based on {public_name(specs)}"
     elif card.base_model is None:
         card.base_model, card.base_model_revision = spec.backbone, spec.revision
 
