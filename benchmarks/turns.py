@@ -131,10 +131,15 @@ def prepare_environment(threads: int | None) -> None:
 # -- inside the process of a side ------------------------------------------------------------------------------
 
 
-def _serve(job: Job, pipe: Connection, log: str) -> None:
+def _write_to(log: str) -> None:
+    """Let all that this process prints go into a file."""
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
+
+
+def _serve(job: Job, pipe: Connection, log: str) -> None:
+    _write_to(log)
     try:
         pipe.send(("done", run(job, pipe)))
     except BaseException:
@@ -270,9 +275,7 @@ def prepare(job: Job, log: Path) -> dict[str, Any]:
 
 
 def _prepare(job: Job, pipe: Connection, log: str) -> None:
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
+    _write_to(log)
     from peer import Fit, our_data
 
     from trainer.encoder import EncoderSpec

@@ -81,9 +81,6 @@ class Targets(_Sent):
     def to(self, device: torch.device | str) -> Targets:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def pin_memory(self) -> Targets:
-        return self._map(torch.Tensor.pin_memory)
-
     def _map(self, function: Callable[[Tensor], Tensor]) -> Targets:
         return Targets(*(_mapped(function, getattr(self, f.name), Tensor) for f in fields(self)))
 

@@ -118,11 +118,7 @@ def dots(title: str, names: Sequence[str], values: Sequence[Sequence[float]]) ->
         return ""
     x = Scale(*_range(known, 0.1), left, WIDTH - RIGHT)
     parts = [f'<svg class="plot dots" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}">']
-    for tick in ticks(x.low, x.high, 5):
-        parts.append(
-            f'<line class="grid" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{TOP}" y2="{height - 26}"/>'
-            f'<text class="tick" x="{x(tick):.1f}" y="{height - 10}" text-anchor="middle">{tick_text(tick)}</text>'
-        )
+    parts += _uprights(x, 5, TOP, height)
     for number, (name, some) in enumerate(zip(names, values, strict=True)):
         middle = TOP + row * (number + 0.5)
         short = name if len(name) <= 22 else f"…{name[-21:]}"
@@ -146,11 +142,7 @@ def histograms(title: str, positive: Sequence[float], negative: Sequence[float],
     x = Scale(-1.0, 1.0, 16, WIDTH - RIGHT)
     y = Scale(0.0, max([*positive, *negative]) or 1.0, height - 26, 10)
     parts = [f'<svg class="plot" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}">']
-    for tick in ticks(-1.0, 1.0, 4):
-        parts.append(
-            f'<line class="grid" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="10" y2="{height - 26}"/>'
-            f'<text class="tick" x="{x(tick):.1f}" y="{height - 10}" text-anchor="middle">{tick_text(tick)}</text>'
-        )
+    parts += _uprights(x, 4, 10, height)
     for shares, kind in ((negative, "rest"), (positive, f"fill {colour(number)}")):
         steps = [(-1.0, 0.0)]
         for place, share in enumerate(shares):
@@ -172,6 +164,15 @@ def _open(title: str, x: Scale, y: Scale) -> str:
         f'<svg class="plot curves" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}" '
         f'data-x="{x.low:.9g} {x.high:.9g} {x.start} {x.end}" data-y="{y.low:.9g} {y.high:.9g} {y.start} {y.end}">'
     )
+
+
+def _uprights(x: Scale, most: int, top: int, height: int) -> list[str]:
+    """Grid lines from the top down, with their values at the foot."""
+    return [
+        f'<line class="grid" x1="{x(tick):.1f}" x2="{x(tick):.1f}" y1="{top}" y2="{height - 26}"/>'
+        f'<text class="tick" x="{x(tick):.1f}" y="{height - 10}" text-anchor="middle">{tick_text(tick)}</text>'
+        for tick in ticks(x.low, x.high, most)
+    ]
 
 
 def _axes(x: Scale, y: Scale, x_label: str) -> str:
