@@ -45,6 +45,7 @@ FLOORS = {
           trainer.evaluation trainer.evaluation.base trainer.evaluation.binaryclassification
           trainer.evaluation.classification trainer.evaluation.health trainer.evaluation.informationretrieval
           trainer.evaluation.labelaccuracy
+          trainer.evaluation.labelretrieval
           trainer.evaluation.mse trainer.evaluation.reranking trainer.evaluation.search trainer.evaluation.sts
           trainer.evaluation.topk trainer.evaluation.translation trainer.evaluation.triplet
           trainer.mine trainer.mine.pairs trainer.mine.select trainer.predict trainer.predict.shards""",

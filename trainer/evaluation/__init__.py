@@ -4,6 +4,7 @@ from trainer.evaluation.base import Evaluator
 from trainer.evaluation.binaryclassification import BinaryClassification
 from trainer.evaluation.informationretrieval import InformationRetrieval
 from trainer.evaluation.labelaccuracy import LabelAccuracy
+from trainer.evaluation.labelretrieval import LabelRetrieval
 from trainer.evaluation.mse import MSE
 from trainer.evaluation.reranking import Reranking
 from trainer.evaluation.sts import STS
@@ -17,6 +18,7 @@ __all__ = [
     "Evaluator",
     "InformationRetrieval",
     "LabelAccuracy",
+    "LabelRetrieval",
     "Reranking",
     "Translation",
     "Triplet",

@@ -23,6 +23,7 @@ _DESCRIPTIONS = {
     "BinaryClassification": "Binary Classification",
     "InformationRetrieval": "Information Retrieval",
     "LabelAccuracy": "Label Accuracy",
+    "LabelRetrieval": "Label Retrieval",
     "MSE": "Knowledge Distillation",
 }
 _MAX_LOSS_LINES = 100
