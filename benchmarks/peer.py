@@ -155,11 +155,13 @@ def peer_settings(name: str, precision: str, max_tokens: int) -> PeerSettings:
 
 @dataclass
 class Fit:
-    """How both sides train; linear schedule without warm-up, AdamW (fused), no weight decay.
+    """How both sides train; linear schedule, AdamW (fused), no weight decay.
 
     Attributes:
         steps: optimizer steps; None for one epoch.
         batch_size: rows of a step over all ranks.
+        learning_rate: peak.
+        warmup_ratio: share of the steps in which it rises.
         chunked: a batch is larger than a forward: the other side takes its cached loss.
         max_tokens: of one forward of ours.
         dropout: None keeps the encoder's own.
@@ -179,6 +181,8 @@ class Fit:
     seed: int = 42
     precision: str = "fp32"
     batch_size: int = 16
+    learning_rate: float = LEARNING_RATE
+    warmup_ratio: float = 0.0
     chunked: bool = False
     max_tokens: int = 16384
     dropout: float | None = None
@@ -241,7 +245,9 @@ def fit_ours(
     if task.loss == "InfoNCE":  # theirs takes a text that stands twice in a batch for a negative
         options["mask_false_negatives"] = False
     loss = getattr(our_losses, task.loss)(**options)
-    module = EmbeddingModule(spec, loss, learning_rate=LEARNING_RATE, max_tokens=fit.max_tokens)
+    module = EmbeddingModule(
+        spec, loss, learning_rate=fit.learning_rate, warmup_ratio=fit.warmup_ratio, max_tokens=fit.max_tokens
+    )
     watch = _Watch(fit, spec)
     with tempfile.TemporaryDirectory() as folder:
         Trainer(
@@ -321,7 +327,8 @@ def fit_peer(model: SentenceTransformer, loss: nn.Module, rows: list[dict[str, A
             num_train_epochs=1,
             max_steps=fit.steps or -1,
             per_device_train_batch_size=fit.batch_size // fit.ranks,
-            learning_rate=LEARNING_RATE,
+            learning_rate=fit.learning_rate,
+            warmup_ratio=fit.warmup_ratio,
             optim="adamw_torch_fused",
             lr_scheduler_type="linear",
             max_grad_norm=fit.clip,

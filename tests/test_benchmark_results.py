@@ -1,4 +1,4 @@
-"""benchmarks/RESULTS.md says what the JSON files say."""
+"""benchmarks/RESULTS.md and docs/recipes.md say what the JSON files say."""
 
 from __future__ import annotations
 
@@ -7,12 +7,21 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-spec = importlib.util.spec_from_file_location("benchmark_report", BENCHMARKS / "report.py")
-assert spec is not None
-assert spec.loader is not None
-report: Any = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(report)
+
+
+def _script(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+report, recipes_report = _script("report"), _script("recipes_report")
 
 MACHINE = {
     "command": "python benchmarks/throughput.py --shape stsb",
@@ -29,6 +38,21 @@ MACHINE = {
 def test_the_document_is_that_of_the_files() -> None:
     written = (BENCHMARKS / "RESULTS.md").read_text(encoding="utf-8")
     assert written == report.document(BENCHMARKS / "results"), "run python benchmarks/report.py"
+
+
+def test_the_recipes_are_those_of_the_file() -> None:
+    content = json.loads((BENCHMARKS / "results" / "recipes.json").read_text(encoding="utf-8"))
+    written = (BENCHMARKS.parent / "docs" / "recipes.md").read_text(encoding="utf-8")
+    assert written == recipes_report.document(content), "run python benchmarks/recipes_report.py"
+
+
+def test_a_recipe_beats_another_by_two_deviations_or_is_level() -> None:
+    """In words, as NumPy's standard deviation of a sample decides."""
+    ours, theirs = [0.50, 0.52, 0.54], [0.40, 0.41, 0.42]
+    assert np.mean(ours) - np.mean(theirs) > 2 * np.std(ours, ddof=1)
+    assert recipes_report._verdict(ours, theirs) == "beats (+0.1100)"
+    assert recipes_report._verdict(theirs, ours) == "is beaten (-0.1100) by"
+    assert recipes_report._verdict(ours, [0.49]) == "is level (+0.0300, two deviations are 0.0400) with"
 
 
 def test_each_kind_of_file_has_its_rows(tmp_path: Path) -> None:

@@ -1,0 +1,168 @@
+"""Writes docs/recipes.md from results/recipes.json, which recipes.py has measured.
+
+python benchmarks/recipes_report.py
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+HEAD = """# Recipes
+
+Written by `python benchmarks/recipes_report.py` from `benchmarks/results/recipes.json`; a test holds the two together.
+
+Five published models can be trained again by a config in `configs/published`, and better by the one of the same name in
+`configs`:
+
+{recipes}
+Take your own data by `--data.train.path` (and `--data.validation.path`): look at it, train, and compare. `X` is one of
+the five:
+
+```bash
+trainer check --config configs/X.yaml --data.train.path my.jsonl.gz
+trainer fit --config configs/X.yaml --data.train.path my.jsonl.gz
+trainer compare runs/X
+```
+
+## How they were measured
+
+Public sets of the same kind stand in for the published data, and all start from all-MiniLM-L6-v2, an English encoder.
+Its vocabulary does not know all pieces of these languages: the share that it reads as unknown stands beside each
+result, and absolute values are low. One thread of a CPU, bf16.
+
+- *published* is `configs/published/X.yaml` through `trainer fit`; *published, ST* the same loss, rows, epochs and
+  settings through sentence-transformers 6.2's own trainer;
+- *ours* is `configs/X.yaml`; *best of ST* its best fitting loss and batch sampler, with our epochs, batch, learning
+  rate and warm-up. It trains on all rows, ours leaves out those it watches itself on.
+- Every model is a folder that sentence-transformers loads, and its own evaluators score it (MAP@R, which it lacks, is
+  `LabelRetrieval` over its embeddings). Mean and standard deviation over the seeds.
+- Settings were chosen on other rows (`--on tune`); these runs alone were scored on the dev set.
+- Rows/s are of the training alone; runs shared the machine, so they compare roughly, and within a table only.
+
+"Beats" means by more than two standard deviations, the larger of both sides.
+"""
+_RECIPES = [
+    ("", "published", "what is wrong with it", "ours"),
+    (
+        "`ja-en-financial`",
+        "CosineSimilarity, all labels 1.0",
+        "nothing pushes texts apart: a constant embedding is the best answer",
+        "InfoNCE both ways, no text twice in a batch, translations held out",
+    ),
+    (
+        "`sinhala-qa`",
+        "InfoNCE",
+        "an answer that stands twice in a batch is right and punished; nothing is held out",
+        "InfoNCE both ways, no text twice in a batch, questions held out",
+    ),
+    (
+        "`korean-nutrition`",
+        "BatchHardTriplet, margin 5",
+        "vectors of length 1 are at most 2 apart: the margin is never met; classes meet by chance",
+        "a margin in reach, as many texts of each class in a batch, texts held out",
+    ),
+    (
+        "`hebrew-nli`",
+        "CosineSimilarity on labels 0/1/2",
+        "classes are no cosines, and 2 is out of reach",
+        "InfoNCE on triplets: a premise, what it entails, what contradicts it",
+    ),
+    (
+        "`korean-terms`",
+        "CosineSimilarity, 7 pairs, 50 epochs",
+        "learnt by heart, and nothing scores below 0.5",
+        "InfoNCE both ways, few epochs, other terms to watch",
+    ),
+]
+_NAMES = {
+    "base": "untouched base",
+    "published": "published",
+    "published-st": "published, ST",
+    "ours": "**ours**",
+    "best-st": "best of ST",
+}
+_STAND_INS = {
+    "ja-en-financial": "Japanese and English sentences of the Tanaka corpus",
+    "sinhala-qa": "questions and answers of a Korean chatbot",
+    "korean-nutrition": "Korean questions and commands of 3i4K",
+    "korean-nutrition, 3,200 texts": "3i4K, its 7 kinds of utterance, 1 epoch",
+    "korean-nutrition, Hebrew": "Hebrew comments in 3 classes of sentiment, 1 epoch",
+    "hebrew-nli": "Indonesian, Persian, Korean and ten American languages; scored on KorSTS",
+    "korean-terms": "Korean synonyms of Kengdic",
+    "korean-terms, 120 pairs": "the same, 120 pairs, 10 epochs",
+}
+
+
+def document(content: dict[str, Any]) -> str:
+    """The whole of docs/recipes.md."""
+    runs = [outcome for outcome in content["outcomes"] if outcome["on"] == "dev"]
+    first, *others = _RECIPES
+    table = [first, ("---",) * len(first), *others]
+    parts = [HEAD.format(recipes="".join(f"| {' | '.join(row)} |\n" for row in table))]
+    for system in _STAND_INS:
+        of_system = {
+            name: [run for run in runs if run["system"] == system and run["variant"] == name] for name in _NAMES
+        }
+        if all(of_system.values()):
+            parts.append(_section(system, of_system))
+    versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
+    parts.append(
+        "## The runs\n\n```bash\n.venv/bin/python benchmarks/recipes.py --data FOLDER --json "
+        "benchmarks/results/recipes.json\n```\n\n"
+        f"{content['cpu']}, {content['cores']} cores; {versions}; at {content['commit'][:7]}.\n"
+    )
+    return "\n".join(parts)
+
+
+def _section(system: str, runs: dict[str, list[dict[str, Any]]]) -> str:
+    one = runs["ours"][0]
+    lines = [
+        f"## {system}\n",
+        f"{_STAND_INS[system]}: {one['train_rows']:,} rows to train on, {one['dev_rows']:,} to score; "
+        f"{one['unknown']:.1%} of their pieces are unknown to the base.\n",
+        f"| | {one['metric']} | seeds | rows/s |",
+        "|---|---|---|---|",
+    ]
+    for name, of_name in runs.items():
+        scores = [run["score"] for run in of_name]
+        seeds = ", ".join(f"{score:.4f}" for score in scores) if len(scores) > 1 else ""
+        rates = [run["rows_per_s"] for run in of_name if run["rows_per_s"]]
+        rate = f"{statistics.median(rates):.0f}" if rates else ""
+        lines.append(f"| {_NAMES[name]} | {_value(scores)} | {seeds} | {rate} |")
+    scores_of = {name: [run["score"] for run in of_name] for name, of_name in runs.items()}
+    sentences = [
+        f"Ours {_verdict(scores_of['ours'], scores_of[name])} {_THE[name]}" for name in ("published", "base", "best-st")
+    ]
+    sentences.append(f"The published recipe through ours {_verdict(scores_of['published'], scores_of['published-st'])} "
+                     "the same through ST")  # fmt: skip
+    return "\n".join([*lines, "", ". ".join(sentences) + ".\n"])
+
+
+_THE = {"published": "the published recipe", "base": "the untouched base", "best-st": "the best of ST"}
+
+
+def _value(scores: Sequence[float]) -> str:
+    spread = f" ± {statistics.stdev(scores):.4f}" if len(scores) > 1 else ""
+    return f"{statistics.mean(scores):.4f}{spread}"
+
+
+def _verdict(ours: Sequence[float], theirs: Sequence[float]) -> str:
+    spread = max(statistics.stdev(scores) if len(scores) > 1 else 0.0 for scores in (ours, theirs))
+    difference = statistics.mean(ours) - statistics.mean(theirs)
+    if abs(difference) <= 2 * spread:
+        return f"is level ({difference:+.4f}, two deviations are {2 * spread:.4f}) with"
+    return f"{'beats' if difference > 0 else 'is beaten'} ({difference:+.4f}){'' if difference > 0 else ' by'}"
+
+
+def main() -> None:
+    content = json.loads((HERE / "results" / "recipes.json").read_text(encoding="utf-8"))
+    (HERE.parent / "docs" / "recipes.md").write_text(document(content), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
