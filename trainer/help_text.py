@@ -76,10 +76,12 @@ three ways to run:
 --debug (or TRAINER_DEBUG=1) shows the traceback of a failure.
 """
 EXPORT = """\
-usage: trainer export RUN_OR_CHECKPOINT OUT [--legacy]
+usage: trainer export RUN_OR_CHECKPOINT OUT [--legacy] [--format onnx]
 
 Writes a folder that sentence-transformers loads, with its model card.
---legacy writes the layout that sentence-transformers 3 to 5 load as well.
+
+  --legacy            in a layout that sentence-transformers 3 to 5 load too
+  --format onnx       also an ONNX graph, compared with torch; same layout
 
   trainer export runs/stsb model     the best checkpoint of a run, else the last
   trainer export runs/stsb/checkpoints/step-00000500 model

@@ -22,6 +22,8 @@ from trainer.encoder import Encoder
 from trainer.encoder.towers import load_encoder
 from trainer.export.legacy import rewrite_as_legacy
 from trainer.export.model_card import DISTRIBUTION, complete_readme, fill_card
+from trainer.export.onnx import FILE as ONNX_FILE
+from trainer.export.onnx import OPSET, refuse_missing_packages, write_onnx
 from trainer.export.record import Run, allowed_findings
 from trainer.manifest import STATE, best, newest, problem, read_state
 from trainer.module import EmbeddingModule
@@ -31,23 +33,33 @@ from trainer.tracking.runs import read_log
 logger = logging.getLogger(__name__)
 
 
-def export_run(source: Path, out: Path, legacy: bool = False) -> None:
+def export_run(source: Path, out: Path, legacy: bool = False, onnx: bool = False) -> Run:
     """Write a run's model as a sentence-transformers folder with its model card; weights are float32.
 
     Args:
         source: a run directory (its best checkpoint is taken, else its newest), or a checkpoint in it.
         out: the folder to write. It appears whole or not at all; an older export in its place is replaced.
         legacy: in the layout that sentence-transformers 3 to 5 load.
+        onnx: also as an ONNX graph; the layout is the legacy one, for no later version can run it (docs/publishing.md).
+
+    Returns:
+        What the card tells about.
 
     Raises:
         ValueError: there is nothing to export, the checkpoint does not fit its backbone, ``out`` holds something
-            that is no export of ours, or the model has no legacy layout.
+            that is no export of ours, or the model has no legacy layout or no ONNX graph.
     """
+    if onnx:
+        refuse_missing_packages()
     out = out.resolve()
     _refuse_foreign(out)
     run_dir, path, chosen = _choose_checkpoint(source)
     config = _read_config(run_dir)
     module, data = _build(run_dir, config)
+    if onnx and module.document_spec is not None:
+        raise ValueError(
+            "--format onnx: this run has two encoders, and sentence-transformers runs one graph a model; leave it out"
+        )
     if reason := problem(path):
         raise ValueError(f"{path} can't be trusted: {reason}; export another checkpoint of its folder")
     checkpoint = read_state(path, mmap=True)  # mapped: the optimizer's two thirds are not wanted here
@@ -69,7 +81,8 @@ def export_run(source: Path, out: Path, legacy: bool = False) -> None:
         before = {"query": parts[0].text.prompt, "document": parts[-1].text.prompt}
         _set_column_prompts(model, before, data.train_sources)
         fill_card(model, run)
-        _write(model, run, out, legacy)
+        _write(model, run, out, legacy, onnx)
+    return run
 
 
 # -- reading the run --------------------------------------------------------------------------------------
@@ -222,7 +235,7 @@ def _refuse_foreign(out: Path) -> None:
         raise ValueError(f"{out} holds a model that {DISTRIBUTION} did not export; give an empty or a new folder")
 
 
-def _write(model: SentenceTransformer, run: Run, out: Path, legacy: bool) -> None:
+def _write(model: SentenceTransformer, run: Run, out: Path, legacy: bool, onnx: bool) -> None:
     """Write beside ``out``, then rename, so that nobody ever loads half a model."""
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
@@ -230,9 +243,12 @@ def _write(model: SentenceTransformer, run: Run, out: Path, legacy: bool) -> Non
     try:
         model.save_pretrained(str(partial))
         complete_readme(partial / "README.md", run)
-        if legacy:
+        if legacy or onnx:
             assert model.max_seq_length is not None  # the encoder sets it
-            rewrite_as_legacy(partial, model.max_seq_length)
+            rewrite_as_legacy(partial, model.max_seq_length, flag="--legacy" if legacy else "--format onnx")
+        if onnx:
+            difference = write_onnx(model, partial)
+            print(f"onnx: {out / ONNX_FILE}, opset {OPSET}, embeddings differ from torch's by {difference:.1e} at most")
         mode = (partial / "README.md").stat().st_mode
         for file in partial.rglob("*"):
             if file.is_file():
