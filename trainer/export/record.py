@@ -39,6 +39,7 @@ class Run:
         log: rows of metrics.jsonl.
         checkpoint: name of the exported file.
         step: optimizer steps it had taken.
+        name: of the run directory.
         reason: why it was taken, in Markdown.
         allowed: errors of the data that the run was told to live with, as `allowed_findings` reads them.
     """
@@ -49,6 +50,7 @@ class Run:
     log: Sequence[Mapping[str, Any]]
     checkpoint: str
     step: int
+    name: str
     reason: str
     allowed: Sequence[Mapping[str, Any]] = ()
 

@@ -33,7 +33,7 @@ from trainer.tracking.runs import read_log
 logger = logging.getLogger(__name__)
 
 
-def export_run(source: Path, out: Path, legacy: bool = False, onnx: bool = False) -> Run:
+def export_run(source: Path, out: Path, legacy: bool = False, onnx: bool = False, repo: str | None = None) -> Run:
     """Write a run's model as a sentence-transformers folder with its model card; weights are float32.
 
     Args:
@@ -41,6 +41,7 @@ def export_run(source: Path, out: Path, legacy: bool = False, onnx: bool = False
         out: the folder to write. It appears whole or not at all; an older export in its place is replaced.
         legacy: in the layout that sentence-transformers 3 to 5 load.
         onnx: also as an ONNX graph; the layout is the legacy one, for no later version can run it (docs/publishing.md).
+        repo: of the hub, as the card shall name the model.
 
     Returns:
         What the card tells about.
@@ -71,6 +72,7 @@ def export_run(source: Path, out: Path, legacy: bool = False, onnx: bool = False
         log=read_log(run_dir / FILE_NAME),
         checkpoint=path.name,
         step=checkpoint["global_step"],
+        name=run_dir.resolve().name,
         reason=_reason(chosen, checkpoint, config),
         allowed=allowed_findings(run_dir / CHECK_FILE),
     )
@@ -81,6 +83,8 @@ def export_run(source: Path, out: Path, legacy: bool = False, onnx: bool = False
         before = {"query": parts[0].text.prompt, "document": parts[-1].text.prompt}
         _set_column_prompts(model, before, data.train_sources)
         fill_card(model, run)
+        if repo is not None:
+            model.model_card_data.set_model_id(repo)
         _write(model, run, out, legacy, onnx)
     return run
 
