@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import logging
 import os
 import shutil
@@ -20,15 +21,18 @@ from trainer.data.sources import Source
 from trainer.distributed import gather
 from trainer.encoder import Encoder
 from trainer.encoder.towers import load_encoder
+from trainer.export.account import primary_metrics
+from trainer.export.curves import FILE as CURVES_FILE
+from trainer.export.curves import training_curves
 from trainer.export.legacy import rewrite_as_legacy
 from trainer.export.model_card import DISTRIBUTION, complete_readme, fill_card
 from trainer.export.onnx import FILE as ONNX_FILE
 from trainer.export.onnx import OPSET, refuse_missing_packages, write_onnx
-from trainer.export.record import Run, allowed_findings
-from trainer.manifest import STATE, best, newest, problem, read_state
+from trainer.export.record import Run, fingerprints, read_findings
+from trainer.manifest import STATE, best, newest, problem, read_manifest, read_state
 from trainer.module import EmbeddingModule
 from trainer.tracking.metrics import FILE_NAME
-from trainer.tracking.runs import read_log
+from trainer.tracking.runs import read_about, read_log
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +60,7 @@ def export_run(source: Path, out: Path, legacy: bool = False, onnx: bool = False
     _refuse_foreign(out)
     run_dir, path, chosen = _choose_checkpoint(source)
     config = _read_config(run_dir)
-    module, data = _build(run_dir, config)
+    module, data = _build(run_dir, copy.deepcopy(config))  # the parser leaves objects in what it is given
     if onnx and module.document_spec is not None:
         raise ValueError(
             "--format onnx: this run has two encoders, and sentence-transformers runs one graph a model; leave it out"
@@ -74,7 +78,9 @@ def export_run(source: Path, out: Path, legacy: bool = False, onnx: bool = False
         step=checkpoint["global_step"],
         name=run_dir.resolve().name,
         reason=_reason(chosen, checkpoint, config),
-        allowed=allowed_findings(run_dir / CHECK_FILE),
+        findings=read_findings(run_dir / CHECK_FILE),
+        fingerprints=fingerprints(read_manifest(path).get("identity") or {}),
+        about=read_about(run_dir),
     )
     with module.encoder.as_sentence_transformer() as model:
         if isinstance(module.encoder, Encoder):  # towers have set theirs
@@ -246,7 +252,10 @@ def _write(model: SentenceTransformer, run: Run, out: Path, legacy: bool, onnx: 
     older = out.with_name(f".{out.name}.{os.getpid()}.older")
     try:
         model.save_pretrained(str(partial))
-        complete_readme(partial / "README.md", run)
+        image = training_curves(run.log, primary_metrics(run))
+        if image:
+            (partial / CURVES_FILE).write_text(image, encoding="utf-8")
+        complete_readme(partial / "README.md", run, bool(image))
         if legacy or onnx:
             assert model.max_seq_length is not None  # the encoder sets it
             rewrite_as_legacy(partial, model.max_seq_length, flag="--legacy" if legacy else "--format onnx")
