@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -92,6 +93,15 @@ def test_token_types_are_an_input_where_the_tokenizer_gives_them(minilm: Path, d
     assert "token_type_ids" in {one.name for one in open_graph(tmp_path).get_inputs()}
     found = run_graph(tmp_path, [texts[start : start + 50] for start in range(0, len(texts), 50)])
     np.testing.assert_allclose(found, model.encode(texts), atol=1e-4)
+
+
+def test_the_snippet_of_the_page_gives_them_too(exported: tuple[Path, np.ndarray]) -> None:
+    page = (ROOT / "docs" / "publishing.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(.*?)```", page, re.DOTALL).group(1)  # type: ignore[union-attr]
+    code = code.replace('folder = "model"', f"folder = {str(exported[0])!r}")
+    names: dict[str, Any] = {}
+    exec(re.sub(r"texts = .*", f"texts = {TEXTS!r}", code), names)
+    np.testing.assert_allclose(names["embeddings"], exported[1], atol=1e-5)
 
 
 @pytest.mark.slow
