@@ -12,6 +12,7 @@ import pytest
 from tests.export.conftest import Bench, CraftedRun
 from tests.stub_hub import COMMIT, Uploads, stub_hub
 from trainer.cli import main
+from trainer.export.sentence_transformers import _name
 
 TOKEN = "hf_abcdefghijklmnopqrstuvwxyz"
 
@@ -70,6 +71,11 @@ def test_files_arrive_as_they_are(
     card = (out / "README.md").read_text()
     assert 'SentenceTransformer("me/my-model")' in card
     assert TOKEN not in said.out + said.err + card
+
+
+def test_a_run_is_named_without_what_lies_above_it() -> None:
+    assert _name(Path("/home/me/runs/stsb/seed=1")) == "stsb/seed=1"
+    assert _name(Path("/home/me/elsewhere/one")) == "one"
 
 
 def test_weights_of_an_older_export_go_and_files_of_others_stay(run: CraftedRun, hub: Uploads, tmp_path: Path) -> None:

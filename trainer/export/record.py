@@ -41,7 +41,7 @@ class Run:
         log: rows of metrics.jsonl.
         checkpoint: name of the exported file.
         step: optimizer steps it had taken.
-        name: of the run directory.
+        name: of the run: its directory, without what lies above runs/.
         reason: why it was taken, in Markdown.
         findings: about its data, as `read_findings` gives them.
         fingerprints: of the rows of each training source; none where the checkpoint does not tell.

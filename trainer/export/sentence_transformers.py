@@ -76,7 +76,7 @@ def export_run(source: Path, out: Path, legacy: bool = False, onnx: bool = False
         log=read_log(run_dir / FILE_NAME),
         checkpoint=path.name,
         step=checkpoint["global_step"],
-        name=run_dir.resolve().name,
+        name=_name(run_dir),
         reason=_reason(chosen, checkpoint, config),
         findings=read_findings(run_dir / CHECK_FILE),
         fingerprints=fingerprints(read_manifest(path).get("identity") or {}),
@@ -118,6 +118,13 @@ def _choose_checkpoint(source: Path) -> tuple[Path, Path, str]:
         f"{source} holds no finished checkpoint; give a run directory whose checkpoints/ has a step, "
         "or train until the first one (checkpoint.save_every_steps)"
     )
+
+
+def _name(run_dir: Path) -> str:
+    """What a reader may see of its place: stsb/seed=1 of .../runs/stsb/seed=1, elsewhere the last folder."""
+    place = run_dir.resolve()
+    _, runs, below = str(place).rpartition("/runs/")
+    return below if runs else place.name
 
 
 def _read_config(run_dir: Path) -> dict[str, Any]:
