@@ -298,7 +298,11 @@ BAD_COMMANDS = {
     "fit --config nli": "there is no config file nli; did you mean configs/nli.yaml?",
     "fit --config configs/zzzzzz.yaml": "there is no config file configs/zzzzzz.yaml (looked from {cwd})",
     "check": "a recipe is needed: trainer check --config configs/X.yaml",
-    "export run": "two paths are needed: trainer export RUN_OR_CHECKPOINT OUT [--legacy]",
+    "export run": "two paths are needed: trainer export RUN_OR_CHECKPOINT OUT [--legacy] [--format onnx] "
+    "[--push OWNER/NAME]",
+    "export run model --legcy": "'--legcy' is no flag of trainer export. Did you mean '--legacy'?",
+    "export configs model --private": "--private is about a repository: give --push OWNER/NAME too",
+    "export configs model --push mine": "--push mine: a repository has an owner and a name, --push OWNER/NAME",
     "export nowhere model": "there is no run or checkpoint nowhere",
     "validate --config configs/x.yaml --ckpt_path auto": "--ckpt_path auto: there is no checkpoint in run",
 }

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from trainer.cli import COMMANDS, main
+from trainer.export.command import flags as export_flags
 from trainer.help_text import FOLDER, HEIGHT, KEYS, WIDTH, live_parsers, screens
 from trainer.mine.command import flags as mine_flags
 from trainer.predict.command import flags as predict_flags
@@ -55,7 +56,7 @@ def test_flags_and_defaults_are_live(command: str, parsers: Mapping[str, Any]) -
 
 def test_every_flag_in_an_example_exists(parsers: Mapping[str, Any]) -> None:
     known = {option for parser in parsers.values() for option in parser._option_string_actions}
-    for parser in (predict_flags(), mine_flags()):
+    for parser in (predict_flags(), mine_flags(), export_flags()):
         known |= parser._option_string_actions.keys()
     known |= {
         "--FLAG",
@@ -67,7 +68,6 @@ def test_every_flag_in_an_example_exists(parsers: Mapping[str, Any]) -> None:
         "--probe",
         "--all",
         "--older-than",
-        "--legacy",
     }
     for name, text in ALL.items():
         for flag in re.findall(r"--[A-Za-z][\w.-]*", text):

@@ -77,7 +77,9 @@ def _dispatch(args: list[str]) -> int:
         print(help_text(command), end="")
         return 0
     if command == "export":
-        return _export(rest)
+        from trainer.export.command import export
+
+        return export(rest)
     if command == "compare":
         from trainer.compare.command import compare
 
@@ -149,19 +151,6 @@ def _check(args: list[str]) -> int:
     from trainer.lightning_cli import run
 
     return check_exact(run(["fit", *args], written, execute=False))
-
-
-def _export(args: list[str]) -> int:
-    paths = [arg for arg in args if arg != "--legacy"]
-    if len(paths) != 2 or any(arg.startswith("-") for arg in paths):
-        raise ConfigError("two paths are needed: trainer export RUN_OR_CHECKPOINT OUT [--legacy]")
-    source, out = Path(paths[0]), Path(paths[1])
-    if not source.exists():
-        raise ConfigError(f"there is no run or checkpoint {source}")
-    from trainer.export.sentence_transformers import export_run
-
-    export_run(source, out, legacy=len(args) > 2)
-    return 0
 
 
 def _user_error(error: BaseException | None) -> BaseException | None:

@@ -76,13 +76,19 @@ three ways to run:
 --debug (or TRAINER_DEBUG=1) shows the traceback of a failure.
 """
 EXPORT = """\
-usage: trainer export RUN_OR_CHECKPOINT OUT [--legacy]
+usage: trainer export RUN_OR_CHECKPOINT OUT [--legacy] [--format onnx]
+                      [--push OWNER/NAME [--private]]
 
 Writes a folder that sentence-transformers loads, with its model card.
---legacy writes the layout that sentence-transformers 3 to 5 load as well.
+
+  --legacy            in a layout that sentence-transformers 3 to 5 load too
+  --format onnx       also an ONNX graph, compared with torch; same layout
+  --push OWNER/NAME   upload the folder to the hub: HF_TOKEN, HF_ENDPOINT
+  --private           where --push makes the repository
 
   trainer export runs/stsb model     the best checkpoint of a run, else the last
   trainer export runs/stsb/checkpoints/step-00000500 model
+  trainer export runs/stsb model --format onnx --push me/my-model --private
 """
 COMPARE = """\
 usage: trainer compare RUN [RUN...] [--out report.html]

@@ -76,7 +76,7 @@ def test_an_allowed_error_stands_in_the_run_and_in_the_card(
     finding = report["findings"][0]
     assert (finding["name"], finding["severity"], finding["allowed"]) == ("constant_labels", "error", True)
     card = (tmp_path / "run" / "model" / "README.md").read_text()
-    assert f"### Known Mistakes of the Training Data\n\n- `constant_labels`: {finding['cause']}\n" in card
+    assert f"### Known Mistakes of the Training Data\n\n- `constant_labels` (train.jsonl): {finding['cause']}\n" in card
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["check"]["allow"] == "constant_labels"
     # A run that goes on looks at nothing again.
     monkeypatch.setattr("trainer.check.callback.make_report", None)

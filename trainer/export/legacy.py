@@ -21,11 +21,12 @@ _DENSE = ("in_features", "out_features", "bias", "activation_function")
 _TOKENIZER_CLASSES = {"TokenizersBackend": "PreTrainedTokenizerFast"}
 
 
-def rewrite_as_legacy(folder: Path, max_length: int) -> None:
+def rewrite_as_legacy(folder: Path, max_length: int, flag: str = "--legacy") -> None:
     """Give a folder that sentence-transformers 6 has saved the older layout, in place; 6 reads it as well.
 
     Args:
         max_length: pieces kept of a text.
+        flag: what asked for it.
 
     Raises:
         ValueError: it has a module that older versions do not have, or settings that they do not know.
@@ -35,7 +36,7 @@ def rewrite_as_legacy(folder: Path, max_length: int) -> None:
         name = module["type"].rpartition(".")[2]
         if not module["type"].startswith("sentence_transformers.") or name not in _MODULES:
             raise ValueError(
-                f"--legacy: sentence-transformers 3 to 5 can't load the module {module['type']}; export without it"
+                f"{flag}: sentence-transformers 3 to 5 can't load the module {module['type']}; export without it"
             )
         module["type"] = f"sentence_transformers.models.{name}"
         own = folder / module["path"]
@@ -48,7 +49,7 @@ def rewrite_as_legacy(folder: Path, max_length: int) -> None:
         elif name == "Dense":
             config = _read(own / "config.json")
             if config.get("use_residual"):
-                raise ValueError("--legacy: sentence-transformers 3 to 5 have no Dense with use_residual")
+                raise ValueError(f"{flag}: sentence-transformers 3 to 5 have no Dense with use_residual")
             _write(own / "config.json", {key: config[key] for key in _DENSE})
     _write(folder / "modules.json", modules)
 

@@ -26,6 +26,8 @@ from trainer.data.retrieval import load_collections
 from trainer.data.sources import EvalSource, Source
 from trainer.encoder import EncoderSpec
 from trainer.encoder.folder import public_name
+from trainer.export.account import against_base, config_block, cost, data_account
+from trainer.export.curves import FILE as CURVES_FILE
 from trainer.export.record import Run, evaluations, hyperparameters, non_default, training_logs
 from trainer.losses import Loss
 
@@ -33,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 DISTRIBUTION = "siamese-trainer"
 _UNKNOWN_BASE = "<!-- - **Base model:** [Unknown](https://huggingface.co/unknown) -->"
+_EVALUATION_HEADING = "\n## Evaluation\n"
+_TRAINING_HEADING = "\n## Training Details\n"
 _VERSIONS_HEADING = "\n### Framework Versions\n"
 
 
@@ -79,8 +83,12 @@ def fill_card(model: SentenceTransformer, run: Run) -> None:
     _set_examples(card, [rows for rows in [*validation, *train] if rows])
 
 
-def complete_readme(path: Path, run: Run) -> None:
-    """Add which checkpoint this is, our versions and a local base model to a rendered card."""
+def complete_readme(path: Path, run: Run, has_curves: bool = False) -> None:
+    """Add to a rendered card which checkpoint this is, the account of its run, our versions, and a local base model.
+
+    Args:
+        has_curves: whether training.svg lies beside it.
+    """
     specs = run.module.encoder_specs
     text = path.read_text(encoding="utf-8") if path.is_file() else f"# {public_name(specs)}\n"
     base = f"- **Base model:** `{public_name(specs)}` (a local folder)"
@@ -91,13 +99,17 @@ def complete_readme(path: Path, run: Run) -> None:
         # The template calls whatever belongs to a data set its loss.
         code = f"<code>{fullname(source.evaluator)}</code>"
         text = text.replace(f"* Loss: {code}", f"* Evaluator: {code}")
-    known = "".join(f"- `{finding['name']}`: {finding['cause']}\n" for finding in run.allowed)
-    mistakes = f"\n### Known Mistakes of the Training Data\n\n{known}" if known else ""
     chosen = f"\n### Exported Checkpoint\n\n`{run.checkpoint}`, step {run.step:,}: {run.reason}.\n"
     versions = f"- Lightning: {_version('lightning')}\n- {DISTRIBUTION}: {_version(DISTRIBUTION)}\n"
-    if _VERSIONS_HEADING not in text:
-        text += _VERSIONS_HEADING
-    text = text.replace(_VERSIONS_HEADING, chosen + mistakes + _VERSIONS_HEADING + versions, 1)
+    for heading in (_TRAINING_HEADING, _VERSIONS_HEADING):
+        text += "" if heading in text else heading
+    gain = against_base(run)
+    if gain and _EVALUATION_HEADING not in text:  # the exported step itself was not evaluated
+        gain = _EVALUATION_HEADING + gain
+    text = text.replace(_TRAINING_HEADING, gain + _TRAINING_HEADING, 1)
+    curves = f"\n![Training loss and main metrics over the steps]({CURVES_FILE})\n" if has_curves else ""
+    account = curves + chosen + data_account(run) + config_block(run) + cost(run)
+    text = text.replace(_VERSIONS_HEADING, account + _VERSIONS_HEADING + versions, 1)
     path.write_text(text, encoding="utf-8")
 
 

@@ -6,8 +6,9 @@ import copy
 import inspect
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ _DESCRIPTIONS = {
     "MSE": "Knowledge Distillation",
 }
 _MAX_LOSS_LINES = 100
+_ROWS = re.compile(r"data\.train\.(\d+)\.rows")
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,11 @@ class Run:
         log: rows of metrics.jsonl.
         checkpoint: name of the exported file.
         step: optimizer steps it had taken.
+        name: of the run: its directory, without what lies above runs/.
         reason: why it was taken, in Markdown.
-        allowed: errors of the data that the run was told to live with, as `allowed_findings` reads them.
+        findings: about its data, as `read_findings` gives them.
+        fingerprints: of the rows of each training source; none where the checkpoint does not tell.
+        about: what it ran on, run.json.
     """
 
     module: EmbeddingModule
@@ -50,15 +55,24 @@ class Run:
     log: Sequence[Mapping[str, Any]]
     checkpoint: str
     step: int
+    name: str
     reason: str
-    allowed: Sequence[Mapping[str, Any]] = ()
+    findings: Sequence[Mapping[str, Any]] = ()
+    fingerprints: Sequence[str] = ()
+    about: Mapping[str, Any] = field(default_factory=dict)
 
 
-def allowed_findings(path: Path) -> list[dict[str, Any]]:
-    """Errors in a check.json that check.allow turned into warnings; none where there is no such file."""
+def read_findings(path: Path) -> list[dict[str, Any]]:
+    """What a check.json says of the data; those that check.allow let pass are marked. None without such a file."""
     if not path.is_file():
         return []
-    return [finding for finding in json.loads(path.read_text(encoding="utf-8"))["findings"] if finding["allowed"]]
+    return list(json.loads(path.read_text(encoding="utf-8"))["findings"])
+
+
+def fingerprints(identity: Mapping[str, Any]) -> list[str]:
+    """Of the rows of each training source, from what a checkpoint's manifest says of its run."""
+    found = {int(match[1]): str(value) for key, value in identity.items() if (match := _ROWS.fullmatch(key))}
+    return [found[number] for number in sorted(found)]
 
 
 def hyperparameters(run: Run) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import logging
 import os
 import shutil
@@ -20,34 +21,50 @@ from trainer.data.sources import Source
 from trainer.distributed import gather
 from trainer.encoder import Encoder
 from trainer.encoder.towers import load_encoder
+from trainer.export.account import primary_metrics
+from trainer.export.curves import FILE as CURVES_FILE
+from trainer.export.curves import training_curves
 from trainer.export.legacy import rewrite_as_legacy
 from trainer.export.model_card import DISTRIBUTION, complete_readme, fill_card
-from trainer.export.record import Run, allowed_findings
-from trainer.manifest import STATE, best, newest, problem, read_state
+from trainer.export.onnx import FILE as ONNX_FILE
+from trainer.export.onnx import OPSET, refuse_missing_packages, write_onnx
+from trainer.export.record import Run, fingerprints, read_findings
+from trainer.manifest import STATE, best, newest, problem, read_manifest, read_state
 from trainer.module import EmbeddingModule
 from trainer.tracking.metrics import FILE_NAME
-from trainer.tracking.runs import read_log
+from trainer.tracking.runs import read_about, read_log
 
 logger = logging.getLogger(__name__)
 
 
-def export_run(source: Path, out: Path, legacy: bool = False) -> None:
+def export_run(source: Path, out: Path, legacy: bool = False, onnx: bool = False, repo: str | None = None) -> Run:
     """Write a run's model as a sentence-transformers folder with its model card; weights are float32.
 
     Args:
         source: a run directory (its best checkpoint is taken, else its newest), or a checkpoint in it.
         out: the folder to write. It appears whole or not at all; an older export in its place is replaced.
         legacy: in the layout that sentence-transformers 3 to 5 load.
+        onnx: also as an ONNX graph; the layout is the legacy one, for no later version can run it (docs/publishing.md).
+        repo: of the hub, as the card shall name the model.
+
+    Returns:
+        What the card tells about.
 
     Raises:
         ValueError: there is nothing to export, the checkpoint does not fit its backbone, ``out`` holds something
-            that is no export of ours, or the model has no legacy layout.
+            that is no export of ours, or the model has no legacy layout or no ONNX graph.
     """
+    if onnx:
+        refuse_missing_packages()
     out = out.resolve()
     _refuse_foreign(out)
     run_dir, path, chosen = _choose_checkpoint(source)
     config = _read_config(run_dir)
-    module, data = _build(run_dir, config)
+    module, data = _build(run_dir, copy.deepcopy(config))  # the parser leaves objects in what it is given
+    if onnx and module.document_spec is not None:
+        raise ValueError(
+            "--format onnx: this run has two encoders, and sentence-transformers runs one graph a model; leave it out"
+        )
     if reason := problem(path):
         raise ValueError(f"{path} can't be trusted: {reason}; export another checkpoint of its folder")
     checkpoint = read_state(path, mmap=True)  # mapped: the optimizer's two thirds are not wanted here
@@ -59,8 +76,11 @@ def export_run(source: Path, out: Path, legacy: bool = False) -> None:
         log=read_log(run_dir / FILE_NAME),
         checkpoint=path.name,
         step=checkpoint["global_step"],
+        name=_name(run_dir),
         reason=_reason(chosen, checkpoint, config),
-        allowed=allowed_findings(run_dir / CHECK_FILE),
+        findings=read_findings(run_dir / CHECK_FILE),
+        fingerprints=fingerprints(read_manifest(path).get("identity") or {}),
+        about=read_about(run_dir),
     )
     with module.encoder.as_sentence_transformer() as model:
         if isinstance(module.encoder, Encoder):  # towers have set theirs
@@ -69,7 +89,10 @@ def export_run(source: Path, out: Path, legacy: bool = False) -> None:
         before = {"query": parts[0].text.prompt, "document": parts[-1].text.prompt}
         _set_column_prompts(model, before, data.train_sources)
         fill_card(model, run)
-        _write(model, run, out, legacy)
+        if repo is not None:
+            model.model_card_data.set_model_id(repo)
+        _write(model, run, out, legacy, onnx)
+    return run
 
 
 # -- reading the run --------------------------------------------------------------------------------------
@@ -95,6 +118,13 @@ def _choose_checkpoint(source: Path) -> tuple[Path, Path, str]:
         f"{source} holds no finished checkpoint; give a run directory whose checkpoints/ has a step, "
         "or train until the first one (checkpoint.save_every_steps)"
     )
+
+
+def _name(run_dir: Path) -> str:
+    """What a reader may see of its place: stsb/seed=1 of .../runs/stsb/seed=1, elsewhere the last folder."""
+    place = run_dir.resolve()
+    _, runs, below = str(place).rpartition("/runs/")
+    return below if runs else place.name
 
 
 def _read_config(run_dir: Path) -> dict[str, Any]:
@@ -222,17 +252,23 @@ def _refuse_foreign(out: Path) -> None:
         raise ValueError(f"{out} holds a model that {DISTRIBUTION} did not export; give an empty or a new folder")
 
 
-def _write(model: SentenceTransformer, run: Run, out: Path, legacy: bool) -> None:
+def _write(model: SentenceTransformer, run: Run, out: Path, legacy: bool, onnx: bool) -> None:
     """Write beside ``out``, then rename, so that nobody ever loads half a model."""
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     older = out.with_name(f".{out.name}.{os.getpid()}.older")
     try:
         model.save_pretrained(str(partial))
-        complete_readme(partial / "README.md", run)
-        if legacy:
+        image = training_curves(run.log, primary_metrics(run))
+        if image:
+            (partial / CURVES_FILE).write_text(image, encoding="utf-8")
+        complete_readme(partial / "README.md", run, bool(image))
+        if legacy or onnx:
             assert model.max_seq_length is not None  # the encoder sets it
-            rewrite_as_legacy(partial, model.max_seq_length)
+            rewrite_as_legacy(partial, model.max_seq_length, flag="--legacy" if legacy else "--format onnx")
+        if onnx:
+            difference = write_onnx(model, partial)
+            print(f"onnx: {out / ONNX_FILE}, opset {OPSET}, embeddings differ from torch's by {difference:.1e} at most")
         mode = (partial / "README.md").stat().st_mode
         for file in partial.rglob("*"):
             if file.is_file():

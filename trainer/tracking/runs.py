@@ -53,6 +53,12 @@ def read_log(path: Path) -> list[Row]:
     return rows
 
 
+def read_about(folder: Path) -> dict[str, Any]:
+    """What a run directory says of the machine and the sets; nothing where it has no run.json."""
+    path = folder / ABOUT_FILE
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+
+
 def number(row: Mapping[str, Any], name: str) -> Optional[float]:
     """A finite value of a row; None where there is none, or something else."""
     value = row.get(name)
@@ -74,7 +80,7 @@ def read_run_dir(folder: Path) -> RunRecord:
     Raises:
         ValueError: it has no row of metrics yet.
     """
-    rows, config, about = read_log(folder / METRICS_FILE), folder / "config.yaml", folder / ABOUT_FILE
+    rows, config = read_log(folder / METRICS_FILE), folder / "config.yaml"
     if not rows:
         raise ValueError(f"{folder} holds no metrics yet: metrics.jsonl is empty; leave it out, or wait for its steps")
     return RunRecord(
@@ -82,7 +88,7 @@ def read_run_dir(folder: Path) -> RunRecord:
         # libyaml where it is there: the pure reader takes a quarter of a second for a config
         config=yaml.load(config.read_text(encoding="utf-8"), _LOADER) or {} if config.exists() else {},
         rows=rows,
-        about=json.loads(about.read_text(encoding="utf-8")) if about.exists() else {},
+        about=read_about(folder),
     )
 
 
