@@ -101,12 +101,12 @@ def shuffled(rows: list[Row]) -> list[Row]:
 
 def translations(data: Path) -> tuple[list[Row], list[Row], list[Row]]:
     rows = [row | {"score": 1.0} for row in shuffled(read(data / "bitext/tanaka-ja-en.train.jsonl.gz"))]
-    return rows[:3725], rows[3725:4225], read(data / "bitext/tanaka-ja-en.dev.jsonl.gz")
+    return rows[:1600], rows[3725:4225], read(data / "bitext/tanaka-ja-en.dev.jsonl.gz")
 
 
 def answers(data: Path) -> tuple[list[Row], list[Row], list[Row]]:
     rows = shuffled(read(data / "qa/chatbot-ko.train.jsonl.gz"))
-    return rows[:5099], rows[5099:6099], read(data / "qa/chatbot-ko.dev.jsonl.gz")
+    return rows[:2560], rows[5099:6099], read(data / "qa/chatbot-ko.dev.jsonl.gz")
 
 
 def intents(num: int, names: Sequence[str] = ()) -> Callable[[Path], tuple[list[Row], list[Row], list[Row]]]:
@@ -137,9 +137,9 @@ def inferences(data: Path) -> tuple[list[Row], list[Row], list[Row]]:
     rows = shuffled(read(data / "nli/nli-3way.train.jsonl.gz"))
     train = [{**row, "label": numbers[row["label"]]} for row in rows]
     # Rows of one premise stay together, as they stand in the file of a user.
-    kept = {row["premise"] for row in train[:1200]}
+    kept = {row["premise"] for row in train[:700]}
     sts = read(data / "sts/korsts.dev.jsonl.gz")
-    return [row for row in train if row["premise"] in kept][:3200], korean_similarities(data), sts
+    return [row for row in train if row["premise"] in kept][:1600], korean_similarities(data), sts
 
 
 def korean_similarities(data: Path) -> list[Row]:
@@ -207,7 +207,7 @@ def both_ways(model: SentenceTransformer) -> nn.Module:
 
 def cosine_triplets(model: SentenceTransformer) -> nn.Module:
     distance = peer_losses.BatchHardTripletLossDistanceFunction.cosine_distance
-    return peer_losses.BatchHardTripletLoss(model, distance_metric=distance, margin=0.2)
+    return peer_losses.BatchAllTripletLoss(model, distance_metric=distance, margin=0.5)
 
 
 _BY_LABEL = {
