@@ -6,6 +6,7 @@ Shape suffixes: T tokens of the stream, N heads, D head dimension.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import pytest
@@ -15,7 +16,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
 from transformers import AttentionInterface
 
-from trainer.encoder.attention import PACKED_ATTENTION, Bucket, attend_on_host, packed_attention, plan_buckets
+from trainer.encoder import attention
+from trainer.encoder.attention import PACKED_ATTENTION, Bucket, packed_attention, plan_buckets
 
 N, D = 3, 8
 CPU = torch.device("cpu")
@@ -27,6 +29,19 @@ LENGTHS = {
     "ragged": (1, 2, 2, 3, 5, 5, 5, 8, 9, 13, 21),
     "equal and ragged": (4, 4, 4, 4, 6, 6, 6, 7, 9, 9),
 }
+
+
+@pytest.fixture(autouse=True)
+def _many_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For short segments, too."""
+    monkeypatch.setattr(attention, "_BUCKET_PRICE", 10)
+
+
+@pytest.fixture(params=["host", "sdpa"])
+def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways of attention without dropout on a CPU; the second is a GPU's."""
+    if request.param == "sdpa":
+        monkeypatch.setattr(attention, "_LONG", 0)
 
 
 def _streams(num_tokens: int) -> list[Tensor]:
@@ -58,6 +73,7 @@ def _assert_same_gradients(
         assert_close(our.grad, their.grad, rtol=0.0, atol=tolerance * max(1.0, float(their.grad.abs().max())))
 
 
+@pytest.mark.usefixtures("route")
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
 @pytest.mark.parametrize("scale", [None, 0.7])
 def test_packed_is_plain_per_segment(lengths: tuple[int, ...], scale: float | None) -> None:
@@ -70,6 +86,7 @@ def test_packed_is_plain_per_segment(lengths: tuple[int, ...], scale: float | No
     _assert_same_gradients((out, ours), (expected, theirs), 1e-6)
 
 
+@pytest.mark.usefixtures("route")
 @pytest.mark.parametrize("lengths", [LENGTHS["ragged"], LENGTHS["equal and ragged"]], ids=["ragged", "equal"])
 @pytest.mark.parametrize("window", [None, 3, 8])
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -112,6 +129,28 @@ def test_buckets_cover_the_stream(lengths: tuple[int, ...]) -> None:
         assert (bucket.mask is not None) == (bucket.slots is not None) == (bucket.real is not None) == ragged
 
 
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
+def test_a_cut_saves_more_than_its_price(lengths: tuple[int, ...]) -> None:
+    """Against the cheapest of all cuts: as good where it makes none or one, and no bucket is worth another cut."""
+    price = attention._BUCKET_PRICE
+
+    def cost(parts: Sequence[tuple[int, ...]]) -> int:
+        return sum(price + len(part) * part[-1] ** 2 for part in parts)
+
+    buckets = plan_buckets(lengths, CPU)
+    stops = [0, *accumulate(bucket.num for bucket in buckets)]
+    parts = [lengths[start:stop] for start, stop in pairwise(stops)]
+    assert cost(parts) <= min([cost([lengths]), *(cost([lengths[:i], lengths[i:]]) for i in range(1, len(lengths)))])
+    assert [bucket.longest for bucket in buckets] == [part[-1] for part in parts]
+    for part in parts:
+        assert all(cost([part[:i], part[i:]]) >= cost([part]) for i in range(1, len(part)))
+
+
+def test_a_gpu_has_two_buckets() -> None:
+    assert [bucket.num for bucket in plan_buckets((1, 2, 3, 4, 5), torch.device("meta"))] == [3, 2]
+    assert [bucket.num for bucket in plan_buckets((1,), torch.device("meta"))] == [1]
+
+
 def test_unsorted_segments_are_a_mistake() -> None:
     with pytest.raises(AssertionError, match="sorted by length"):
         plan_buckets((3, 2), CPU)
@@ -147,21 +186,6 @@ def test_dropout_has_its_rate_and_expectation(lengths: tuple[int, ...], rate: fl
     # Heads and segments draw their own masks.
     assert not torch.equal(weights[-1][0], weights[-1][1])
     assert not torch.equal(weights[-1], weights[-2])
-
-
-@pytest.mark.parametrize("masked", ["keys", "keys of each query", "nothing"])
-@pytest.mark.parametrize("scale", [None, 0.3])
-def test_attention_on_a_host_is_that_of_torch(masked: str, scale: float | None) -> None:
-    """Value and gradients, where nothing is dropped."""
-    shape = {"keys": (4, 1, 1, 9), "keys of each query": (1, 1, 9, 9), "nothing": None}[masked]
-    mask = None if shape is None else torch.rand(shape, generator=torch.Generator().manual_seed(2)) < 0.6
-    if mask is not None:
-        mask[..., 0] = True
-    ours, theirs = ([x.detach().view(4, N, 9, D).requires_grad_() for x in _streams(36)] for _ in range(2))
-    out = attend_on_host(*ours, mask, 0.0, scale)
-    expected = scaled_dot_product_attention(*theirs, attn_mask=mask, scale=scale)
-    assert_close(out, expected)
-    _assert_same_gradients((out, ours), (expected, theirs), 1e-6)
 
 
 def test_no_dropout_is_exact() -> None:
