@@ -6,7 +6,6 @@ Shape suffixes: T tokens of the stream, N heads, D head dimension.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
 from typing import Any
 
 import pytest
@@ -29,12 +28,6 @@ LENGTHS = {
     "ragged": (1, 2, 2, 3, 5, 5, 5, 8, 9, 13, 21),
     "equal and ragged": (4, 4, 4, 4, 6, 6, 6, 7, 9, 9),
 }
-
-
-@pytest.fixture(autouse=True)
-def _many_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For short segments, too."""
-    monkeypatch.setattr(attention, "_BUCKET_PRICE", 10)
 
 
 @pytest.fixture(params=["host", "sdpa"])
@@ -127,28 +120,6 @@ def test_buckets_cover_the_stream(lengths: tuple[int, ...]) -> None:
     for bucket in buckets:
         ragged = bucket.stop - bucket.start != bucket.num * bucket.longest
         assert (bucket.mask is not None) == (bucket.slots is not None) == (bucket.real is not None) == ragged
-
-
-@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
-def test_a_cut_saves_more_than_its_price(lengths: tuple[int, ...]) -> None:
-    """Against the cheapest of all cuts: as good where it makes none or one, and no bucket is worth another cut."""
-    price = attention._BUCKET_PRICE
-
-    def cost(parts: Sequence[tuple[int, ...]]) -> int:
-        return sum(price + len(part) * part[-1] ** 2 for part in parts)
-
-    buckets = plan_buckets(lengths, CPU)
-    stops = [0, *accumulate(bucket.num for bucket in buckets)]
-    parts = [lengths[start:stop] for start, stop in pairwise(stops)]
-    assert cost(parts) <= min([cost([lengths]), *(cost([lengths[:i], lengths[i:]]) for i in range(1, len(lengths)))])
-    assert [bucket.longest for bucket in buckets] == [part[-1] for part in parts]
-    for part in parts:
-        assert all(cost([part[:i], part[i:]]) >= cost([part]) for i in range(1, len(part)))
-
-
-def test_a_gpu_has_two_buckets() -> None:
-    assert [bucket.num for bucket in plan_buckets((1, 2, 3, 4, 5), torch.device("meta"))] == [3, 2]
-    assert [bucket.num for bucket in plan_buckets((1,), torch.device("meta"))] == [1]
 
 
 def test_unsorted_segments_are_a_mistake() -> None:

@@ -23,8 +23,6 @@ from trainer.encoder.host_attention import HostBucket, attend_on_host
 
 PACKED_ATTENTION = "packed_segments"
 
-# On a CPU: calls of a bucket take as long as this many pairs of query and key, for each head.
-_BUCKET_PRICE = 2000
 # On a CPU, without dropout: longer segments take SDPA, which keeps no matrix of probabilities.
 _LONG = 128
 
@@ -89,27 +87,16 @@ def _bucket(lengths: Tensor, start: int, device: torch.device) -> Bucket:
 
 
 def plan_buckets(lengths: Sequence[int], device: torch.device) -> list[Bucket]:
-    """Cut segments of ascending length into buckets: on a CPU where it saves more arithmetic on padding than a bucket
-    costs; in two on a GPU, where small batches are bound by the number of kernels."""
+    """Cut segments of ascending length into buckets: several on a CPU, where arithmetic on padding costs most;
+    two on a GPU, where small batches are bound by the number of kernels."""
+    num_buckets = 4 if device.type == "cpu" else 2
     lengths_S = torch.tensor(lengths)
     assert bool((lengths_S[1:] >= lengths_S[:-1]).all()), "segments must be sorted by length"
-    stops = _stops(lengths, 0, len(lengths)) if device.type == "cpu" else sorted({-(-len(lengths) // 2), len(lengths)})
-    buckets: list[Bucket] = []
-    for part in lengths_S.tensor_split(stops[:-1]):
-        buckets.append(_bucket(part, buckets[-1].stop if buckets else 0, device))
+    buckets, start = [], 0
+    for part in lengths_S.tensor_split(min(num_buckets, len(lengths))):
+        buckets.append(_bucket(part, start, device))
+        start = buckets[-1].stop
     return buckets
-
-
-def _stops(lengths: Sequence[int], start: int, stop: int) -> list[int]:
-    """Where the buckets of these segments end: cut at the best place as long as it saves more than its price."""
-
-    def saved(cut: int) -> int:
-        return (cut - start) * (lengths[stop - 1] ** 2 - lengths[cut - 1] ** 2)
-
-    cut = max(range(start + 1, stop), key=saved, default=stop)
-    if cut == stop or saved(cut) <= _BUCKET_PRICE:
-        return [stop]
-    return _stops(lengths, start, cut) + _stops(lengths, cut, stop)
 
 
 def _padded(x_TND: Tensor, bucket: Bucket) -> Tensor:

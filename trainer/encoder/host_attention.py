@@ -4,8 +4,8 @@ torch's own attention with dropout is there a row of plain operations, each with
 texts calling them takes longer than their arithmetic. Here each bucket of segments takes one copy of each stream to its
 padded form, a softmax between two batched products, and one copy back; the backward is written out.
 
-Shape suffixes: T tokens of the stream, N heads, D head dimension, S segments of a bucket, L longest of them, K slots
-of keys.
+Shape suffixes: T tokens of the stream, N heads, D head dimension, S segments of a bucket, L slots of a segment for
+queries, K for keys.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from torch import Tensor
 
 from trainer.encoder.dropout import draw_kept
 
-# torch's softmax takes the numbers one by one where a row does not fill a vector register: up to ten times slower.
+# Padded widths are few. In bf16, oneDNN writes a kernel for each shape of a product (0.5 ms, 0.7 MB), and keeps 1,024.
+_QUERY_STEP = 8
+# And torch's softmax takes numbers one by one where they do not fill a vector register, up to ten times slower.
 _VECTOR_BYTES = 64
 
 
@@ -62,9 +64,14 @@ class HostBucket:
     def longest(self) -> int:
         return int(self.lengths_S[-1])
 
+    @property
+    def num_queries(self) -> int:
+        """L."""
+        return _round_up(self.longest, _QUERY_STEP)
+
     def num_keys(self, dtype: torch.dtype) -> int:
         """K."""
-        return max(self.longest, _VECTOR_BYTES // dtype.itemsize)
+        return _round_up(self.longest, _VECTOR_BYTES // dtype.itemsize)
 
     def slots(self, width: int, num_heads: int) -> _Slots:
         if (width, num_heads) not in self._slots:
@@ -86,7 +93,7 @@ class HostBucket:
             key_K = torch.arange(self.num_keys(dtype))
             seen = (key_K < self.lengths_S[:, None])[:, None, None]
             if window is not None or is_causal:
-                distance_LK = torch.arange(self.longest)[:, None] - key_K
+                distance_LK = torch.arange(self.num_queries)[:, None] - key_K
                 if window is not None:
                     seen = seen & (distance_LK.abs() < window)
                 if is_causal:
@@ -145,7 +152,9 @@ class _HostAttention(torch.autograd.Function):
     ) -> Tensor:
         _, N, T, D = query.shape
         streams = [_rows(x) for x in (query, key, value)]
-        shapes = [(len(b.lengths_S) * N, b.longest, bias.shape[-1]) for b, bias in zip(buckets, biases, strict=True)]
+        shapes = [
+            (len(b.lengths_S) * N, b.num_queries, bias.shape[-1]) for b, bias in zip(buckets, biases, strict=True)
+        ]
         # One draw for all buckets.
         kepts: Sequence[Tensor | None] = [None] * len(buckets)
         grow = 1.0
@@ -157,14 +166,13 @@ class _HostAttention(torch.autograd.Function):
         saved: list[Tensor | None] = []
         for bucket, bias, (num, L, K), kept in zip(buckets, biases, shapes, kepts, strict=True):
             places, key_places = bucket.slots(L, N), bucket.slots(K, N)
-            q = streams[0].index_select(0, places.rows).view(num, L, D)
-            k, v = (x.index_select(0, key_places.rows).view(num, K, D) for x in streams[1:])
+            q, k, v = _padded(streams, places, key_places, num)
             scores = torch.baddbmm(bias.expand(-1, N, -1, -1).flatten(0, 1), q, k.mT, alpha=scale)
             probabilities = scores.softmax(-1)
             weights = probabilities if kept is None else probabilities * kept.view_as(scores).to(scores.dtype)
             _put(_product(weights, v, grow), places, bucket, out)
-            saved += [q, k, v, probabilities, kept]
-        ctx.save_for_backward(*saved)
+            saved += [probabilities, kept]
+        ctx.save_for_backward(query, key, value, *saved)
         ctx.buckets, ctx.scale, ctx.grow = buckets, scale, grow
         return out.view(1, T, N, D)
 
@@ -173,11 +181,15 @@ class _HostAttention(torch.autograd.Function):
         _, T, N, D = grads[0].shape
         grad = grads[0].reshape(T * N, D)
         into = [torch.empty_like(grad) for _ in range(3)]
-        saved = ctx.saved_tensors  # once: checkpointing gives them away
+        query, key, value, *saved = ctx.saved_tensors  # read once: checkpointing gives them away
+        streams = [_rows(x) for x in (query, key, value)]
         with torch.autocast("cpu", enabled=False):
             for i, bucket in enumerate(ctx.buckets):
-                q, k, v, probabilities, kept = saved[5 * i : 5 * i + 5]
-                places, key_places = bucket.slots(q.shape[1], N), bucket.slots(k.shape[1], N)
+                probabilities, kept = saved[2 * i : 2 * i + 2]
+                num, L, K = probabilities.shape
+                places, key_places = bucket.slots(L, N), bucket.slots(K, N)
+                # Not saved: padded, they take more memory than the streams.
+                q, k, v = _padded(streams, places, key_places, num)
                 # Padded queries pass nothing on, and padded keys have probability 0.
                 g = grad.index_select(0, places.rows).index_fill_(0, places.padding, 0.0).view_as(q)
                 g_weights, weights = _product(g, v.mT, ctx.grow), probabilities
@@ -192,9 +204,20 @@ class _HostAttention(torch.autograd.Function):
         return *(x.view(1, T, N, D).transpose(1, 2) for x in into), None, None, None, None
 
 
+def _round_up(number: int, step: int) -> int:
+    return -(-number // step) * step
+
+
 def _rows(x_1NTD: Tensor) -> Tensor:
     """(T * N, D); no copy where a linear layer has just made the tensor."""
     return x_1NTD.transpose(1, 2).reshape(-1, x_1NTD.shape[-1])
+
+
+def _padded(streams: Sequence[Tensor], places: _Slots, key_places: _Slots, num: int) -> list[Tensor]:
+    """Queries (num, L, D), and keys and values (num, K, D), of S * N = num."""
+    slots = (places, key_places, key_places)
+    rows = (x.index_select(0, slot.rows) for x, slot in zip(streams, slots, strict=True))
+    return [x.view(num, -1, x.shape[-1]) for x in rows]
 
 
 def _put(padded: Tensor, places: _Slots, bucket: HostBucket, stream: Tensor) -> None:
