@@ -89,7 +89,7 @@ def _bucket(lengths: Tensor, start: int, device: torch.device) -> Bucket:
 def plan_buckets(lengths: Sequence[int], device: torch.device) -> list[Bucket]:
     """Cut segments of ascending length into buckets: several on a CPU, where arithmetic on padding costs most;
     two on a GPU, where small batches are bound by the number of kernels."""
-    num_buckets = 4 if device.type == "cpu" else 2
+    num_buckets = 3 if device.type == "cpu" else 2
     lengths_S = torch.tensor(lengths)
     assert bool((lengths_S[1:] >= lengths_S[:-1]).all()), "segments must be sorted by length"
     buckets, start = [], 0
