@@ -15,7 +15,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
 from transformers import AttentionInterface
 
-from trainer.encoder.attention import PACKED_ATTENTION, Bucket, attend_on_host, packed_attention, plan_buckets
+from trainer.encoder import attention
+from trainer.encoder.attention import PACKED_ATTENTION, Bucket, packed_attention, plan_buckets
 
 N, D = 3, 8
 CPU = torch.device("cpu")
@@ -27,6 +28,13 @@ LENGTHS = {
     "ragged": (1, 2, 2, 3, 5, 5, 5, 8, 9, 13, 21),
     "equal and ragged": (4, 4, 4, 4, 6, 6, 6, 7, 9, 9),
 }
+
+
+@pytest.fixture(params=["host", "sdpa"])
+def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways of attention without dropout on a CPU; the second is a GPU's."""
+    if request.param == "sdpa":
+        monkeypatch.setattr(attention, "_LONG", 0)
 
 
 def _streams(num_tokens: int) -> list[Tensor]:
@@ -58,6 +66,7 @@ def _assert_same_gradients(
         assert_close(our.grad, their.grad, rtol=0.0, atol=tolerance * max(1.0, float(their.grad.abs().max())))
 
 
+@pytest.mark.usefixtures("route")
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
 @pytest.mark.parametrize("scale", [None, 0.7])
 def test_packed_is_plain_per_segment(lengths: tuple[int, ...], scale: float | None) -> None:
@@ -70,6 +79,7 @@ def test_packed_is_plain_per_segment(lengths: tuple[int, ...], scale: float | No
     _assert_same_gradients((out, ours), (expected, theirs), 1e-6)
 
 
+@pytest.mark.usefixtures("route")
 @pytest.mark.parametrize("lengths", [LENGTHS["ragged"], LENGTHS["equal and ragged"]], ids=["ragged", "equal"])
 @pytest.mark.parametrize("window", [None, 3, 8])
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -147,21 +157,6 @@ def test_dropout_has_its_rate_and_expectation(lengths: tuple[int, ...], rate: fl
     # Heads and segments draw their own masks.
     assert not torch.equal(weights[-1][0], weights[-1][1])
     assert not torch.equal(weights[-1], weights[-2])
-
-
-@pytest.mark.parametrize("masked", ["keys", "keys of each query", "nothing"])
-@pytest.mark.parametrize("scale", [None, 0.3])
-def test_attention_on_a_host_is_that_of_torch(masked: str, scale: float | None) -> None:
-    """Value and gradients, where nothing is dropped."""
-    shape = {"keys": (4, 1, 1, 9), "keys of each query": (1, 1, 9, 9), "nothing": None}[masked]
-    mask = None if shape is None else torch.rand(shape, generator=torch.Generator().manual_seed(2)) < 0.6
-    if mask is not None:
-        mask[..., 0] = True
-    ours, theirs = ([x.detach().view(4, N, 9, D).requires_grad_() for x in _streams(36)] for _ in range(2))
-    out = attend_on_host(*ours, mask, 0.0, scale)
-    expected = scaled_dot_product_attention(*theirs, attn_mask=mask, scale=scale)
-    assert_close(out, expected)
-    _assert_same_gradients((out, ours), (expected, theirs), 1e-6)
 
 
 def test_no_dropout_is_exact() -> None:

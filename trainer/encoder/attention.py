@@ -2,8 +2,8 @@
 
 The stream holds segments sorted by length. It is cut into a few buckets of neighbouring segments; in a bucket
 attention is padded to the longest segment, which is little longer than the shortest. Nothing outside attention
-is ever padded. Attention dropout is SDPA's own, but on a CPU, whose SDPA with dropout is a row of plain operations:
-there :func:`attend_on_host` has cheaper ones. Causal attention and sliding windows are counted inside a segment.
+is ever padded. A GPU has torch's attention (SDPA), whose dropout is its own; on a CPU, :func:`attend_on_host` is
+faster with dropout and for short texts. Causal attention and sliding windows are counted inside a segment.
 
 Shape suffixes: T tokens of the stream, N heads, D head dimension, S segments, L longest segment of a bucket.
 """
@@ -19,9 +19,12 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from trainer.encoder.dropout import dropout as host_dropout
+from trainer.encoder.host_attention import HostBucket, attend_on_host
 
 PACKED_ATTENTION = "packed_segments"
+
+# On a CPU, without dropout: longer segments take SDPA, which keeps no matrix of probabilities.
+_LONG = 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +39,7 @@ class Bucket:
         real: (stop - start,) slot of each token; None where lengths are equal.
         mask: (num, 1, 1, L) True where a slot holds a token; None where lengths are equal.
         windows: masks of sliding windows that a layer has asked for, for the layers behind it.
+        host: the same for :func:`attend_on_host`; None on a GPU.
     """
 
     start: int
@@ -46,6 +50,7 @@ class Bucket:
     real: Tensor | None = None
     mask: Tensor | None = None
     windows: dict[tuple[int, bool], Tensor] = field(default_factory=dict)
+    host: HostBucket | None = None
 
     def window(self, size: int, is_causal: bool, device: torch.device) -> Tensor:
         """(num or 1, 1, L, L) True where a query sees a key: less than ``size`` places away, and not behind it."""
@@ -71,19 +76,20 @@ def padded_layout(lengths_S: Tensor) -> tuple[Tensor, Tensor]:
 
 def _bucket(lengths: Tensor, start: int, device: torch.device) -> Bucket:
     num, longest, tokens = len(lengths), int(lengths[-1]), int(lengths.sum())
+    host = HostBucket(start, lengths) if device.type == "cpu" else None
     if int(lengths[0]) == longest:
-        return Bucket(start, start + tokens, num, longest)
+        return Bucket(start, start + tokens, num, longest, host=host)
     mask, real = padded_layout(lengths)
     slots = torch.zeros(num * longest, dtype=torch.int64)
     slots[real] = torch.arange(tokens)
     slots, real, mask = (t.to(device, non_blocking=True) for t in (slots, real, mask[:, None, None, :]))
-    return Bucket(start, start + tokens, num, longest, slots, real, mask)
+    return Bucket(start, start + tokens, num, longest, slots, real, mask, host=host)
 
 
 def plan_buckets(lengths: Sequence[int], device: torch.device) -> list[Bucket]:
     """Cut segments of ascending length into buckets: several on a CPU, where arithmetic on padding costs most;
     two on a GPU, where small batches are bound by the number of kernels."""
-    num_buckets = 4 if device.type == "cpu" else 2
+    num_buckets = 3 if device.type == "cpu" else 2
     lengths_S = torch.tensor(lengths)
     assert bool((lengths_S[1:] >= lengths_S[:-1]).all()), "segments must be sorted by length"
     buckets, start = [], 0
@@ -98,29 +104,6 @@ def _padded(x_TND: Tensor, bucket: Bucket) -> Tensor:
     if bucket.slots is not None:
         x_TND = x_TND.index_select(0, bucket.slots)
     return x_TND.reshape(bucket.num, bucket.longest, *x_TND.shape[1:]).transpose(1, 2)
-
-
-def attend_on_host(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rate: float, scaling: float | None
-) -> Tensor:
-    """``scaled_dot_product_attention`` with dropout on a CPU.
-
-    Args:
-        query, key, value: (S, N, L, D), one dtype.
-        mask: (S or 1, 1, L or 1, L) True where a query sees a key, at least one; None: all see all.
-        rate: of the dropout of attention probabilities.
-        scaling: of the scores; None: 1 / sqrt(D).
-    """
-    S, N, L, D = query.shape
-    scale = D**-0.5 if scaling is None else scaling
-    bias = query.new_zeros((1, 1, 1, 1) if mask is None else mask.shape)
-    if mask is not None:
-        bias.masked_fill_(~mask, -torch.inf)
-    bias = bias.expand(S, N, -1, L).flatten(0, 1)
-    q, k, v = (x.reshape(S * N, L, D) for x in (query, key, value))
-    with torch.autocast("cpu", enabled=False):  # which would compute the softmax in fp32, unlike SDPA
-        scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale)
-        return torch.bmm(host_dropout(scores.softmax(-1), rate), v).view(S, N, L, D)
 
 
 def packed_attention(
@@ -150,6 +133,9 @@ def packed_attention(
     is_causal = bool(getattr(module, "is_causal", False))
     if (group := query.shape[1] // key.shape[1]) > 1:
         key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
+    hosts = [bucket.host for bucket in packing if bucket.host is not None]
+    if hosts and (dropout or packing[-1].longest <= _LONG):
+        return attend_on_host(query, key, value, hosts, dropout, scaling, sliding_window, is_causal), None
     sizes = [bucket.stop - bucket.start for bucket in packing]
     # One split, not a slice per bucket: the backward of a slice fills a gradient as long as the stream.
     streams = [x[0].transpose(0, 1).split(sizes) for x in (query, key, value)]
@@ -161,12 +147,9 @@ def packed_attention(
             mask = bucket.window(sliding_window, is_causal, query.device)
         elif is_causal:  # hides padding, too
             mask, causal = None, True
-        if dropout and not causal and query.device.type == "cpu":
-            out_SNLD = attend_on_host(q_SNLD, k_SNLD, v_SNLD, mask, dropout, scaling)
-        else:
-            out_SNLD = scaled_dot_product_attention(
-                q_SNLD, k_SNLD, v_SNLD, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scaling
-            )
+        out_SNLD = scaled_dot_product_attention(
+            q_SNLD, k_SNLD, v_SNLD, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scaling
+        )
         out = out_SNLD.transpose(1, 2).flatten(0, 1)
         parts.append(out if bucket.real is None else out.index_select(0, bucket.real))
     return torch.cat(parts).unsqueeze(0), None
