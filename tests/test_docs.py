@@ -122,6 +122,7 @@ EXECUTED = {
     "docs/backbones.md": "tests/encoder/test_backbones.py",
     "docs/evaluators.md": "tests/evaluation/test_docs.py",
     "docs/losses.md": "tests/losses/test_document.py",
+    "docs/publishing.md": "tests/export/test_onnx.py",
 }
 BASE = {
     "model": {"encoder": {"backbone": "somewhere"}, "loss": "InfoNCE"},
@@ -195,7 +196,7 @@ def _parse_job(args: list[str]) -> None:
 
 
 def _understood(command: str) -> None:
-    words = [word for word in shlex.split(command) if not re.match(r"[A-Z_]+=", word)]
+    words = [word for word in shlex.split(command, comments=True) if not re.match(r"[A-Z_]+=", word)]
     script = next((i for i, word in enumerate(words) if re.fullmatch(r"slurm/(train|sweep|debug)\.sh", word)), None)
     if script is not None:
         first = next(i for i in range(script + 1, len(words)) if words[i] in COMMANDS or words[i].endswith(".yaml"))
@@ -208,8 +209,15 @@ def _understood(command: str) -> None:
     elif words[0] in (".venv/bin/python", "python") and words[1].startswith("benchmarks/"):
         source = Path(words[1]).read_text()
         assert [word for word in words[2:] if word.startswith("--") and word not in source] == []
+    elif words[:2] == ["python", "-c"]:
+        ast.parse(words[2])
+    elif words[:2] == ["pip", "install"]:
+        extras = re.findall(r"siamese-trainer\[(\w+)\]", command)
+        project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+        assert [extra for extra in extras if f"\n{extra} = [" not in project] == []
     else:
-        assert command in ('eval "$(slurm/local-cluster.sh start)"', "slurm/local-cluster.sh stop"), command
+        others = ('eval "$(slurm/local-cluster.sh start)"', "slurm/local-cluster.sh stop", "hf auth login")
+        assert any(shlex.split(command, comments=True) == shlex.split(other) for other in others), command
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if any(_commands(page))], ids=_name)
@@ -229,14 +237,15 @@ def test_commands_are_understood(page: Path, folder: Path) -> None:
     "trainer check --config configs/stsb.yaml --probes",
     "trainer predict --model m --data d --text t --out o --shards 3",
     "trainer compare runs --output x.html",
-    "trainer export run out --format tflite",
+    "trainer export run out --formats onnx",
     "trainer cache list",
     "trainer tune --config configs/stsb.yaml",
     "sbatch slurm/train.sh configs/stsb.yaml --model.loss Info",
     "sbatch slurm/sweep.sh configs/stsb.yaml --seeds 1,2 --model.learning_rate fast",
     "make tests",
     ".venv/bin/python benchmarks/throughput.py --shapes stsb",
-    "pip install x",
+    "pip install 'siamese-trainer[gpu]'",
+    "sentence-transformers train",
 ])  # fmt: skip
 def test_a_wrong_command_is_found(command: str, folder: Path) -> None:
     with pytest.raises((Exception, SystemExit)):
