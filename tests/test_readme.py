@@ -48,8 +48,7 @@ def test_trainer_command(command: str, data: tuple[Path, Path], tiny_encoder: Pa
     check starts its second rank as a copy of the command line."""
     train, dev = data
     words = [
-        {"pairs.jsonl.gz": str(train), "dev.jsonl.gz": str(dev), "FOLDER": str(tiny_encoder)}.get(word, word)
-        for word in shlex.split(command)[1:]
+        {"pairs.jsonl.gz": str(train), "dev.jsonl.gz": str(dev)}.get(word, word) for word in shlex.split(command)[1:]
     ]
     tiny = {
         "model.encoder.backbone": tiny_encoder,
@@ -74,7 +73,5 @@ def test_trainer_command(command: str, data: tuple[Path, Path], tiny_encoder: Pa
     elif words[0] == "check":
         assert "exact: pass" in done.stdout
         assert "FAIL" not in done.stdout
-    elif words[0] == "validate":
-        assert "spearman_cosine" in (tmp_path / "run" / "metrics.json").read_text()
     else:
         assert (tmp_path / "run" / "model" / "modules.json").exists()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -74,6 +76,44 @@ def test_the_report_is_whole_and_fetches_nothing(runs: Path) -> None:
         assert f"<h2>{title}</h2>" in text
     for name in EVAL:
         assert f"{name} ↑</th>" in text
+
+
+def test_a_page_does_not_grow_with_its_runs(tmp_path: Path) -> None:
+    """Lines have 150 points at most; here those of the evaluations come near it."""
+    sizes = []
+    for steps in (750, 3000):
+        folder = make_run(tmp_path / f"{steps}", steps=steps)
+        assert main(["compare", str(folder), "--out", str(tmp_path / "r.html")]) == 0
+        sizes.append((tmp_path / "r.html").stat().st_size)
+    assert sizes[1] < 1.5 * sizes[0], "four times the rows"
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+def console(page: Path) -> list[str]:
+    """What a browser without a network says of a page."""
+    words = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0"]
+    words += ["--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={page.parent / 'browser'}", "--dump-dom"]
+    done = subprocess.run([*words, page.as_uri()], capture_output=True, text=True, timeout=100, check=True)
+    assert "</html>" in done.stdout
+    return [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+@pytest.mark.slow  # nine runs of 3,600 rows: most of it is making them
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium and no google-chrome")
+def test_long_runs_open_in_a_browser_without_a_network(tmp_path: Path) -> None:
+    """Three recipes with three seeds, 3,600 rows each: below 2 MB, and nothing is complained of."""
+    for recipe in ("cosine", "cosent", "infonce"):
+        for seed in (1, 2, 3):
+            make_run(tmp_path / "runs" / recipe / f"seed={seed}", recipe, seed, steps=15_000)
+    page = tmp_path / "report.html"
+    assert main(["compare", str(tmp_path / "runs"), "--out", str(page)]) == 0
+    assert page.stat().st_size < 2_000_000
+    assert console(page) == []
+    wrong = tmp_path / "wrong.html"
+    wrong.write_text("<script>nothing.here()</script><img src='https://example.com/x.png'>")
+    assert len(console(wrong)) == 1, "the browser keeps what it has to say to itself"
 
 
 def test_what_a_run_says_cannot_break_the_page(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,19 @@ METRIC = "eval/dev/spearman_cosine"
 
 def rows_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("values", [[0.8, 0.8, 0.8], [1e9 + 0.1, 1e9 + 0.2, 1e9 + 0.4], [-3.0, 5.0], [2.5]])
+def test_mean_and_deviation(values: list[float]) -> None:
+    """Those of Python's exact arithmetic; equal values have no spread at all, or their curve would fill a plot."""
+    found = Spread.of([None, *values])
+    assert found is not None
+    assert found.mean == pytest.approx(statistics.fmean(values), rel=1e-15)
+    if len(values) == 1:
+        assert found.deviation is None
+    else:
+        exact = statistics.stdev(values)
+        assert found.deviation == (pytest.approx(exact, rel=1e-12) if exact else 0.0)
 
 
 def test_seeds_of_a_recipe_are_one_group(tmp_path: Path) -> None:

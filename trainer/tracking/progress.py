@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
-from rich.progress import Progress as Bar
+from rich.progress import Progress as RichProgress
+from rich.text import Text
 
 from trainer.module import EmbeddingModule
 from trainer.tracking.metrics import MetricsLog
+
+
+class Bar(RichProgress):
+    """Steps and remaining time; below, the last log and the last evaluation: beside the bar they would leave it no
+    place on a terminal of less than 150 columns."""
+
+    def get_renderables(self) -> Iterator[Any]:
+        yield self.make_tasks_table(self.tasks)
+        for line in self.tasks[0].description.splitlines() if self.tasks else ():
+            yield Text(line)
 
 
 class Progress(ProgressBar):
@@ -29,7 +40,7 @@ class Progress(ProgressBar):
         self.console = console or Console()
         self._bar: Bar | None = None
         self._task: Any = None
-        self._train, self._evaluation = "", ""
+        self._train, self._evaluation, self._left = "", "", ""
         self._primaries: list[str] = []
         self._total, self._first_step, self._start = 0, 0, 0.0
 
@@ -61,16 +72,16 @@ class Progress(ProgressBar):
         self._first_step, self._start = trainer.global_step, time.perf_counter()
         if trainer.is_global_zero and self.console.is_terminal:
             steps = TextColumn("{task.completed}/{task.total}")
-            text = TextColumn("{task.description}", markup=False)
-            self._bar = Bar(steps, BarColumn(20), text, console=self.console)
-            self._task = self._bar.add_task("", total=self._total, completed=trainer.global_step)
+            rest = TextColumn("{task.percentage:.0f}%  {task.fields[eta]}", markup=False)
+            self._bar = Bar(steps, BarColumn(40), rest, console=self.console)
+            self._task = self._bar.add_task("", total=self._total, completed=trainer.global_step, eta="")
             self._bar.start()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._bar:
-            self._bar.update(self._task, completed=trainer.global_step, description=self._description())
+            self._draw(completed=trainer.global_step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stop()
@@ -82,18 +93,21 @@ class Progress(ProgressBar):
 
     def _stop(self) -> None:
         if self._bar:
-            self._bar.update(self._task, description=self._description())
+            self._draw()
             self._bar.stop()
             self._bar = None
 
-    def _description(self) -> str:
-        return "  ".join(part for part in (self._train, self._evaluation) if part)
+    def _draw(self, **changed: Any) -> None:
+        assert self._bar is not None
+        self._bar.update(
+            self._task, description=f"{self._train}\n{self._evaluation}".strip(), eta=self._left, **changed
+        )
 
     def _show(self, metrics: Mapping[str, float], step: int) -> None:
         """One row of the metrics log."""
         if "train/loss" in metrics:
-            self._train = f"{describe_training(metrics)}  eta {self._eta(step)}"
-            line = f"step {step}/{self._total} ({step / self._total:.0%})  {self._train}"
+            self._train, self._left = describe_training(metrics), f"eta {self._eta(step)}"
+            line = f"step {step}/{self._total} ({step / self._total:.0%})  {self._train}  {self._left}"
         else:
             shown = {name: metrics[name] for name in self._primaries if name in metrics}
             self._evaluation = "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
