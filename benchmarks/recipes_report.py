@@ -20,13 +20,12 @@ Five published models can be trained again by a config in `configs/published`, a
 `configs`:
 
 {recipes}
-Take your own data by `--data.train.path` (and `--data.validation.path`): look at it, train, and compare. `X` is one of
-the five:
+Look at your own data, train, and compare; each takes your `path`:
 
 ```bash
-trainer check --config configs/X.yaml --data.train.path my.jsonl.gz
-trainer fit --config configs/X.yaml --data.train.path my.jsonl.gz
-trainer compare runs/X
+trainer check --config configs/ja-en-financial.yaml --data.train.path my.jsonl.gz --data.validation.path my.jsonl.gz
+trainer fit --config configs/ja-en-financial.yaml --data.train.path my.jsonl.gz --data.validation.path my.jsonl.gz
+trainer compare runs/ja-en-financial
 ```
 
 ## How they were measured

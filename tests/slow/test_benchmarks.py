@@ -66,3 +66,17 @@ def test_gpu_benchmark_on_the_cpu(tmp_path: Path) -> None:
     (report,) = json.loads((tmp_path / "out.json").read_text())["reports"]
     assert report["sides"].keys() == {"ours", "default", "best"}
     assert report["sides"]["ours"]["replayed_share"] > 0.2  # a second forward of the chunks, a third of the arithmetic
+
+
+def test_recipes_are_trained_and_scored(data_dir: Path, tmp_path: Path) -> None:
+    """The smallest system, all its variants, one seed."""
+    out = tmp_path / "recipes.json"
+    command = [sys.executable, "benchmarks/recipes.py", "--data", str(data_dir), "--json", str(out)]
+    command += ["--systems", "korean-nutrition", "--seeds", "1", "--on", "tune"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr
+    outcomes = {one["variant"]: one for one in json.loads(out.read_text())["outcomes"]}
+    assert set(outcomes) == {"base", "published", "published-st", "ours", "best-st"}
+    assert all(0.2 < one["score"] < 0.5 for one in outcomes.values())
+    assert outcomes["published"]["rows"] == outcomes["published-st"]["rows"] == 3 * 81
+    assert outcomes["base"]["score"] != outcomes["published"]["score"] != outcomes["ours"]["score"]
