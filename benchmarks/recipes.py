@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -199,9 +200,9 @@ def label_retrieval(model: SentenceTransformer, rows: list[Row]) -> float:
     return LabelRetrieval().score(embeddings, {"text": rows, "label": [row["label"] for row in rows]})["map@r"]
 
 
-def both_ways(model: SentenceTransformer) -> nn.Module:
+def both_ways(model: SentenceTransformer, scale: float = 20.0) -> nn.Module:
     return peer_losses.MultipleNegativesRankingLoss(
-        model, directions=("query_to_doc", "doc_to_query"), partition_mode="per_direction"
+        model, scale, directions=("query_to_doc", "doc_to_query"), partition_mode="per_direction"
     )
 
 
@@ -236,7 +237,12 @@ SYSTEMS: dict[str, System] = {
         both_ways,
     ),
     "sinhala-qa": System(
-        "sinhala-qa", answers, answer_ndcg, "nDCG@10", peer_losses.MultipleNegativesRankingLoss, both_ways
+        "sinhala-qa",
+        answers,
+        answer_ndcg,
+        "nDCG@10",
+        peer_losses.MultipleNegativesRankingLoss,
+        partial(both_ways, scale=10.0),
     ),
     "korean-nutrition": System(rows=intents(81, ("question", "command")), **_BY_LABEL),
     "korean-nutrition, 3,200 texts": System(rows=intents(3200), epochs=1, **_BY_LABEL),

@@ -57,7 +57,7 @@ _RECIPES = [
         "`sinhala-qa`",
         "InfoNCE",
         "an answer that stands twice in a batch is right and punished; nothing is held out",
-        "InfoNCE both ways, no text twice in a batch, questions held out",
+        "scale 10 for 20, InfoNCE both ways, no text twice in a batch, questions held out",
     ),
     (
         "`korean-nutrition`",
