@@ -97,6 +97,24 @@ def no_wandb_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_two_runs_of_one_process_are_two(no_wandb_settings: Path) -> None:
+    """A notebook fits twice: the second run does not go on in the first one's files."""
+    import wandb
+
+    for name in ("first", "second"):
+        run_dir = no_wandb_settings / name
+        run_dir.mkdir()
+        logger = make_logger(Tracking(), run_dir)
+        assert logger is not None
+        logger.log_metrics({"train/loss": 1.0}, step=1)
+    wandb.finish()
+    ids = [keep_id(no_wandb_settings / name) for name in ("first", "second")]
+    assert ids[0] != ids[1]
+    for name, run_id in zip(("first", "second"), ids, strict=True):
+        (fragment,) = (no_wandb_settings / name).glob("wandb/offline-run-*/*.wandb")
+        assert fragment.stem == f"run-{run_id}"
+
+
 def test_offline_runs_of_one_directory_are_one_run(tmp_path: Path) -> None:
     """Killed once (2.5 s after its last row) and requeued twice, so four processes: one id, every row, steps that only
     rise once what the kill took back is left out, the best of all in the summary, finished at the end alone, no secret.

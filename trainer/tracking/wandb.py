@@ -224,6 +224,7 @@ class RunLogger(WandbLogger):
             console="off",
             save_code=False,
             disable_git=True,
+            reinit="finish_previous",  # a second fit of one process is a run of its own
             x_transaction_log_flush_interval=1.0,  # seconds of rows that a SIGKILL may take
             init_timeout=INIT_TIMEOUT_S,
             finish_timeout=FINISH_TIMEOUT_S,  # or a server that went away would hold the finished job
