@@ -58,7 +58,7 @@ class Slurm:
         command = ["sbatch", "--parsable", *options.split(), str(SCRIPTS / script), *arguments]
         return self.output(command, **{"TRAINER_PYTHON": str(python), **environ}).strip()
 
-    def finished(self, number: str, timeout_s: float = 140) -> Job:
+    def finished(self, number: str, timeout_s: float = 240) -> Job:
         """Waits for the end of a job."""
         log, deadline = self.log(number), time.monotonic() + timeout_s
         while True:
