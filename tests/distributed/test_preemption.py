@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -167,11 +168,23 @@ def child_of(pid: int) -> int:
     raise AssertionError(f"process {pid} has no second rank")
 
 
-@pytest.mark.parametrize("delay", [0.3, 2.0])
+def catches(pid: int, number: int) -> bool:
+    """Whether a process has a handler for a signal: before Python has started, any ends it."""
+    caught = re.search(r"^SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    assert caught is not None
+    return bool(int(caught[1], 16) >> (number - 1) & 1)
+
+
+@pytest.mark.parametrize("delay", [0.0, 2.0])
 def test_asked_before_the_first_step(recipe: Path, tmp_path: Path, delay: float) -> None:
     """During imports and loading: nothing to save, so at most the step that was reached is, and the status asks for
     another start."""
     process = start(recipe, tmp_path)
+    deadline = time.monotonic() + 60
+    while not catches(process.pid, signal.SIGUSR1):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     time.sleep(delay)
     process.send_signal(signal.SIGUSR1)
     code, output = end(process)
