@@ -9,6 +9,7 @@ import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 HERE = Path(__file__).parent
@@ -105,10 +106,13 @@ def document(content: dict[str, Any]) -> str:
     parts = [HEAD.format(recipes="".join(f"| {' | '.join(row)} |\n" for row in table))]
     for system in _STAND_INS:
         of_system = {
-            name: [run for run in runs if run["system"] == system and run["variant"] == name] for name in _NAMES
+            name: sorted(
+                (run for run in runs if run["system"] == system and run["variant"] == name), key=lambda run: run["seed"]
+            )
+            for name in _NAMES
         }
-        if all(of_system.values()):
-            parts.append(_section(system, of_system))
+        if all(of_system[name] for name in ("base", "published", "ours", "best-st")):
+            parts.append(_section(system, {name: found for name, found in of_system.items() if found}))
     versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
     parts.append(
         "## The runs\n\n```bash\n.venv/bin/python benchmarks/recipes.py --data FOLDER --json "
@@ -122,8 +126,12 @@ def _section(system: str, runs: dict[str, list[dict[str, Any]]]) -> str:
     one = runs["ours"][0]
     lines = [
         f"## {system}\n",
-        f"{_STAND_INS[system]}: {one['train_rows']:,} rows to train on, {one['dev_rows']:,} to score; "
-        f"{one['unknown']:.1%} of their pieces are unknown to the base.\n",
+        fill(
+            f"{_STAND_INS[system][0].upper()}{_STAND_INS[system][1:]}: {one['train_rows']:,} rows to train on, "
+            f"{one['dev_rows']:,} to score; {one['unknown']:.1%} of their pieces are unknown to the base.\n",
+            120,
+        ),
+        "",
         f"| | {one['metric']} | seeds | rows/s |",
         "|---|---|---|---|",
     ]
@@ -137,11 +145,17 @@ def _section(system: str, runs: dict[str, list[dict[str, Any]]]) -> str:
     sentences = [
         f"Ours {_verdict(scores_of['ours'], scores_of[name])} {_THE[name]}" for name in ("published", "base", "best-st")
     ]
-    sentences.append(f"The published recipe through ours {_verdict(scores_of['published'], scores_of['published-st'])} "
-                     "the same through ST")  # fmt: skip
-    return "\n".join([*lines, "", ". ".join(sentences) + ".\n"])
+    if "published-st" in scores_of:
+        verdict = _verdict(scores_of["published"], scores_of["published-st"])
+        sentences.append(f"The published recipe through ours {verdict} the same through ST")
+    told = [". ".join(sentences) + ".", *([_NOTES[system]] if system in _NOTES else [])]
+    return "\n".join([*lines, "", *(fill(text, 120) for text in told), ""])
 
 
+_NOTES = {
+    "korean-nutrition": "Of 81 texts ours leaves out a fifth, to watch itself; the best of ST trains on all.",
+    "korean-terms": "Seven pairs teach no others: the base is best, and what ours does better is to spoil less.",
+}
 _THE = {"published": "the published recipe", "base": "the untouched base", "best-st": "the best of ST"}
 
 
