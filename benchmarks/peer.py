@@ -47,6 +47,11 @@ _PEER_LOSS = {
 _TARGETS = ("score", "label")
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
 @dataclass(frozen=True)
 class Task:
     """What both sides train on.
@@ -79,8 +84,7 @@ class Task:
 
     def rows(self, data: Path) -> list[dict[str, Any]]:
         """All rows, canonical names, text columns first."""
-        with gzip.open(data / self.file, "rt", encoding="utf-8") as lines:
-            return [self._row(json.loads(line)) for line in lines]
+        return [self._row(raw) for raw in read_rows(data / self.file)]
 
     def _row(self, raw: dict[str, Any]) -> dict[str, Any]:
         row = {name: raw[column] for name, column in self.columns.items()}
@@ -299,10 +303,10 @@ def peer_loss(task: Task, model: SentenceTransformer, fit: Fit | None = None) ->
     return _PEER_LOSS[task.loss](model, **gathers)
 
 
-def load_peer(task: Task, backbone: str, fit: Fit) -> SentenceTransformer:
+def load_peer(backbone: str, max_length: int, fit: Fit) -> SentenceTransformer:
     options = {"attn_implementation": fit.settings.attention} if fit.settings.attention else {}
     model = SentenceTransformer(backbone, model_kwargs={"dtype": torch.float32, **options})
-    model.max_seq_length = task.max_length
+    model.max_seq_length = max_length
     if fit.dropout is not None:
         for module in model.modules():
             if isinstance(module, nn.Dropout):

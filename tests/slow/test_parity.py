@@ -58,7 +58,7 @@ def test_first_losses_equal_those_of_sentence_transformers(
     # Its trainer leaves the head out of the norm it clips, ours clips all that is trained: none with a head.
     clip = 0.0 if name == "Softmax" else 1.0
     theirs, ours = (Fit(steps=STEPS, dropout=0.0, clip=clip, record_losses=True) for _ in ("theirs", "ours"))
-    model = load_peer(task, backbone, theirs)
+    model = load_peer(backbone, task.max_length, theirs)
     loss = peer_loss(task, model)
     callbacks = []
     if name == "Softmax":
