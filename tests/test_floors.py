@@ -35,7 +35,6 @@ FLOORS = {
     2: """trainer.identity trainer.manifest trainer.losses trainer.losses.* trainer.encoder trainer.encoder.*
           trainer.check trainer.check.batches trainer.check.finding trainer.check.labels trainer.check.memory
           trainer.check.rules trainer.check.texts trainer.data.ahead trainer.data.batches trainer.data.blocks
-          trainer.check.rules trainer.check.texts trainer.data.ahead trainer.data.batches trainer.data.blocks
           trainer.data.bylabel trainer.data.cache trainer.data.checks trainer.data.collate trainer.data.columns
           trainer.data.delimited trainer.data.derived trainer.data.distinct trainer.data.facts trainer.data.files
           trainer.data.hashes trainer.data.json_lines trainer.data.layouts trainer.data.leaks trainer.data.loading
@@ -44,9 +43,8 @@ FLOORS = {
           trainer.data.teaching trainer.data.tokens trainer.data.values
           trainer.evaluation trainer.evaluation.base trainer.evaluation.binaryclassification
           trainer.evaluation.classification trainer.evaluation.health trainer.evaluation.informationretrieval
-          trainer.evaluation.labelaccuracy
-          trainer.evaluation.labelretrieval
-          trainer.evaluation.mse trainer.evaluation.reranking trainer.evaluation.search trainer.evaluation.sts
+          trainer.evaluation.labelaccuracy trainer.evaluation.labelretrieval trainer.evaluation.mse
+          trainer.evaluation.reranking trainer.evaluation.search trainer.evaluation.sts
           trainer.evaluation.topk trainer.evaluation.translation trainer.evaluation.triplet
           trainer.mine trainer.mine.pairs trainer.mine.select trainer.predict trainer.predict.shards""",
     1: """trainer trainer.batch trainer.data trainer.distributed trainer.distributed.gather

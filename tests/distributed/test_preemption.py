@@ -76,11 +76,15 @@ def slow_at(step: int) -> tuple[str, ...]:
     return "--trainer.callbacks+=kill_at.WaitAt", f"--trainer.callbacks.step={step}"
 
 
-def when_waiting(run_dir: Path, act: Callable[[], None]) -> None:
-    deadline = time.monotonic() + 120
-    while not (run_dir / "waiting").exists():
-        assert time.monotonic() < deadline, "the run never came to the step it was to wait at"
+def wait_until(happened: Callable[[], bool], what: str, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not happened():
+        assert time.monotonic() < deadline, f"the run never {what}"
         time.sleep(0.02)
+
+
+def when_waiting(run_dir: Path, act: Callable[[], None]) -> None:
+    wait_until((run_dir / "waiting").exists, "came to the step it was to wait at", timeout_s=120)
     act()
 
 
@@ -180,11 +184,10 @@ def test_asked_before_the_first_step(recipe: Path, tmp_path: Path, delay: float)
     """During imports and loading: nothing to save, so at most the step that was reached is, and the status asks for
     another start."""
     process = start(recipe, tmp_path)
-    deadline = time.monotonic() + 60
-    while not catches(process.pid, signal.SIGUSR1):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(
+        lambda: process.poll() is not None or catches(process.pid, signal.SIGUSR1), "had a handler", timeout_s=60
+    )
+    assert process.poll() is None
     time.sleep(delay)
     process.send_signal(signal.SIGUSR1)
     code, output = end(process)

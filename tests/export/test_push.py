@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -39,10 +39,18 @@ def files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def refused(capsys: pytest.CaptureFixture[str], *args: str) -> str:
-    """What a failing export says last."""
-    assert main(["export", *args]) == 1
-    return capsys.readouterr().err.splitlines()[-1]
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def refused(run: CraftedRun, hub: Uploads, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
+    """What a failing export into ``model`` says last."""
+
+    def export(*flags: str) -> str:
+        assert main(["export", str(run.folder), str(tmp_path / "model"), *flags]) == 1
+        return capsys.readouterr().err.splitlines()[-1]
+
+    return export
 
 
 @pytest.mark.parametrize("large", [(".safetensors",), ()], ids=["lfs", "commits"])
@@ -89,55 +97,39 @@ def test_weights_of_an_older_export_go_and_files_of_others_stay(run: CraftedRun,
     assert hub.private == set()
 
 
-def test_a_public_repository_is_not_private(
-    run: CraftedRun, hub: Uploads, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_public_repository_is_not_private(hub: Uploads, refused: Refused) -> None:
     (hub.folder / "me" / "public").mkdir(parents=True)
-    said = refused(capsys, str(run.folder), str(tmp_path / "model"), "--push", "me/public", "--private")
+    said = refused("--push", "me/public", "--private")
     assert said.startswith("error: --private: me/public is there and public, so nothing was sent; make it private")
     assert files(hub.folder) == set()
 
 
-def test_who_may_not_write_is_told_so(
-    run: CraftedRun,
-    hub: Uploads,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_who_may_not_write_is_told_so(refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", other := "hf_of_somebody_else_entirely")
-    said = refused(capsys, str(run.folder), str(tmp_path / "model"), "--push", "others/model")
+    said = refused("--push", "others/model")
     assert re.match(r"error: --push others/model: http://\S+ answered 403: .*you may not write here", said)
     assert said.endswith("the token must be allowed to write there (hf auth whoami names its owner)")
     assert other not in said
     assert (tmp_path / "model" / "modules.json").is_file()
 
 
-def test_a_hub_that_is_not_there(
-    run: CraftedRun,
-    hub: Uploads,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_hub_that_is_not_there(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    said = refused(capsys, str(run.folder), str(tmp_path / "model"), "--push", "me/model")
+    said = refused("--push", "me/model")
     assert said.startswith("error: --push me/model: http://127.0.0.1:9 can't be reached or does not take it: ")
     assert said.endswith("model is whole: the same command tries again")
 
 
 def test_offline_or_without_a_token_nothing_is_exported(
-    run: CraftedRun,
-    hub: Uploads,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    hub: Uploads, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    args = str(run.folder), str(tmp_path / "model"), "--push", "me/model"
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    assert refused(capsys, *args).startswith("error: --push me/model: there is no token of the hub; hf auth login")
+    assert refused("--push", "me/model").startswith(
+        "error: --push me/model: there is no token of the hub; hf auth login"
+    )
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert refused(capsys, *args).startswith("error: --push me/model: HF_HUB_OFFLINE is set, so nothing is sent")
+    said = refused("--push", "me/model")
+    assert said.startswith("error: --push me/model: HF_HUB_OFFLINE is set, so nothing is sent")
     assert not (tmp_path / "model").exists()
     assert hub.paths == []
