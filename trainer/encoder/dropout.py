@@ -25,17 +25,16 @@ class HostDropout(nn.Dropout):
 
 def dropout(x: Tensor, rate: float) -> Tensor:
     """Zeros with probability ``rate``, and all else divided by 1 - ``rate``; any shape, float."""
-    num_dropped = round(rate * _BITS)
-    if x.device.type != "cpu" or num_dropped in (0, _BITS):
+    if x.device.type != "cpu" or round(rate * _BITS) in (0, _BITS):
         return nn.functional.dropout(x, rate)
-    dropped: Tensor = _Dropout.apply(x, num_dropped)  # type: ignore[no-untyped-call]
+    dropped: Tensor = _Dropout.apply(x, rate)  # type: ignore[no-untyped-call]
     return dropped
 
 
 class _Dropout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, num_dropped: int) -> Tensor:
-        kept, ctx.scale = draw_kept(x.numel(), num_dropped / _BITS)
+    def forward(ctx: Any, x: Tensor, rate: float) -> Tensor:
+        kept, ctx.scale = draw_kept(x.numel(), rate)
         kept = kept.view(x.shape)
         ctx.save_for_backward(kept)
         # Scaled behind the product: 1 / (1 - rate) itself has an error of 2^-9 in bf16.
