@@ -12,6 +12,7 @@ import yaml
 
 from trainer.config_files import ConfigError, Flag
 from trainer.files import write_whole
+from trainer.tracking.runs import METRICS_FILE
 
 # These say where a run is and how it is watched, not what it computes: on other hardware it keeps its name.
 _NOT_IN_NAME = re.compile(
@@ -42,7 +43,7 @@ def _sanitise(text: str) -> str:
 def holds_run(folder: Path) -> bool:
     """Whether an earlier run left metrics or checkpoints in ``folder``."""
     checkpoints = folder / "checkpoints"
-    return (folder / "metrics.jsonl").exists() or (checkpoints.is_dir() and any(checkpoints.iterdir()))
+    return (folder / METRICS_FILE).exists() or (checkpoints.is_dir() and any(checkpoints.iterdir()))
 
 
 def refuse_used(folder: Path) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Optional
 
-from trainer.tracking.runs import RunRecord, best, number
+from trainer.tracking.runs import RunRecord, best, last, number
 
 # Of a config: the seed, and where a run lies and how it is watched.
 _NOT_COMPARED = re.compile(
@@ -80,7 +80,7 @@ class Group:
         return Spread.of(found[0] if (found := best(run.rows, metric)) else None for run in self.runs)
 
     def last(self, metric: str) -> Optional[Spread]:
-        return Spread.of(last(run, metric) for run in self.runs)
+        return Spread.of(last(run.rows, metric) for run in self.runs)
 
     def curve(self, metric: str, axis: str) -> list[Point]:
         """The steps that all runs have (where there is none, that any has), in their order."""
@@ -94,10 +94,6 @@ class Group:
             if x and value:
                 points.append(Point(x.mean, value))
         return points
-
-
-def last(run: RunRecord, metric: str) -> Optional[float]:
-    return next((value for row in reversed(run.rows) if (value := number(row, metric)) is not None), None)
 
 
 def metrics_of(groups: Sequence[Group], prefix: str) -> list[str]:
@@ -208,7 +204,7 @@ def cost(group: Group) -> Cost:
     runs = group.runs
 
     def of_last(name: str) -> Optional[Spread]:
-        return Spread.of(last(run, name) for run in runs)
+        return Spread.of(last(run.rows, name) for run in runs)
 
     def median(name: str) -> Optional[Spread]:
         found = ([value for row in run.rows if (value := number(row, name)) is not None] for run in runs)

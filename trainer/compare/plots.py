@@ -14,6 +14,13 @@ from trainer.compare.fold import Point, Spread
 WIDTH, HEIGHT = 440, 250
 LEFT, RIGHT, TOP, BOTTOM = 54, 12, 12, 40
 NUM_COLOURS = 8
+# On a light ground, for whoever shows the plots.
+PALETTE = "--c0:#2563c9;--c1:#d9622b;--c2:#16866b;--c3:#a13ea8;--c4:#b58900;--c5:#c62f53;--c6:#4a90a4;--c7:#6f6f7a"
+STYLE = (
+    ".grid{stroke:var(--grid)}.axis{stroke:var(--rule)}"
+    ".line{fill:none;stroke:var(--c);stroke-width:1.8;stroke-linejoin:round}.dashed{stroke-dasharray:5 3}"
+    + "".join(f".g{n}{{--c:var(--c{n})}}" for n in range(NUM_COLOURS))
+)
 MAX_POINTS = 150  # of a line: more than a plot of this width can show
 
 

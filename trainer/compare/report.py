@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 
-from trainer.compare.fold import AXES, Group, cost, differences, last, metrics_of, primary_metrics
-from trainer.compare.plots import colour, curves, dots, histograms
+from trainer.compare.fold import AXES, Group, cost, differences, metrics_of, primary_metrics
+from trainer.compare.plots import PALETTE, STYLE, colour, curves, dots, histograms
 from trainer.compare.show import COST_ROWS, cost_cells, has_other_losses, heading, metric, setting, winners
-from trainer.tracking.runs import best
+from trainer.tracking.runs import best, last
 
 PAGE = Path(__file__).with_name("page.html")
 _HEALTH = "health/"
@@ -35,6 +35,8 @@ def render_report(groups: Sequence[Group]) -> str:
         "TITLE": escape(title),
         "ABOUT": escape(about),
         "LEGEND": "".join(_legend(groups)),
+        "PALETTE": PALETTE,
+        "PLOTS": STYLE,
         "HIDE": "".join(f"body:has(#show{n}:not(:checked)) .n{n}{{display:none}}" for n in range(len(groups))),
         "BODY": "".join(section for section in sections if section),
     }
@@ -189,7 +191,7 @@ def _runs(groups: Sequence[Group]) -> str:
         for run in group.runs:
             cells = [f"{found[0]:.4f} at {found[1]:,}" if (found := best(run.rows, name)) else "–" for name in primary]
             seed = "–" if run.seed is None else str(run.seed)
-            rows.append(_row([run.name, seed, f"{last(run, 'step') or 0:,.0f}", *cells], kind=colour(number)))
+            rows.append(_row([run.name, seed, f"{last(run.rows, 'step') or 0:,.0f}", *cells], kind=colour(number)))
     head = ["run", "seed", "steps", *(heading(name, name.removeprefix("eval/")) for name in primary)]
     return _section("Runs", f"<details><summary>Every run</summary>{_table(head, rows)}</details>")
 

@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from trainer.compare.fold import Point, Spread
-from trainer.compare.plots import HEIGHT, WIDTH, colour, curves
+from trainer.compare.plots import HEIGHT, PALETTE, STYLE, WIDTH, colour, curves
 from trainer.tracking.runs import number
 
 FILE = "training.svg"
@@ -15,12 +15,10 @@ _COLUMNS, _GAP, _TITLE = 2, 16, 26
 # Readable on any page, light or dark: it brings its own ground.
 _STYLE = (
     "svg{--card:#fff;--ink:#1d2129;--soft:#636b78;--rule:#c9cdd4;--grid:#eceef1;"
-    "--c0:#2563c9;--c1:#d9622b;--c2:#16866b;--c3:#a13ea8;--c4:#b58900;--c5:#c62f53;--c6:#4a90a4;--c7:#6f6f7a;"
+    f"{PALETTE};"
     'font:11px system-ui,-apple-system,"Segoe UI",Roboto,Arial,sans-serif}'
-    + "".join(f".g{n}{{--c:var(--c{n})}}" for n in range(8))
-    + ".ground{fill:var(--card)}.title{font-size:13px;font-weight:600;fill:var(--ink)}.key{fill:var(--c)}"
-    ".tick,.label{fill:var(--soft)}.grid{stroke:var(--grid)}.axis{stroke:var(--rule)}.dot{fill:var(--c)}"
-    ".line{fill:none;stroke:var(--c);stroke-width:1.8;stroke-linejoin:round}.dashed{stroke-dasharray:5 3}"
+    ".ground{fill:var(--card)}.title{font-size:13px;font-weight:600;fill:var(--ink)}.key{fill:var(--c)}"
+    f".tick,.label{{fill:var(--soft)}}.dot{{fill:var(--c)}}{STYLE}"
 )
 
 

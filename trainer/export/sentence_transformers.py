@@ -31,8 +31,7 @@ from trainer.export.onnx import OPSET, refuse_missing_packages, write_onnx
 from trainer.export.record import Run, fingerprints, read_findings
 from trainer.manifest import STATE, best, newest, problem, read_manifest, read_state
 from trainer.module import EmbeddingModule
-from trainer.tracking.metrics import FILE_NAME
-from trainer.tracking.runs import read_about, read_log
+from trainer.tracking.runs import METRICS_FILE, read_about, read_log
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +72,7 @@ def export_run(source: Path, out: Path, legacy: bool = False, onnx: bool = False
         module=module,
         data=data,
         config=config,
-        log=read_log(run_dir / FILE_NAME),
+        log=read_log(run_dir / METRICS_FILE),
         checkpoint=path.name,
         step=checkpoint["global_step"],
         name=_name(run_dir),

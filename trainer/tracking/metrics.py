@@ -21,7 +21,7 @@ from trainer.encoder.flops import Arithmetic, count_arithmetic
 from trainer.files import write_whole
 from trainer.manifest import read_state
 from trainer.tracking.about import names_of_sources, peak_memory, write_about
-from trainer.tracking.runs import METRICS_FILE as FILE_NAME
+from trainer.tracking.runs import METRICS_FILE
 from trainer.tracking.wandb import RunLogger
 
 Listener = Callable[[Mapping[str, float], int], None]
@@ -290,7 +290,7 @@ def _seconds_waited(trainer: Trainer) -> float:
 
 
 def _path(trainer: Trainer) -> Path:
-    return Path(trainer.default_root_dir) / FILE_NAME
+    return Path(trainer.default_root_dir) / METRICS_FILE
 
 
 def run_id_in(checkpoint: Path) -> str | None:

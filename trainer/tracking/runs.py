@@ -74,6 +74,11 @@ def best(rows: Iterable[Row], metric: str) -> Optional[tuple[float, int]]:
     return max(found, key=lambda one: one[0]) if which == "max" else min(found, key=lambda one: one[0])
 
 
+def last(rows: Sequence[Row], name: str) -> Optional[float]:
+    """The last value that was logged."""
+    return next((value for row in reversed(rows) if (value := number(row, name)) is not None), None)
+
+
 def read_run_dir(folder: Path) -> RunRecord:
     """A run directory of `trainer fit`.
 

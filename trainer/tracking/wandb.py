@@ -22,7 +22,7 @@ from trainer.files import write_whole
 from trainer.interruption import shielded
 from trainer.tracking.direction import direction
 from trainer.tracking.redact import redact, redact_arguments
-from trainer.tracking.runs import METRICS_FILE, STEP, Row, best, read_log
+from trainer.tracking.runs import METRICS_FILE, STEP, Row, best, last, read_log
 from trainer.tracking.wandb_mode import choose_mode, has_key
 
 ID_FILE = "wandb_id"
@@ -170,8 +170,7 @@ class RunLogger(WandbLogger):
         """Best and last values of the run."""
         for name in dict.fromkeys(name for row in rows for name in row):
             if top := best(rows, name):
-                end = [row[name] for row in rows if row.get(name) is not None][-1]
-                self.experiment.summary.update({name: {direction(name): top[0], "last": end}})
+                self.experiment.summary.update({name: {direction(name): top[0], "last": last(rows, name)}})
 
     def _log_evaluations(self, rows: Sequence[Row]) -> None:
         """The table of all evaluations: a row for each metric."""
