@@ -228,15 +228,16 @@ def test_nan_on_one_rank_stops_all(runs: Runs) -> None:
     [
         (
             "memory",
-            ("--data.batch_size", "48", "--trainer.limit_val_batches", "0"),
-            "training, with a batch of 48",
+            ("--data.batch_size", "480", "--trainer.limit_val_batches", "0"),
+            "training, with a batch of 480",
         ),
         ("early-memory", (), r"evaluation, with a batch of \d+"),
     ],
 )
-def test_out_of_memory(runs: Runs, how: str, flags: tuple[str, ...], batch: str) -> None:
-    """The limit on the address space makes the allocator fail as on a full machine; the batch needs over 20 MB."""
-    assert runs(how, *flags, step=0, rank=0) == 1
+def test_out_of_memory(runs: Runs, tmp_path: Path, how: str, flags: tuple[str, ...], batch: str) -> None:
+    """The limit on the address space makes the allocator fail as on a full machine; the batch needs over 200 MB."""
+    train, _ = write_pairs(tmp_path, num_train=480, num_dev=1, seed=2)
+    assert runs(how, "--data.train.path", str(train), *flags, step=0, rank=0) == 1
     (line,) = lines(runs.said, "error")
     assert re.fullmatch(
         rf"error: out of memory in {batch} rows, \d+ texts, \d+ tokens, longest text \d+ tokens: "
