@@ -25,14 +25,15 @@ FLOORS = {
           trainer.demo trainer.demo_data trainer.demo_encoder
           trainer.export trainer.export.* trainer.mine.columns trainer.mine.command trainer.predict.command
           trainer.predict.flags""",
-    3: """trainer.module trainer.checkpoint trainer.data.module trainer.evaluation.runner trainer.evaluation.scoring
-          trainer.evaluation.sharded
+    3: """trainer.module trainer.checkpoint trainer.data.module trainer.data.steps trainer.evaluation.runner
+          trainer.evaluation.scoring trainer.evaluation.sharded
           trainer.check.callback trainer.check.probe trainer.check.render trainer.check.report
           trainer.distributed.exact trainer.distributed.heartbeat
           trainer.distributed.launch trainer.distributed.preemption trainer.distributed.shared_work
           trainer.distributed.strategies trainer.distributed.watch trainer.finite trainer.memory
           trainer.mine.search trainer.mine.write trainer.predict.embed trainer.tracking trainer.tracking.*""",
-    2: """trainer.identity trainer.manifest trainer.losses trainer.losses.* trainer.encoder trainer.encoder.*
+    2: """trainer.base_weights trainer.identity trainer.manifest trainer.optimizer
+          trainer.losses trainer.losses.* trainer.encoder trainer.encoder.*
           trainer.check trainer.check.batches trainer.check.finding trainer.check.labels trainer.check.memory
           trainer.check.rules trainer.check.texts trainer.data.ahead trainer.data.batches trainer.data.blocks
           trainer.data.bylabel trainer.data.cache trainer.data.checks trainer.data.collate trainer.data.columns
@@ -40,7 +41,7 @@ FLOORS = {
           trainer.data.hashes trainer.data.json_lines trainer.data.layouts trainer.data.leaks trainer.data.loading
           trainer.data.opaque trainer.data.order trainer.data.progress trainer.data.retrieval trainer.data.rowgroups
           trainer.data.rows trainer.data.sources trainer.data.streaming trainer.data.streamrows trainer.data.teacher
-          trainer.data.teaching trainer.data.tokens trainer.data.values
+          trainer.data.teaching trainer.data.tokens trainer.data.validation trainer.data.values
           trainer.evaluation trainer.evaluation.base trainer.evaluation.binaryclassification
           trainer.evaluation.classification trainer.evaluation.health trainer.evaluation.informationretrieval
           trainer.evaluation.labelaccuracy trainer.evaluation.labelretrieval trainer.evaluation.mse

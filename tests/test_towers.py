@@ -29,11 +29,12 @@ from trainer.batch import PackedBatch
 from trainer.check.report import make_report
 from trainer.cli import main
 from trainer.data.batches import StepBatches
-from trainer.data.module import PairData, ValidationSet
+from trainer.data.module import PairData
 from trainer.data.opaque import OpaqueBatches, OpaqueStream
 from trainer.data.sources import Source
 from trainer.data.streaming import StreamedTable
 from trainer.data.tokens import tokenize
+from trainer.data.validation import ValidationSet
 from trainer.demo_data import MAX_SCORE, read_pairs, write_pairs
 from trainer.distributed import gather
 from trainer.encoder import EncoderSpec

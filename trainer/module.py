@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from transformers import get_scheduler
 
+from trainer.base_weights import BaseWeights
 from trainer.batch import PackedBatch
 from trainer.check.rules import unfit_columns
 from trainer.data.files import did_you_mean
@@ -25,6 +26,7 @@ from trainer.evaluation.classification import Classification
 from trainer.finite import FiniteSteps
 from trainer.losses import Loss
 from trainer.memory import explained_memory
+from trainer.optimizer import clip, count_steps, parameter_groups
 
 logger = logging.getLogger(__name__)
 
@@ -98,8 +100,6 @@ class EmbeddingModule(LightningModule):
         self.last_grad_norm: Optional[Tensor] = None
         self.last_metrics: dict[str, Tensor] = {}
         self.finite_steps = FiniteSteps()
-        self._base: dict[str, str] = {}  # of what is not trained, by the prefix of its encoder
-        self._checksums: dict[str, str] = {}  # of the embedding matrices, likewise
         self.encoder: Union[Encoder, Towers]
 
     # -- building -----------------------------------------------------------------------------------------
@@ -184,8 +184,7 @@ class EmbeddingModule(LightningModule):
         if hasattr(self, "encoder"):
             return
         self.encoder = load_encoder(self.encoder_spec, self.document_spec, self.max_tokens, self.data.text)
-        # Now, for a strategy may take the weights apart later.
-        self._base = {name: part.base_checksum() for name, part in self.encoder.parts.items() if part.base_names}
+        self._base = BaseWeights(self.encoder_specs, self.encoder.parts)
         for loss in self.all_losses:
             loss.build(self.encoder.embedding_dimension)
         strategy = self.trainer.strategy
@@ -242,17 +241,7 @@ class EmbeddingModule(LightningModule):
         return count_steps(self.data.steps_per_epoch, trainer.max_epochs or 1, trainer.max_steps)
 
     def configure_optimizers(self) -> Any:
-        decayed: list[nn.Parameter] = []
-        plain: list[nn.Parameter] = []
-        norms = {id(p) for m in self.modules() if _is_norm(m) for p in m.parameters(recurse=False)}
-        for name, parameter in self.named_parameters():
-            if parameter.requires_grad:
-                # A single number is a scale or an offset, as a norm's weights and biases are.
-                single = parameter.dim() == 0 or id(parameter) in norms or name.endswith("bias")
-                exempt = single and not self.decay_all
-                (plain if exempt else decayed).append(parameter)
-        groups = [{"params": decayed, "weight_decay": self.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        groups = [group for group in groups if group["params"]]
+        groups = parameter_groups(self, self.weight_decay, self.decay_all)
         self._weight_decays = [group["weight_decay"] for group in groups]
         optimizer: torch.optim.Optimizer
         if self.optimizer_name == "sgd":
@@ -318,7 +307,7 @@ class EmbeddingModule(LightningModule):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.last_grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if by_norm and gradient_clip_val:
-            _clip(optimizer, parameters, gradient_clip_val, self.last_grad_norm)
+            clip(optimizer, parameters, gradient_clip_val, self.last_grad_norm)
         elif gradient_clip_val:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         self.finite_steps.check(self.last_grad_norm, optimizer, self.trainer)
@@ -352,54 +341,11 @@ class EmbeddingModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.finite_steps.read(self.trainer)
-        for prefix, part in self.encoder.parts.items():
-            if part.vocabulary is not None:
-                checkpoint[f"{prefix}base_vocabulary"] = self._vocabulary_checksum(prefix)
-            if prefix in self._base:  # the folder of the backbone has them
-                checkpoint[f"{prefix}base_weights"] = self._base[prefix]
-                for name in part.base_names:
-                    # Other ranks than the first may hold none.
-                    checkpoint["state_dict"].pop(f"encoder.{prefix}{name}", None)
-
-    def _vocabulary_checksum(self, prefix: str) -> str:
-        if prefix not in self._checksums:
-            vocabulary = self.encoder.parts[prefix].vocabulary
-            assert vocabulary is not None
-            self._checksums[prefix] = vocabulary.base_checksum()
-        return self._checksums[prefix]
+        self._base.leave_out(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Make the vocabulary fit the checkpoint's, and fill in what its backbone has, before weights are loaded."""
-        for spec, prefix in zip(self.encoder_specs, self.encoder.parts, strict=True):
-            self._fit_checkpoint(spec, prefix, checkpoint)
-
-    def _fit_checkpoint(self, spec: EncoderSpec, prefix: str, checkpoint: dict[str, Any]) -> None:
-        state, part = checkpoint["state_dict"], self.encoder.parts[prefix]
-        names = part.base_names
-        base = (self._base.get(prefix) or part.base_checksum()) if names else None
-        if checkpoint.get(f"{prefix}base_weights") != base:
-            raise ValueError(
-                f"the frozen weights of '{spec.backbone}' are not those the checkpoint was trained with: "
-                "restore the backbone folder or its revision, and freeze and lora of its run"
-            )
-        state.update({f"encoder.{prefix}{name}": part.get_parameter(name).detach() for name in names})
-        held = (key for key in state if key.startswith(f"encoder.{prefix}") and key.endswith(".used_ids"))
-        name = next(held, None)
-        if name is None:
-            return
-        vocabulary = part.vocabulary
-        if vocabulary is None or not torch.equal(vocabulary.used_ids.cpu(), state[name].cpu()):
-            if vocabulary is not None and self.trainer.training:
-                raise ValueError(
-                    f"the checkpoint was trained on texts with {len(state[name])} distinct pieces, this data has "
-                    f"{len(vocabulary.used_ids)} others: go on with the same data, or start from its model/ folder"
-                )
-            part.compact_vocabulary(state[name])
-        if self._vocabulary_checksum(prefix) != checkpoint[f"{prefix}base_vocabulary"]:
-            raise ValueError(
-                f"the embedding matrix of '{spec.backbone}' is not the one the checkpoint was trained "
-                "from: restore the backbone folder or its revision"
-            )
+        self._base.fill_in(checkpoint, self.trainer.training)
 
     def _print(self, batch: PackedBatch) -> None:
         columns: list[list[str]] = []
@@ -412,27 +358,3 @@ class EmbeddingModule(LightningModule):
             score = "" if targets.scores_B is None else f" score {float(targets.scores_B[row]):.3f}"
             label = "" if targets.labels_B is None else f" label {int(targets.labels_B[row])}"
             print(f"row {int(targets.row_ids_B[row])}{score}{label}: " + " | ".join(column[row] for column in columns))
-
-
-def count_steps(steps_per_epoch: int, max_epochs: int, max_steps: int) -> int:
-    """Optimizer steps of a whole run; -1 is no limit.
-
-    Raises:
-        ValueError: neither limit is set.
-    """
-    if max_epochs < 0 and max_steps < 0:
-        raise ValueError("trainer.max_epochs is -1 and trainer.max_steps is not set: give one of them")
-    steps = steps_per_epoch * max_epochs if max_epochs > 0 else max_steps
-    return min(steps, max_steps) if max_steps > 0 else steps
-
-
-def _clip(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], limit: float, norm: Tensor) -> None:
-    """Scale gradients of this global norm to the limit, if they are over it; a fused optimizer does it on its way."""
-    if all(group.get("fused") for group in optimizer.param_groups):
-        optimizer.grad_scale = ((norm + 1e-6) / limit).clamp(min=1.0)  # type: ignore[attr-defined]
-    else:
-        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-
-
-def _is_norm(module: nn.Module) -> bool:
-    return "norm" in type(module).__name__.lower()

@@ -4,7 +4,6 @@ import gzip
 import json
 import logging
 import time
-from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,8 +14,9 @@ import torch
 from trainer.batch import PackedBatch
 from trainer.data import order
 from trainer.data.batches import StepBatches
-from trainer.data.module import PairData, StepLoader, step_groups
+from trainer.data.module import PairData
 from trainer.data.sources import EvalSource, Source
+from trainer.data.steps import StepLoader
 from trainer.encoder import EncoderSpec
 
 COLUMNS = {"anchor": "a", "positive": "b", "score": "s"}
@@ -83,14 +83,6 @@ def test_the_loader_gives_every_step_from_where_the_run_stands(
     for batch, step in zip(found, range(20, 34), strict=True):
         assert torch.equal(batch.targets.row_ids_B, alone[step].targets.row_ids_B)
         assert torch.equal(batch.input_ids_T, alone[step].input_ids_T)
-
-
-@pytest.mark.parametrize(("step", "stop", "size"), [(0, 10, 4), (3, 10, 4), (4, 4, 3), (7, 9, 1)])
-def test_groups_of_steps_hold_each_step_once_and_end_at_multiples(step: int, stop: int, size: int) -> None:
-    groups = list(step_groups(step, stop, size))
-    assert list(chain.from_iterable(groups)) == list(range(step, stop))
-    assert all((group[-1] + 1) % size == 0 for group in groups[:-1])
-    assert all(0 < len(group) <= size for group in groups)
 
 
 def test_a_batch_smaller_than_the_number_of_ranks_is_refused(tmp_path: Path, tiny_encoder: Path, two_ranks) -> None:

@@ -12,9 +12,10 @@ import pytest
 
 from trainer.data import opaque
 from trainer.data.loading import fingerprint
-from trainer.data.module import PairData, StepLoader, StepSampler
+from trainer.data.module import PairData
 from trainer.data.opaque import OpaqueBatches, OpaqueStream, Reader
 from trainer.data.sources import Source
+from trainer.data.steps import StepLoader, StepSampler
 from trainer.data.tokens import worker_context
 from trainer.encoder import EncoderSpec
 from trainer.encoder.text import TextPreparation, load_text_preparation

@@ -27,9 +27,10 @@ from torch._utils import ExceptionWrapper
 from tests.stub_hub import stub_hub
 from trainer.data.batches import StepBatches
 from trainer.data.loading import fingerprint
-from trainer.data.module import PairData, StepLoader, StepSampler
+from trainer.data.module import PairData
 from trainer.data.order import SLICE_ROWS
 from trainer.data.sources import EvalSource, Source
+from trainer.data.steps import StepLoader, StepSampler
 from trainer.data.streaming import StreamedTable
 from trainer.data.tokens import tokenize, worker_context
 from trainer.encoder import EncoderSpec

@@ -15,8 +15,8 @@ from sentence_transformers.sentence_transformer.evaluation import InformationRet
 
 from tests.evaluation.test_sharded import MAX_TOKENS, Recorder
 from tests.two_ranks import TwoRanks
-from trainer.data.module import open_validation
 from trainer.data.sources import EvalSource
+from trainer.data.validation import open_validation
 from trainer.distributed import gather
 from trainer.encoder import Encoder, EncoderSpec
 from trainer.evaluation import InformationRetrieval

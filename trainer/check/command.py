@@ -22,9 +22,9 @@ def check(args: Sequence[str]) -> int:
     from trainer.check.probe import probe
     from trainer.check.render import print_report
     from trainer.check.report import make_report
-    from trainer.data.module import limit_steps
+    from trainer.data.steps import limit_steps
     from trainer.lightning_cli import Parts
-    from trainer.module import count_steps
+    from trainer.optimizer import count_steps
 
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # "Seed set to": nothing is drawn here
     parts = Parts(["fit", *flags], written, execute=False)

@@ -3,18 +3,16 @@
 import logging
 import math
 import os
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property, partial
-from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, Optional, Union
+from typing import Any, Literal, Optional
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 
 from trainer.batch import PackedBatch
 from trainer.data.batches import StepBatches
@@ -27,106 +25,18 @@ from trainer.data.order import Order, Part, steps_per_window
 from trainer.data.retrieval import load_collections
 from trainer.data.rowgroups import group_files
 from trainer.data.sources import EvalSource, Source
+from trainer.data.steps import StepLoader, StepSampler, limit_steps
 from trainer.data.streaming import GIB, StreamedTable
 from trainer.data.teacher import TeacherTable
 from trainer.data.tokens import TokenTable, end_with, tokenize, worker_context
+from trainer.data.validation import ValidationSet, open_validation
 from trainer.distributed import gather
 from trainer.encoder.spec import EncoderSpec
 from trainer.encoder.text import TextPreparation
 from trainer.encoder.towers import load_texts
-from trainer.evaluation.base import Evaluator, Rows
-from trainer.interruption import shielded, stop_if_asked
+from trainer.interruption import stop_if_asked
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class ValidationSet:
-    """A set that an evaluator scores.
-
-    Attributes:
-        rows: or the `Collection` that it searches.
-        suite: name of the source, where it holds several sets.
-        teacher: of an evaluator that compares with one.
-    """
-
-    name: str
-    rows: Rows
-    evaluator: Evaluator
-    text: TextPreparation
-    suite: str = ""
-    teacher: Optional[EncoderSpec] = None
-
-    @property
-    def primary_metric(self) -> str:
-        """The metric that stands for the source, as it is logged: of a suite the mean over its sets."""
-        return f"eval/{self.suite or self.name}/{self.evaluator.primary}"
-
-
-def open_validation(source: EvalSource, text: TextPreparation, cache_dir: Path) -> list[ValidationSet]:
-    """The sets of a source: one, or those of a suite."""
-    if not source.searches:
-        rows = load(source, cache_dir)
-        return [ValidationSet(source.name, rows, source.evaluator, text, teacher=source.teacher)]
-    return [
-        ValidationSet(name, collection, source.evaluator, text, suite="" if name == source.name else source.name)
-        for name, collection in load_collections(source, cache_dir).items()
-    ]
-
-
-class StepSampler(Sampler[list[int]]):
-    """The steps that are left of the current epoch, some neighbours at a time. The position is the number of optimizer
-    steps taken, nothing else: no state of workers or of iterators is needed to go on after a kill."""
-
-    def __init__(self, data: "PairData") -> None:
-        self.data = data
-
-    def __iter__(self) -> Iterator[list[int]]:
-        assert self.data.trainer is not None
-        step, per_epoch = self.data.trainer.global_step, self.data.steps_per_epoch
-        return step_groups(step, step - step % per_epoch + per_epoch, self.data.steps_per_message)
-
-    def __len__(self) -> int:
-        return self.data.whole_steps_per_epoch  # Lightning applies limit_train_batches to it
-
-
-def step_groups(step: int, stop: int, size: int) -> Iterator[list[int]]:
-    """``range(step, stop)``, cut at the multiples of ``size``."""
-    while step < stop:
-        end = min(stop, step - step % size + size)
-        yield list(range(step, end))
-        step = end
-
-
-class StepLoader(DataLoader[PackedBatch]):
-    """A loader that Lightning may call resumable; its state is the trainer's step, so it stores nothing.
-
-    Workers send several steps in one message: a message takes longer than a batch of 16 rows.
-
-    Attributes:
-        seconds_waited: what this process has spent in getting batches.
-    """
-
-    seconds_waited = 0.0
-
-    def __iter__(self) -> Any:
-        with shielded():
-            return self._timed(chain.from_iterable(super().__iter__()))
-
-    def _timed(self, batches: Iterator[PackedBatch]) -> Iterator[PackedBatch]:
-        while True:
-            start = time.perf_counter()
-            batch = next(batches, None)
-            self.seconds_waited += time.perf_counter() - start
-            if batch is None:
-                return
-            yield batch
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
 
 
 class PairData(LightningDataModule):
@@ -426,10 +336,3 @@ class PairData(LightningDataModule):
 
     def test_dataloader(self) -> DataLoader[int]:
         return self.val_dataloader()
-
-
-def limit_steps(steps_per_epoch: int, limit: Union[int, float]) -> int:
-    """What ``trainer.limit_train_batches`` (a number of steps, or a share) leaves of an epoch."""
-    if isinstance(limit, int) or limit > 1.0:  # a parser may have read 10 as 10.0
-        return min(steps_per_epoch, int(limit))
-    return max(1, int(steps_per_epoch * limit))

@@ -19,7 +19,7 @@ from trainer.evaluation.search import Search
 from trainer.evaluation.sharded import Encode, TokenizedSet, embed_set, of_all_texts, search, tokenize_set
 
 if TYPE_CHECKING:
-    from trainer.data.module import ValidationSet
+    from trainer.data.validation import ValidationSet
 
 # Of the loss with this name (None: model.loss): columns of (B, D) embeddings -> (B, L) logits.
 Classify = Callable[[Optional[str], Sequence[Tensor]], Tensor]

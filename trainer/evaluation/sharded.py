@@ -27,7 +27,7 @@ from trainer.evaluation.search import Search
 from trainer.evaluation.topk import Neighbours, merge_top_k, top_k
 
 if TYPE_CHECKING:
-    from trainer.data.module import ValidationSet
+    from trainer.data.validation import ValidationSet
 
 Encode = Callable[[PackedBatch], Tensor]
 

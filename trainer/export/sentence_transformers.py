@@ -15,6 +15,7 @@ import yaml
 from jsonargparse import ArgumentParser
 from sentence_transformers import SentenceTransformer
 
+from trainer.base_weights import BaseWeights
 from trainer.check.report import FILE_NAME as CHECK_FILE
 from trainer.data.module import PairData
 from trainer.data.sources import Source
@@ -163,8 +164,8 @@ def _build(run_dir: Path, config: dict[str, Any]) -> tuple[EmbeddingModule, Pair
 def _load_encoder(module: EmbeddingModule, checkpoint: dict[str, Any], path: Path) -> None:
     """Make the encoder from its backbone and give it the weights of the checkpoint."""
     module.encoder = load_encoder(module.encoder_spec, module.document_spec, module.max_tokens)
-    # The same steps as when a fit resumes: compact the vocabulary, check that its base is the same.
-    module.on_load_checkpoint(checkpoint)
+    # As when a fit resumes: compact the vocabulary, check that its base is the same.
+    BaseWeights(module.encoder_specs, module.encoder.parts).fill_in(checkpoint, is_training=False)
     prefix = "encoder."
     state = checkpoint["state_dict"]
     weights = {name[len(prefix) :]: value for name, value in state.items() if name.startswith(prefix)}
