@@ -80,6 +80,27 @@ def test_packed_is_plain_per_segment(lengths: tuple[int, ...], scale: float | No
 
 
 @pytest.mark.usefixtures("route")
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
+def test_padding_at_the_end_is_nothing(lengths: tuple[int, ...]) -> None:
+    """Whatever stands behind the last bucket: its attention and its gradient are 0, and nobody sees it."""
+    num_tokens = sum(lengths)
+    packing = plan_buckets(lengths, CPU)
+    padded, alone = _streams(num_tokens + 5), _streams(num_tokens)
+    with torch.no_grad():
+        for x, y in zip(alone, padded, strict=True):
+            x.copy_(y[:, :, :num_tokens])
+            y[:, :, num_tokens:] = 1e30
+    out, expected = _attend(padded, packing), _attend(alone, packing)
+    assert_close(out[:, :num_tokens], expected, rtol=0.0, atol=1e-6)
+    assert not bool(out[:, num_tokens:].any())
+    out[:, :num_tokens].square().sum().backward()
+    expected.square().sum().backward()
+    for x, y in zip(alone, padded, strict=True):
+        assert_close(y.grad[:, :, :num_tokens], x.grad, rtol=0.0, atol=1e-6)
+        assert not bool(y.grad[:, :, num_tokens:].any())
+
+
+@pytest.mark.usefixtures("route")
 @pytest.mark.parametrize("lengths", [LENGTHS["ragged"], LENGTHS["equal and ragged"]], ids=["ragged", "equal"])
 @pytest.mark.parametrize("window", [None, 3, 8])
 @pytest.mark.parametrize("is_causal", [False, True])

@@ -123,7 +123,8 @@ def packed_attention(
     Args:
         module: the attention layer; its ``is_causal`` says whether a token sees those behind it.
         query, key, value: (1, N, T, D); keys and values may have fewer heads, each for a group of queries.
-        packing: the buckets that cover the stream, from :func:`plan_buckets`.
+        packing: the buckets from :func:`plan_buckets`; they cover the stream, but for padding at its end, whose
+            attention is 0.
         sliding_window: a token sees those less than so many places away; None: all of its segment.
 
     Returns:
@@ -136,11 +137,12 @@ def packed_attention(
     hosts = [bucket.host for bucket in packing if bucket.host is not None]
     if hosts and (dropout or packing[-1].longest <= _LONG):
         return attend_on_host(query, key, value, hosts, dropout, scaling, sliding_window, is_causal), None
-    sizes = [bucket.stop - bucket.start for bucket in packing]
+    num_padding = query.shape[2] - packing[-1].stop
+    sizes = [*(bucket.stop - bucket.start for bucket in packing), num_padding]
     # One split, not a slice per bucket: the backward of a slice fills a gradient as long as the stream.
     streams = [x[0].transpose(0, 1).split(sizes) for x in (query, key, value)]
     parts = []
-    for bucket, *tokens in zip(packing, *streams, strict=True):
+    for bucket, *tokens in zip(packing, *(stream[:-1] for stream in streams), strict=True):
         q_SNLD, k_SNLD, v_SNLD = (_padded(x_TND, bucket) for x_TND in tokens)
         mask, causal = bucket.mask, False
         if sliding_window is not None and sliding_window < bucket.longest:
@@ -152,6 +154,8 @@ def packed_attention(
         )
         out = out_SNLD.transpose(1, 2).flatten(0, 1)
         parts.append(out if bucket.real is None else out.index_select(0, bucket.real))
+    if num_padding:
+        parts.append(torch.zeros_like(streams[0][-1]))
     return torch.cat(parts).unsqueeze(0), None
 
 

@@ -119,7 +119,7 @@ def attend_on_host(
 
     Args:
         query, key, value: (1, N, T, D); computed in the type of the values.
-        buckets: cover the stream.
+        buckets: cover the stream, but for padding at its end, which attends to nothing and gets 0.
         rate: of the dropout of attention probabilities.
         scaling: of the scores; None: 1 / sqrt(D).
         window: a token sees those less than so many places away; None: all of its segment.
@@ -162,7 +162,7 @@ class _HostAttention(torch.autograd.Function):
             sizes = [num * L * K for num, L, K in shapes]
             drawn, grow = draw_kept(sum(sizes), rate)
             kepts = drawn.split(sizes)
-        out = query.new_empty((T * N, D))
+        out = _stream_like(query, buckets)
         saved: list[Tensor | None] = []
         for bucket, bias, (num, L, K), kept in zip(buckets, biases, shapes, kepts, strict=True):
             places, key_places = bucket.slots(L, N), bucket.slots(K, N)
@@ -180,9 +180,9 @@ class _HostAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         _, T, N, D = grads[0].shape
         grad = grads[0].reshape(T * N, D)
-        into = [torch.empty_like(grad) for _ in range(3)]
         query, key, value, *saved = ctx.saved_tensors  # read once: checkpointing gives them away
         streams = [_rows(x) for x in (query, key, value)]
+        into = [_stream_like(x, ctx.buckets) for x in (query, key, value)]
         with torch.autocast("cpu", enabled=False):
             for i, bucket in enumerate(ctx.buckets):
                 probabilities, kept = saved[2 * i : 2 * i + 2]
@@ -211,6 +211,14 @@ def _round_up(number: int, step: int) -> int:
 def _rows(x_1NTD: Tensor) -> Tensor:
     """(T * N, D); no copy where a linear layer has just made the tensor."""
     return x_1NTD.transpose(1, 2).reshape(-1, x_1NTD.shape[-1])
+
+
+def _stream_like(x_1NTD: Tensor, buckets: Sequence[HostBucket]) -> Tensor:
+    """(T * N, D) to be written to by all buckets, 0 behind them."""
+    _, N, T, D = x_1NTD.shape
+    rows = x_1NTD.new_empty((T * N, D))
+    rows[buckets[-1].stop * N :] = 0.0
+    return rows
 
 
 def _padded(streams: Sequence[Tensor], places: _Slots, key_places: _Slots, num: int) -> list[Tensor]:
