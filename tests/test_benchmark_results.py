@@ -40,6 +40,21 @@ def test_the_document_is_that_of_the_files() -> None:
     assert written == report.document(BENCHMARKS / "results"), "run python benchmarks/report.py"
 
 
+def test_the_readme_quotes_the_files() -> None:
+    """Every measured shape and precision, with the figures of its file."""
+    readme = (BENCHMARKS.parent / "README.md").read_text(encoding="utf-8")
+    paths = sorted((BENCHMARKS / "results" / "throughput").glob("*.json"))
+    assert paths
+    for path in paths:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        ours, theirs = (f"{content['sides'][side]['rows_per_s']:.1f}" for side in ("ours", "default"))
+        ratio = content["ratios"]["default"]
+        rounds = ratio["speed_each_round"]
+        speed = f"{ratio['speed']:.2f} ({min(rounds):.2f} to {max(rounds):.2f})"
+        row = f"| {content['precision']} | {ours} | {theirs} | {speed} | {ratio['memory']:.2f} |"
+        assert row in readme, path.name
+
+
 def test_the_recipes_are_those_of_the_file() -> None:
     content = json.loads((BENCHMARKS / "results" / "recipes.json").read_text(encoding="utf-8"))
     written = (BENCHMARKS.parent / "docs" / "recipes.md").read_text(encoding="utf-8")
