@@ -49,7 +49,7 @@ from torch import nn
 from trainer.data.loading import load
 from trainer.data.sources import Source
 from trainer.evaluation import LabelRetrieval
-from trainer.tracking.runs import METRICS_FILE, read_log
+from trainer.tracking.runs import METRICS_FILE, last, read_log
 
 _TEXTS = {"ja", "en", "question", "answer", "text", "sentence1", "sentence2", "term", "synonym"}
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -341,9 +341,12 @@ def train_ours(system: System, job: Job, path: Path, tune: list[Row]) -> tuple[S
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}")
-    end = next(row for row in reversed(read_log(folder / "run" / METRICS_FILE)) if "train/wall_s" in row)
+    log = read_log(folder / "run" / METRICS_FILE)
+    rows_seen, seconds = last(log, "train/rows_seen"), last(log, "train/wall_s")
+    assert rows_seen is not None
+    assert seconds is not None
     model = SentenceTransformer(str(folder / "run" / "model"), device="cpu")
-    return model, end["train/rows_seen"] / end["train/wall_s"], int(end["train/rows_seen"])
+    return model, rows_seen / seconds, int(rows_seen)
 
 
 def train_theirs(system: System, job: Job, path: Path) -> tuple[SentenceTransformer, float, int]:
