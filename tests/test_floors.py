@@ -49,7 +49,7 @@ FLOORS = {
           trainer.evaluation.topk trainer.evaluation.translation trainer.evaluation.triplet
           trainer.mine trainer.mine.pairs trainer.mine.select trainer.predict trainer.predict.shards""",
     1: """trainer trainer.batch trainer.data trainer.distributed trainer.distributed.gather
-          trainer.files trainer.interruption""",
+          trainer.files trainer.host_memory trainer.interruption""",
 }
 
 

@@ -24,6 +24,7 @@ from trainer.encoder import Encoder, EncoderSpec
 from trainer.encoder.towers import Towers, load_encoder
 from trainer.evaluation.classification import Classification
 from trainer.finite import FiniteSteps
+from trainer.host_memory import keep_freed_pages
 from trainer.losses import Loss
 from trainer.memory import explained_memory
 from trainer.optimizer import clip, count_steps, parameter_groups
@@ -165,7 +166,10 @@ class EmbeddingModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
-            self.open_teachers(self.data, self.trainer.strategy.root_device)
+            device = self.trainer.strategy.root_device
+            if device.type == "cpu":
+                keep_freed_pages()
+            self.open_teachers(self.data, device)
 
     def open_teachers(self, data: PairData, device: torch.device) -> None:
         """Give ``data`` the teacher's embeddings of the sources whose loss wants them; the first call makes them.
