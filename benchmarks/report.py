@@ -1,4 +1,5 @@
-"""Writes benchmarks/RESULTS.md from the files of throughput.py, memory.py, scaling.py and gpu.py in results/.
+"""Writes benchmarks/RESULTS.md from the files of throughput.py, memory.py, scaling.py, quality.py and gpu.py in
+results/.
 
 python benchmarks/report.py
 """
@@ -16,15 +17,16 @@ HEAD = """# Results
 
 Written by `python benchmarks/report.py` from `benchmarks/results/**/*.json`; a test holds the two together. What the
 figures mean, and how they are taken, stands in [README.md](README.md); the tries behind them in [LOG.md](LOG.md).
-"default" and "best" are settings of sentence-transformers, explained in [peer.py](peer.py). A ratio is ours over
-theirs in speed, the median of the rounds (lowest to highest round behind it), and ours over theirs in memory. The share
-is the arithmetic of the texts' tokens over what large matrix products reached in the same minutes. The loss is the mean
-of all steps, warm-up included: the same rows, dropout masks apart. Of one rank and two, compare rows per second within
-a side only.
+"default" and "best" are settings of sentence-transformers, explained in [peer.py](peer.py); "peer" is its default. A
+ratio is ours over theirs in speed, the median of the rounds (lowest to highest round behind it), and ours over theirs
+in memory. The share is the arithmetic of the texts' tokens over what large matrix products reached in the same
+minutes. The loss is the mean of all steps, warm-up included: the same rows, dropout masks apart. Of one rank and two,
+compare rows per second within a side only.
 """
 _STEP = ("shape", "batch", "precision")
 _SPEED = (*_STEP, "side", "rows/s", "tokens/s", "share", "peak MiB", "loss", "ours is", "its memory", "run")
 _MEMORY = (*_STEP, "peak MiB", "ours is", "run")
+_QUALITY = ("set", "precision", "side", "before", "after, mean and deviation", "seeds", "run")
 _SCALING = (*_STEP, "side", "rows/s on 1", "on 2", "speed-up", "gradient MB", "other MB", "run")
 
 
@@ -37,6 +39,7 @@ def document(results: Path) -> str:
         ("Speed and memory of a step", _SPEED, _speed_rows),
         ("Peak memory of a step", _MEMORY, _memory_rows),
         ("One rank and two", _SCALING, _scaling_rows),
+        ("Dev Spearman after one epoch", _QUALITY, _quality_rows),
     ):
         rows: list[Sequence[str]] = []
         for path, content in found:
@@ -100,6 +103,20 @@ def _scaling_rows(content: dict[str, Any]) -> Iterable[Sequence[str]]:
             f"{moved['gradient'] / 1e6:,.1f}",
             f"{(moved['all'] - moved['gradient']) / 1e6:,.2f}",
         )
+
+
+def _quality_rows(content: dict[str, Any]) -> Iterable[Sequence[str]]:
+    for name, measured in content.get("quality", {}).items():
+        for side, runs in measured["runs"].items():
+            scores = [run["spearman"] for run in runs.values()]
+            yield (
+                name,
+                content["precision"],
+                side,
+                f"{measured['before']:.4f}",
+                f"{statistics.mean(scores):.4f} ± {statistics.stdev(scores):.4f}",
+                ", ".join(f"{score:.4f}" for score in scores),
+            )
 
 
 def _run(number: int, name: str, content: dict[str, Any]) -> str:

@@ -110,6 +110,15 @@ def test_each_kind_of_file_has_its_rows(tmp_path: Path) -> None:
             ],
         },
         "e.json": {"of": "another benchmark"},
+        "f.json": {
+            "precision": "bf16",
+            "quality": {
+                "stsb-en": {
+                    "before": 0.5,
+                    "runs": {"ours": {"1": {"spearman": 0.7}, "2": {"spearman": 0.8}}},
+                }
+            },
+        },
     }
     for name, content in contents.items():
         path = tmp_path / name
@@ -126,6 +135,8 @@ def test_each_kind_of_file_has_its_rows(tmp_path: Path) -> None:
     assert "| stsb | 16 | fp32 | ours 1, best 4 | 0.25x of best | [3] |" in rows
     assert "| ja-en | 16 | fp32 | ours | 10.0 | 18.0 | 1.80x | 90.0 | 1.00 | [4] |" in rows
     assert "A GPU, 2 threads; generated texts" in text
-    assert text.count("`python benchmarks/throughput.py --shape stsb`") == 4
-    assert text.count("commit 0123456789;") == 4
+    deviation = np.std([0.7, 0.8], ddof=1)
+    assert f"| stsb-en | bf16 | ours | 0.5000 | 0.7500 ± {deviation:.4f} | 0.7000, 0.8000 | [5] |" in rows
+    assert text.count("`python benchmarks/throughput.py --shape stsb`") == 5
+    assert text.count("commit 0123456789;") == 5
     assert "another" not in text
