@@ -194,6 +194,11 @@ class EmbeddingModule(LightningModule):
         strategy = self.trainer.strategy
         for part in self.encoder.parts.values():
             part.lockstep = isinstance(strategy, ZeRO) and strategy.stage == 3
+            if part.lockstep and any(spec.compile_layers for spec in self.encoder_specs):
+                raise ValueError(
+                    "model.encoder.compile_layers is true, but ZeRO stage 3 gathers the weights of a layer while it "
+                    "runs: set it to false, or take stage 2 (configs/hardware/zero2.yaml)"
+                )
         self.train()  # transformers loads in evaluation mode, in which dropout is off
         for held_out in self.data.validation_sources:
             if isinstance(held_out.evaluator, Classification):

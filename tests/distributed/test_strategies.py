@@ -66,6 +66,7 @@ class Run:
     freeze: int | None = None
     lora: int = 0
     compact: str = "auto"
+    compiled: bool = False
     save_at: int = 0
     save_to: str = ""
     resume: str = ""
@@ -130,6 +131,7 @@ def build(run: Run, callbacks: list[Callback], **options: Any) -> tuple[Embeddin
     lora = LoRA(r=run.lora, dropout=run.dropout) if run.lora else None
     spec = EncoderSpec(f"{run.folder}/encoder", dropout=run.dropout, freeze=run.freeze, lora=lora)
     spec.compact_vocabulary = run.compact  # type: ignore[assignment]
+    spec.compile_layers = run.compiled
     rows = f"{run.folder}/rows.jsonl"
     dev = f"{run.folder}/dev.jsonl"
     validation = [EvalSource(name="dev", path=dev, columns=columns | {"score": "score"})]
@@ -315,6 +317,22 @@ def test_a_compact_vocabulary_is_the_whole_one(
         assert_close(matrix[unused], whole[unused], rtol=1e-6 * steps / STEPS, atol=0.0)
         assert relative_error({name: matrix}, {name: whole}) < 1e-5
         assert ours.norms == pytest.approx(other.norms, rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", [0, 2], ids=["ddp", "zero-2"])
+def test_compiled_layers_train_the_same_weights(result_of: Any, folder: Path, stage: int) -> None:
+    """With the same dropout masks, chunks computed again, and evaluations in between."""
+    run = Run(str(folder), stage, loss="InfoNCE", dropout=0.1)
+    expected, result = result_of(run), result_of(replace(run, compiled=True))
+    assert relative_error(result.gradients, expected.gradients) < 1e-5
+    assert result.norms == pytest.approx(expected.norms, rel=1e-4)
+    assert weight_error(result, expected) < 1e-4
+    assert result.metrics == [pytest.approx(metrics, abs=1e-3) for metrics in expected.metrics]
+
+
+def test_stage_3_does_not_take_compiled_layers(results_of: Any, folder: Path) -> None:
+    with pytest.raises(RankError, match="compile_layers is true, but ZeRO stage 3 gathers .* take stage 2"):
+        results_of(Run(str(folder), 3, compiled=True))
 
 
 def test_ranks_with_few_chunks_wait_for_those_with_more(results_of: Any, folder: Path) -> None:

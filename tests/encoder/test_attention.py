@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from transformers import AttentionInterface
 
 from trainer.encoder import attention
-from trainer.encoder.attention import PACKED_ATTENTION, Bucket, packed_attention, plan_buckets
+from trainer.encoder.attention import PACKED_ATTENTION, Packing, packed_attention, plan_buckets
 
 N, D = 3, 8
 CPU = torch.device("cpu")
@@ -42,7 +42,7 @@ def _streams(num_tokens: int) -> list[Tensor]:
     return [torch.randn(1, N, num_tokens, D, generator=generator, requires_grad=True) for _ in range(3)]
 
 
-def _attend(streams: list[Tensor], packing: list[Bucket], **kwargs: Any) -> Tensor:
+def _attend(streams: list[Tensor], packing: Packing, **kwargs: Any) -> Tensor:
     query, key, value = streams
     return packed_attention(nn.Module(), query, key, value, None, packing=packing, **kwargs)[0]
 
@@ -134,7 +134,7 @@ def test_who_sees_whom(lengths: tuple[int, ...], window: int | None, is_causal: 
 
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
 def test_buckets_cover_the_stream(lengths: tuple[int, ...]) -> None:
-    buckets = plan_buckets(lengths, CPU)
+    buckets = plan_buckets(lengths, CPU).buckets
     assert [bucket.start for bucket in buckets] == [0, *[bucket.stop for bucket in buckets[:-1]]]
     assert buckets[-1].stop == sum(lengths)
     assert sum(bucket.num for bucket in buckets) == len(lengths)

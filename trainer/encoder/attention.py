@@ -67,6 +67,13 @@ class Bucket:
         return self.windows[size, is_causal]
 
 
+@dataclass(frozen=True, eq=False)
+class Packing:
+    """How a stream is cut. One object and no list: compiled layers would be compiled for each length of it."""
+
+    buckets: Sequence[Bucket]
+
+
 def padded_layout(lengths_S: Tensor) -> tuple[Tensor, Tensor]:
     """Segments padded to the longest, on the host: (S, L) True where a slot holds a token, and the slot of each
     token (T,)."""
@@ -86,7 +93,7 @@ def _bucket(lengths: Tensor, start: int, device: torch.device) -> Bucket:
     return Bucket(start, start + tokens, num, longest, slots, real, mask, host=host)
 
 
-def plan_buckets(lengths: Sequence[int], device: torch.device) -> list[Bucket]:
+def plan_buckets(lengths: Sequence[int], device: torch.device) -> Packing:
     """Cut segments of ascending length into buckets: several on a CPU, where arithmetic on padding costs most;
     two on a GPU, where small batches are bound by the number of kernels."""
     num_buckets = 3 if device.type == "cpu" else 2
@@ -96,7 +103,7 @@ def plan_buckets(lengths: Sequence[int], device: torch.device) -> list[Bucket]:
     for part in lengths_S.tensor_split(min(num_buckets, len(lengths))):
         buckets.append(_bucket(part, start, device))
         start = buckets[-1].stop
-    return buckets
+    return Packing(buckets)
 
 
 def _padded(x_TND: Tensor, bucket: Bucket) -> Tensor:
@@ -106,6 +113,7 @@ def _padded(x_TND: Tensor, bucket: Bucket) -> Tensor:
     return x_TND.reshape(bucket.num, bucket.longest, *x_TND.shape[1:]).transpose(1, 2)
 
 
+@torch.compiler.disable
 def packed_attention(
     module: nn.Module,
     query: Tensor,
@@ -114,7 +122,7 @@ def packed_attention(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    packing: Sequence[Bucket] | None = None,
+    packing: Packing | None = None,
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -123,7 +131,7 @@ def packed_attention(
     Args:
         module: the attention layer; its ``is_causal`` says whether a token sees those behind it.
         query, key, value: (1, N, T, D); keys and values may have fewer heads, each for a group of queries.
-        packing: the buckets from :func:`plan_buckets`; they cover the stream, but for padding at its end, whose
+        packing: from :func:`plan_buckets`; its buckets cover the stream, but for padding at its end, whose
             attention is 0.
         sliding_window: a token sees those less than so many places away; None: all of its segment.
 
@@ -134,15 +142,16 @@ def packed_attention(
     is_causal = bool(getattr(module, "is_causal", False))
     if (group := query.shape[1] // key.shape[1]) > 1:
         key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
-    hosts = [bucket.host for bucket in packing if bucket.host is not None]
-    if hosts and (dropout or packing[-1].longest <= _LONG):
+    buckets = packing.buckets
+    hosts = [bucket.host for bucket in buckets if bucket.host is not None]
+    if hosts and (dropout or buckets[-1].longest <= _LONG):
         return attend_on_host(query, key, value, hosts, dropout, scaling, sliding_window, is_causal), None
-    num_padding = query.shape[2] - packing[-1].stop
-    sizes = [*(bucket.stop - bucket.start for bucket in packing), num_padding]
+    num_padding = query.shape[2] - buckets[-1].stop
+    sizes = [*(bucket.stop - bucket.start for bucket in buckets), num_padding]
     # One split, not a slice per bucket: the backward of a slice fills a gradient as long as the stream.
     streams = [x[0].transpose(0, 1).split(sizes) for x in (query, key, value)]
     parts = []
-    for bucket, *tokens in zip(packing, *(stream[:-1] for stream in streams), strict=True):
+    for bucket, *tokens in zip(buckets, *(stream[:-1] for stream in streams), strict=True):
         q_SNLD, k_SNLD, v_SNLD = (_padded(x_TND, bucket) for x_TND in tokens)
         mask, causal = bucket.mask, False
         if sliding_window is not None and sliding_window < bucket.longest:

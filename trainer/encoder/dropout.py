@@ -27,6 +27,8 @@ def dropout(x: Tensor, rate: float) -> Tensor:
     """Zeros with probability ``rate``, and all else divided by 1 - ``rate``; any shape, float."""
     if x.device.type != "cpu" or round(rate * _BITS) in (0, _BITS):
         return nn.functional.dropout(x, rate)
+    if torch.compiler.is_compiling():  # which folds the products into the loops around them
+        return x * _keep(x, rate).to(x.dtype) * _growth(rate)
     dropped: Tensor = _Dropout.apply(x, rate)  # type: ignore[no-untyped-call]
     return dropped
 
@@ -58,7 +60,23 @@ def draw_kept(num: int, rate: float) -> tuple[Tensor, float]:
     seed = int(torch.empty((), dtype=torch.int64).random_())
     bits = torch.from_numpy(np.random.SFC64(seed).random_raw(-(-num // 4)).view(np.int16)[:num])
     # In place, one comparison of int16 is ten times faster than one that makes booleans.
-    return bits.ge_(num_dropped - _BITS // 2), _BITS / (_BITS - num_dropped)
+    return bits.ge_(num_dropped - _BITS // 2), _growth(rate)
+
+
+def _growth(rate: float) -> float:
+    return _BITS / (_BITS - round(rate * _BITS))
+
+
+@torch.library.custom_op("siamese_trainer::keep", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+def _keep(x: Tensor, rate: float) -> Tensor:
+    """:func:`draw_kept` for each element of ``x``, as compiled code calls it. That the mask takes ``x`` keeps the draws
+    in the order of eager code."""
+    return draw_kept(x.numel(), rate)[0].view(x.shape)
+
+
+@_keep.register_fake
+def _(x: Tensor, rate: float) -> Tensor:
+    return torch.empty(x.shape, dtype=torch.int16, device=x.device)
 
 
 def use_host_dropout(module: nn.Module) -> None:

@@ -27,7 +27,7 @@ from trainer.encoder.attention import PACKED_ATTENTION, padded_layout, plan_buck
 from trainer.encoder.dropout import HostDropout, use_host_dropout
 from trainer.encoder.spec import EncoderSpec
 from trainer.encoder.text import TextPreparation, load_text_preparation, position_offset
-from trainer.encoder.trainable import merged_adapters, restrict
+from trainer.encoder.trainable import blocks, merged_adapters, restrict
 from trainer.encoder.vocabulary import CompactEmbedding
 
 logger = logging.getLogger(__name__)
@@ -102,6 +102,9 @@ class Encoder(nn.Module):
         if spec.checkpoint_layers:
             _checkpoint_layers(self.backbone)
         restrict(self.backbone, spec)
+        if spec.compile_layers:
+            for layer in blocks(self.backbone):
+                layer.compile(dynamic=True)  # once for all of them, for any number of tokens
         self._has_adapters = spec.lora is not None
         self._keeps_base = spec.lora is not None or spec.freeze is not None
 
@@ -262,7 +265,11 @@ class Encoder(nn.Module):
         shell.eval()
         self._as_saved()
         try:
-            with merged_adapters(self.backbone) if self._has_adapters else nullcontext():
+            # Layers are compiled for the packed stream.
+            with (
+                torch.compiler.set_stance("force_eager"),
+                merged_adapters(self.backbone) if self._has_adapters else nullcontext(),
+            ):
                 yield shell
         finally:
             if vocabulary is not None:

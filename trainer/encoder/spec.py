@@ -44,6 +44,8 @@ class EncoderSpec:
             train all.
         checkpoint_layers: keep what goes into each layer, and compute the rest again in the backward: less memory where
             single texts are long, a third more time. Many texts need no such thing: max_tokens bounds their forward.
+        compile_layers: let torch.compile write the kernels of the layers (needs a C++ compiler, and a minute at the
+            first step). On a CPU it gains nothing; on a GPU it is not measured yet.
         lora: train low-rank adapters instead of the backbone's own weights.
         route: which encoder of a folder with several (a Router of sentence-transformers): query or document.
         revision: of a hub id.
@@ -59,6 +61,7 @@ class EncoderSpec:
     dropout: Optional[float] = None
     freeze: Optional[int] = None
     checkpoint_layers: bool = False
+    compile_layers: bool = False
     lora: Optional[LoRA] = None
     route: Optional[str] = None
     revision: Optional[str] = None

@@ -36,8 +36,8 @@ def blocks(backbone: PreTrainedModel) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and len(module) == wanted:
             return module
     raise ValueError(
-        f"'{backbone.config.model_type}' has no list of {wanted} layers, which model.encoder.freeze and lora need: "
-        "leave them out"
+        f"'{backbone.config.model_type}' has no list of {wanted} layers, which model.encoder.freeze, lora and "
+        "compile_layers need: leave them out"
     )
 
 
