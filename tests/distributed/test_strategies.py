@@ -331,7 +331,7 @@ def test_compiled_layers_train_the_same_weights(result_of: Any, folder: Path, st
 
 
 def test_stage_3_does_not_take_compiled_layers(results_of: Any, folder: Path) -> None:
-    with pytest.raises(RankError, match="compile_layers is true, but ZeRO stage 3 gathers .* take stage 2"):
+    with pytest.raises(RankError, match=r"compile_layers is true, but ZeRO stage 3 gathers .* take stage 2"):
         results_of(Run(str(folder), 3, compiled=True))
 
 

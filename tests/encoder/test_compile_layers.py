@@ -21,7 +21,7 @@ from trainer.encoder.spec import LoRA
 BATCHES = (
     ["The doctor bought the car at the shop in winter.", "a", "stone " * 30, "It was the thief who stole it."],
     ["In winter, at dusk, the physician purchased a vehicle.", "stone " * 60, "a lamp", "", "a picture", "the sea"],
-    ["At noon the lamp was painted by the stranger on the hill.", "The picture was hidden in the cellar.", "the cellar"],
+    ["At noon the lamp was painted by the stranger on the hill.", "The picture was hidden in the cellar.", "a cellar"],
 )
 KINDS = ("bert", "mpnet", "distilbert", "modernbert", "qwen3")
 
