@@ -319,6 +319,7 @@ def test_a_compact_vocabulary_is_the_whole_one(
         assert ours.norms == pytest.approx(other.norms, rel=1e-5)
 
 
+@pytest.mark.slow  # a minute of compiling on each rank
 @pytest.mark.parametrize("stage", [0, 2], ids=["ddp", "zero-2"])
 def test_compiled_layers_train_the_same_weights(result_of: Any, folder: Path, stage: int) -> None:
     """With the same dropout masks, chunks computed again, and evaluations in between."""
