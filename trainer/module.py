@@ -187,18 +187,19 @@ class EmbeddingModule(LightningModule):
         """Load the encoder and make the heads; Lightning calls it inside the strategy's context."""
         if hasattr(self, "encoder"):
             return
+        strategy = self.trainer.strategy
+        lockstep = isinstance(strategy, ZeRO) and strategy.stage == 3
+        if lockstep and any(spec.compile_layers for spec in self.encoder_specs):
+            raise ValueError(
+                "model.encoder.compile_layers is true, but ZeRO stage 3 gathers the weights of a layer while it "
+                "runs: set it to false, or take stage 2 (configs/hardware/zero2.yaml)"
+            )
         self.encoder = load_encoder(self.encoder_spec, self.document_spec, self.max_tokens, self.data.text)
         self._base = BaseWeights(self.encoder_specs, self.encoder.parts)
         for loss in self.all_losses:
             loss.build(self.encoder.embedding_dimension)
-        strategy = self.trainer.strategy
         for part in self.encoder.parts.values():
-            part.lockstep = isinstance(strategy, ZeRO) and strategy.stage == 3
-            if part.lockstep and any(spec.compile_layers for spec in self.encoder_specs):
-                raise ValueError(
-                    "model.encoder.compile_layers is true, but ZeRO stage 3 gathers the weights of a layer while it "
-                    "runs: set it to false, or take stage 2 (configs/hardware/zero2.yaml)"
-                )
+            part.lockstep = lockstep
         self.train()  # transformers loads in evaluation mode, in which dropout is off
         for held_out in self.data.validation_sources:
             if isinstance(held_out.evaluator, Classification):

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 _BITS = 1 << 16
 
@@ -67,7 +67,7 @@ def _growth(rate: float) -> float:
     return _BITS / (_BITS - round(rate * _BITS))
 
 
-@torch.library.custom_op("siamese_trainer::keep", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+@library.custom_op("siamese_trainer::keep", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def _keep(x: Tensor, rate: float) -> Tensor:
     """:func:`draw_kept` for each element of ``x``, as compiled code calls it. That the mask takes ``x`` keeps the draws
     in the order of eager code."""
