@@ -12,6 +12,9 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
+from trainer.compare.fold import Spread
+from trainer.compare.show import metric
+
 HERE = Path(__file__).parent
 HEAD = """# Recipes
 
@@ -145,7 +148,7 @@ def _section(system: str, runs: dict[str, list[dict[str, Any]]]) -> str:
         seeds = ", ".join(f"{score:.4f}" for score in scores) if len(scores) > 1 else ""
         rates = [run["rows_per_s"] for run in of_name if run["rows_per_s"]]
         rate = f"{statistics.median(rates):.0f}" if rates else ""
-        lines.append(f"| {_NAMES[name]} | {_value(scores)} | {seeds} | {rate} |")
+        lines.append(f"| {_NAMES[name]} | {metric(Spread.of(scores))} | {seeds} | {rate} |")
     scores_of = {name: [run["score"] for run in of_name] for name, of_name in runs.items()}
     sentences = [
         f"Ours {_verdict(scores_of['ours'], scores_of[name])} {_THE[name]}" for name in ("published", "base", "best-st")
@@ -155,11 +158,6 @@ def _section(system: str, runs: dict[str, list[dict[str, Any]]]) -> str:
         sentences.append(f"The published recipe through ours {verdict} the same through ST")
     told = [". ".join(sentences) + ".", *([_NOTES[system]] if system in _NOTES else [])]
     return "\n".join([*lines, "", *(fill(text, 120) for text in told), ""])
-
-
-def _value(scores: Sequence[float]) -> str:
-    spread = f" ± {statistics.stdev(scores):.4f}" if len(scores) > 1 else ""
-    return f"{statistics.mean(scores):.4f}{spread}"
 
 
 def _verdict(ours: Sequence[float], theirs: Sequence[float]) -> str:

@@ -12,6 +12,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from trainer.compare.fold import Spread
+from trainer.compare.show import metric
+
 HERE = Path(__file__).parent
 HEAD = """# Results
 
@@ -114,7 +117,7 @@ def _quality_rows(content: dict[str, Any]) -> Iterable[Sequence[str]]:
                 content["precision"],
                 side,
                 f"{measured['before']:.4f}",
-                f"{statistics.mean(scores):.4f} ± {statistics.stdev(scores):.4f}",
+                metric(Spread.of(scores)),
                 ", ".join(f"{score:.4f}" for score in scores),
             )
 
