@@ -12,6 +12,7 @@ import os
 import statistics
 import tempfile
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +44,16 @@ def train(side: str, name: str, seed: int, args: argparse.Namespace) -> dict[str
     dev = args.data / "sts" / f"{name}.dev.jsonl.gz"
     fit = Fit(steps=args.steps, seed=seed, precision=args.precision)
     start = time.perf_counter()
+    trained: AbstractContextManager[SentenceTransformer]
     if side == "ours":
-        module = fit_ours(task, args.data, BACKBONE, fit, args.cache / "tokens")
-        seconds = time.perf_counter() - start
-        with module.encoder.as_sentence_transformer() as model:
-            return {"spearman": spearman(model, dev), "seconds": seconds}
-    model = load_peer(BACKBONE, task.max_length, fit)
-    fit_peer(model, peer_loss(task, model), task.rows(args.data), fit, shuffle=True)
+        trained = fit_ours(task, args.data, BACKBONE, fit, args.cache / "tokens").encoder.as_sentence_transformer()
+    else:
+        peer = load_peer(BACKBONE, task.max_length, fit)
+        fit_peer(peer, peer_loss(task, peer), task.rows(args.data), fit, shuffle=True)
+        trained = nullcontext(peer.eval())
     seconds = time.perf_counter() - start
-    return {"spearman": spearman(model.eval(), dev), "seconds": seconds}
+    with trained as model:
+        return {"spearman": spearman(model, dev), "seconds": seconds}
 
 
 def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
