@@ -312,10 +312,10 @@ def test_a_compact_vocabulary_is_the_whole_one(
     assert_close(matrix, expected, rtol=0.0, atol=1e-6)
     assert max(ours.norms) > CLIP
     for other in (same, alone):
-        whole = other.weights[f"{name}.weight"]
+        theirs = other.weights[f"{name}.weight"]
         # Which is rounded at every step.
-        assert_close(matrix[unused], whole[unused], rtol=1e-6 * steps / STEPS, atol=0.0)
-        assert relative_error({name: matrix}, {name: whole}) < 1e-5
+        assert_close(matrix[unused], theirs[unused], rtol=1e-6 * steps / STEPS, atol=0.0)
+        assert relative_error({name: matrix}, {name: theirs}) < 1e-5
         assert ours.norms == pytest.approx(other.norms, rel=1e-5)
 
 
