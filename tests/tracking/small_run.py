@@ -102,9 +102,9 @@ def write_rows(folder: Path, texts: list[str], num_rows: int = ROWS) -> Path:
 
 
 def make_parts(
-    encoder: Path, train: Path, validation: list[Path] | None = None, dropout: float = 0.0
+    encoder: Path | EncoderSpec, train: Path, validation: list[Path] | None = None, dropout: float = 0.0
 ) -> tuple[EmbeddingModule, PairData]:
-    spec = EncoderSpec(str(encoder), dropout=dropout)
+    spec = EncoderSpec(str(encoder), dropout=dropout) if isinstance(encoder, Path) else encoder
     sets = [EvalSource(name=f"dev{i}", path=str(path), columns=COLUMNS) for i, path in enumerate(validation or [])]
     data = PairData([Source(str(train), COLUMNS)], spec, validation=sets, batch_size=BATCH, seed=1)
     module = EmbeddingModule(spec, CosineSimilarity(), learning_rate=1e-2, warmup_ratio=0.2)

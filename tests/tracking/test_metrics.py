@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,8 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
+from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.tracking.small_run import (
@@ -31,6 +34,7 @@ from tests.tracking.small_run import (
 from tests.two_ranks import TwoRanks
 from trainer.batch import Targets
 from trainer.data.sources import Source
+from trainer.encoder import EncoderSpec
 from trainer.evaluation.runner import Evaluation
 from trainer.losses import CosineSimilarity
 from trainer.tracking.metrics import MetricsLog, drop_rows_after
@@ -143,6 +147,51 @@ def test_the_loss_of_each_of_several_sources(tmp_path: Path, tiny_encoder: Path,
     for number, name in enumerate(("rows22", "rows22-2")):
         losses = [step["loss"] for step, source in zip(recorder.steps, seen, strict=True) if source == number]
         assert row[f"train/loss/{name}"] == pytest.approx(np.mean(losses))
+
+
+CODE = """
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+
+class C(PreTrainedConfig):
+    model_type = "odd"
+    hidden_size = 16
+
+class M(PreTrainedModel):
+    config_class = C
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embedding = torch.nn.Embedding(400, 16)
+        self.post_init()
+
+    def forward(self, input_ids, attention_mask, **kwargs):
+        return BaseModelOutput(last_hidden_state=self.embedding(input_ids))
+
+    def get_input_embeddings(self):
+        return self.embedding
+
+    def set_input_embeddings(self, embedding):
+        self.embedding = embedding
+"""
+
+
+def test_a_backbone_of_unknown_sizes_trains(tmp_path: Path, tiny_encoder: Path, demo_texts: list[str]) -> None:
+    """Its config has no number of layers or heads: all is logged but what their arithmetic takes."""
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    for path in tiny_encoder.glob("tokenizer*"):
+        shutil.copy(path, folder)
+    (folder / "modeling_odd.py").write_text(CODE)
+    auto_map = {"AutoConfig": "modeling_odd.C", "AutoModel": "modeling_odd.M"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "odd", "auto_map": auto_map}))
+    save_file({"embedding.weight": torch.randn(400, 16)}, folder / "model.safetensors", {"format": "pt"})
+    module, data = make_parts(EncoderSpec(str(folder), trust_remote_code=True), write_rows(tmp_path, demo_texts))
+    make_trainer(tmp_path, [MetricsLog()], max_epochs=1, log_every_n_steps=100).fit(module, data)
+    (row,) = read_metrics(tmp_path)
+    assert "train/flops_per_s" not in row
+    assert row["train/tokens_per_s"] > 0
 
 
 def test_two_ranks_log_the_whole(

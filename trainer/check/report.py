@@ -19,7 +19,7 @@ from trainer.data.leaks import LeakFacts, leak_facts
 from trainer.data.module import PairData
 from trainer.distributed.strategies import ZeRO
 from trainer.encoder.folder import normalizes, public_name
-from trainer.encoder.size import backbone_size
+from trainer.encoder.size import UNCOUNTED, backbone_size
 from trainer.module import EmbeddingModule
 
 VERSION = 1  # of the JSON: raised when a key changes its meaning or goes
@@ -218,7 +218,7 @@ def _memory(
 ) -> Optional[memory.Memory]:
     try:
         sizes = [backbone_size(spec) for spec in module.encoder_specs]
-    except (ValueError, AttributeError):  # an architecture with other names for its sizes: an estimate less, no more
+    except UNCOUNTED:  # an estimate less, no more
         return None
     parts = []
     for tower, spec, size, tokens in zip(

@@ -13,6 +13,8 @@ from trainer.encoder.spec import EncoderSpec
 from trainer.encoder.trainable import restrict
 
 _GATED_MODEL_TYPES = frozenset({"modernbert", "qwen3"})
+# What counting raises for an architecture that transformers lacks, or whose config has other names for its sizes.
+UNCOUNTED = (ValueError, AttributeError)
 
 
 @dataclass(frozen=True)

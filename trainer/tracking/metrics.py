@@ -18,6 +18,7 @@ from torch import Tensor
 from trainer.batch import PackedBatch
 from trainer.distributed import gather
 from trainer.encoder.flops import Arithmetic, count_arithmetic
+from trainer.encoder.size import UNCOUNTED
 from trainer.files import write_whole
 from trainer.manifest import read_state
 from trainer.tracking.about import names_of_sources, peak_memory, write_about
@@ -68,6 +69,7 @@ class MetricsLog(Callback):
       would have cost nothing; our own forward is packed and pays for the tokens only.
     - `train/flops_per_s`: arithmetic of forward and backward of the texts (linear layers and attention, see
       `trainer.encoder.flops`) over all ranks, by the same clock; padding and second forwards of chunks do not count.
+      Not for a backbone whose config has other names for its sizes.
     - `train/data_wait`: share of the same time in which rank 0's process waited for its loader. 0.02 is nothing to
       worry about; near 1, the loader is what bounds the run: raise data.num_workers.
     - `train/wall_s`, `train/gpu_hours`: seconds since the first step, evaluation and checkpoints included, and the
@@ -162,7 +164,10 @@ class MetricsLog(Callback):
                 if isinstance(logger, RunLogger):
                     logger.log_about(about)
         self._sources = names_of_sources(trainer)
-        self._arithmetic = [count_arithmetic(spec) for spec in pl_module.encoder_specs]  # type: ignore
+        try:
+            self._arithmetic = [count_arithmetic(spec) for spec in pl_module.encoder_specs]  # type: ignore
+        except UNCOUNTED:
+            self._arithmetic = []
         self._start_clock(trainer)
         self._ticked = self._since
 
@@ -274,7 +279,7 @@ class MetricsLog(Callback):
                 "train/rows_per_s": (sums.rows - restored.rows) / seconds,
                 "train/tokens_per_s": (sums.tokens - restored.tokens) / seconds,
                 "train/padding_efficiency": efficiency,
-                "train/flops_per_s": (sums.flops - restored.flops) / seconds,
+                **({"train/flops_per_s": (sums.flops - restored.flops) / seconds} if self._arithmetic else {}),
                 "train/data_wait": (_seconds_waited(trainer) - self._waited) / seconds,
                 **peak_memory(trainer.strategy.root_device),
                 **{f"train/{name}": float(total) / sums.found_steps[name] for name, total in sums.found.items()},
