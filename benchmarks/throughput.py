@@ -182,11 +182,11 @@ def main() -> None:
     parser.add_argument("--peer", nargs="+", choices=SIDES[1:], default=["default"], help="its settings, see peer.py")
     parser.add_argument("--steps", type=int, default=20, help="of a turn")
     parser.add_argument("--turns", type=int, default=5, help="of each side")
-    parser.add_argument("--warmup", type=int, default=5, help="steps of each side before the first turn")
+    parser.add_argument("--warmup", type=int, default=5, help="steps of each side before the first turn; 0: none")
     add_options(parser)
     args = parse(parser)
-    if min(args.steps, args.turns, args.warmup) < 1:
-        parser.error("--steps, --turns and --warmup must be 1 or more")
+    if min(args.steps, args.turns) < 1 or args.warmup < 0:
+        parser.error("--steps and --turns must be 1 or more, --warmup 0 or more")
     prepare_environment(args.threads)
     from shapes import SHAPES
 

@@ -147,7 +147,7 @@ def _serve(job: Job, pipe: Connection, log: str) -> None:
 
 
 class Baton:
-    """Called at the end of every step; at the end of a turn it waits for the next."""
+    """Called at the end of every step, and at the start; at the end of a turn it waits for the next."""
 
     def __init__(self, turns: tuple[int, ...], pipe: Connection) -> None:
         self.left, self.pipe = list(turns), pipe
@@ -155,12 +155,18 @@ class Baton:
         self.peak_device_mib: float | None = None
         self._began = time.process_time()
 
+    def start(self) -> None:
+        if not self.left[0]:  # no warm-up
+            self._end_turn()
+
     def __call__(self) -> None:
+        self.left[0] -= 1
+        if not self.left[0]:
+            self._end_turn()
+
+    def _end_turn(self) -> None:
         import torch
 
-        self.left[0] -= 1
-        if self.left[0]:
-            return
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.cpu_seconds.append(time.process_time() - self._began)
@@ -213,6 +219,12 @@ def run(job: Job, pipe: Connection) -> dict[str, Any]:
     shape, task = job.shape, job.shape.task
     backbone = shape.backbone(job.data, job.cache)
     baton = Baton(job.turns, pipe)
+
+    def on_start(model: Any) -> None:
+        if traffic:
+            traffic.watch(model)
+        baton.start()
+
     fit = Fit(
         steps=sum(job.turns),
         seed=SEED,
@@ -221,7 +233,7 @@ def run(job: Job, pipe: Connection) -> dict[str, Any]:
         chunked=shape.chunked,
         max_tokens=shape.max_tokens,
         ranks=job.ranks,
-        on_start=traffic.watch if traffic else None,
+        on_start=on_start,
         on_step=baton,
         record_losses=True,
     )
