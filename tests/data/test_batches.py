@@ -9,7 +9,8 @@ import pytest
 from trainer.data.batches import share_rows
 from trainer.data.order import split_rows
 from trainer.data.sources import Source
-from trainer.data.tokens import TokenTable, tokenize
+from trainer.data.table import TokenTable
+from trainer.data.tokens import tokenize
 from trainer.encoder import EncoderSpec
 from trainer.encoder.text import load_text_preparation
 

@@ -16,7 +16,8 @@ from trainer.data import facts as facts_module
 from trainer.data.facts import SourceFacts, source_facts
 from trainer.data.leaks import LeakFacts, leak_facts
 from trainer.data.sources import EvalSource, Source
-from trainer.data.tokens import TokenTable, tokenize
+from trainer.data.table import TokenTable
+from trainer.data.tokens import tokenize
 from trainer.encoder import EncoderSpec
 from trainer.encoder.folder import normalizes
 from trainer.encoder.size import backbone_size

@@ -16,7 +16,7 @@ from trainer.data.module import PairData
 from trainer.data.opaque import OpaqueBatches, OpaqueStream, Reader
 from trainer.data.sources import Source
 from trainer.data.steps import StepLoader, StepSampler
-from trainer.data.tokens import worker_context
+from trainer.data.workers import worker_context
 from trainer.encoder import EncoderSpec
 from trainer.encoder.text import TextPreparation, load_text_preparation
 

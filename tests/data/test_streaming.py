@@ -32,7 +32,8 @@ from trainer.data.order import SLICE_ROWS
 from trainer.data.sources import EvalSource, Source
 from trainer.data.steps import StepLoader, StepSampler
 from trainer.data.streaming import StreamedTable
-from trainer.data.tokens import tokenize, worker_context
+from trainer.data.tokens import tokenize
+from trainer.data.workers import worker_context
 from trainer.encoder import EncoderSpec
 from trainer.encoder.text import TextPreparation, load_text_preparation
 

@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerFast
 from trainer.data import loading, tokens
 from trainer.data.cache import entries
 from trainer.data.sources import Source
-from trainer.data.tokens import TokenTable, tokenize
+from trainer.data.table import TokenTable
+from trainer.data.tokens import tokenize
 from trainer.encoder.text import TextPreparation
 
 ROOT = Path(__file__).parents[2]

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from trainer.data.ahead import map_ahead
+from trainer.data.workers import map_ahead
 
 
 def _slow_at_first(number: int) -> int:

@@ -13,7 +13,7 @@ from trainer.data.files import did_you_mean
 from trainer.data.opaque import OpaqueStream
 from trainer.data.sources import EvalSource, Source
 from trainer.data.streaming import StreamedTable
-from trainer.data.tokens import TokenTable
+from trainer.data.table import TokenTable
 from trainer.losses import Loss
 
 RULES = (

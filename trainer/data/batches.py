@@ -13,8 +13,8 @@ from trainer.batch import PackedBatch
 from trainer.data.collate import pack, pack_towers, targets_of
 from trainer.data.order import SLICE_ROWS, WINDOW_SLICES, Order, split_rows
 from trainer.data.streaming import StreamedTable
+from trainer.data.table import TokenTable
 from trainer.data.teacher import TeacherTable
-from trainer.data.tokens import TokenTable
 
 
 class StepBatches(Dataset[PackedBatch]):

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from trainer.data.ahead import map_ahead, num_cores
 from trainer.data.progress import shown_progress
 from trainer.data.rows import MAX_TEXT_CHARS, Block
 from trainer.data.values import MAX_LABEL
+from trainer.data.workers import map_ahead, num_cores
 
 if TYPE_CHECKING:
     from trainer.data.sources import Source

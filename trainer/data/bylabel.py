@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from trainer.data.order import Part, mix, permute
 
 if TYPE_CHECKING:
-    from trainer.data.tokens import TokenTable
+    from trainer.data.table import TokenTable
 
 
 class LabelBatches(Part):

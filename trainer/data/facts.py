@@ -27,7 +27,7 @@ from trainer.data.hashes import NO_TEXT
 from trainer.data.loading import fingerprint, load
 from trainer.data.sources import Source
 from trainer.data.streaming import StreamedTable
-from trainer.data.tokens import TokenTable
+from trainer.data.table import TokenTable
 
 if TYPE_CHECKING:
     from trainer.encoder.text import TextPreparation

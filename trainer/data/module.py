@@ -27,9 +27,11 @@ from trainer.data.rowgroups import group_files
 from trainer.data.sources import EvalSource, Source
 from trainer.data.steps import StepLoader, StepSampler, limit_steps
 from trainer.data.streaming import GIB, StreamedTable
+from trainer.data.table import TokenTable
 from trainer.data.teacher import TeacherTable
-from trainer.data.tokens import TokenTable, end_with, tokenize, worker_context
+from trainer.data.tokens import tokenize
 from trainer.data.validation import ValidationSet, open_validation
+from trainer.data.workers import end_with, worker_context
 from trainer.distributed import gather
 from trainer.encoder.spec import EncoderSpec
 from trainer.encoder.text import TextPreparation

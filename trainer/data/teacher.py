@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.tokens import TokenTable
+from trainer.data.table import TokenTable
 
 
 class TeacherTable:

@@ -19,8 +19,9 @@ from trainer.data.cache import use
 from trainer.data.collate import TokenSpans, pack_texts
 from trainer.data.progress import shown_progress
 from trainer.data.sources import Source
+from trainer.data.table import TokenTable
 from trainer.data.teacher import TeacherTable
-from trainer.data.tokens import TokenTable, tokenize
+from trainer.data.tokens import tokenize
 from trainer.encoder import Encoder, EncoderSpec
 from trainer.encoder.folder import backbone_folder
 from trainer.encoder.text import load_text_preparation

@@ -1,11 +1,6 @@
-"""Token ids of a source, made once and memory-mapped: no text is tokenised while a model trains.
+"""Tokenising a source, once: no text is tokenised while a model trains.
 
-A table is a folder of plain arrays whose suffix is their type. ``ids.int32`` holds the pieces of the distinct texts,
-one behind the other, ``offsets.int64`` where each begins, ``hashes.int64`` a hash of each, and a file per text column
-which of them each row has (``anchor.int64``): a text that repeats is tokenised and stored once. ``score.float32``,
-``label.int64`` and ``group.int64`` are the targets, ``used_ids.npy`` the pieces that occur (those of documents with an
-encoder of their own in ``used_document_ids.npy``). Where rows may lack texts, text 0 stands in their place. Ranks and
-loader workers map the same files and share their pages.
+What is written is told in trainer/data/table.py.
 """
 
 from __future__ import annotations
@@ -13,17 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import multiprocessing
 import os
-import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from itertools import chain
-from multiprocessing.context import SpawnContext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,14 +24,13 @@ import pyarrow.compute as pc
 from datasets import Dataset
 from numpy.typing import NDArray
 
-from trainer.data.ahead import map_ahead, num_cores
 from trainer.data.cache import use
-from trainer.data.collate import TokenSpans
 from trainer.data.hashes import NO_TEXT, hash_tokens
 from trainer.data.loading import fingerprint, load, num_skipped
-from trainer.data.order import Permutation
 from trainer.data.progress import Advance, shown_progress
 from trainer.data.sources import Source
+from trainer.data.table import USED_IDS, TokenTable, map_array
+from trainer.data.workers import end_with, map_ahead, num_cores, worker_context
 
 if TYPE_CHECKING:
     from trainer.encoder.text import TextPreparation
@@ -49,100 +39,12 @@ logger = logging.getLogger(__name__)
 
 _VERSION = 4  # of the files: raise it when the same source and tokenizer give another folder
 _SPAN = 2000  # texts per task
-_USED_IDS = {"query": "used_ids.npy", "document": "used_document_ids.npy"}
 _TEXTS_PER_PROCESS = 20_000  # fewer are tokenised before another process has started
 # Rows among which a text that repeats is found; memory is bounded by the bytes of their texts.
 _SEGMENT_ROWS, _SEGMENT_BYTES = 1 << 20, 1 << 27
 
 # Ids of all texts of a span, pieces per text, whether each was cut, hash of each.
 _Tokens = tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.bool_], NDArray[np.int64]]
-
-
-class TokenTable:
-    """Token ids and targets of N rows, read in place from memory-mapped files.
-
-    Attributes:
-        num_rows: N.
-        columns: the text columns, in canonical order.
-        labels: class numbers, int64 (N,), or None.
-        scores: float32 (N,), or None.
-        num_skipped: bad rows of the source that were left out.
-        may_lack_texts: whether a row may have no text in some column.
-        has_towers: whether documents have pieces of their own, for another encoder than that of the anchors.
-        candidate_scores: of each candidate, float32 (N,), or none.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        self.num_rows: int = report["num_rows"]
-        self.num_skipped: int = report["num_skipped"]
-        self._num_truncated: dict[str, int] = report["num_truncated"]
-        self.columns = tuple(self._num_truncated)
-        self._values: NDArray[np.int32] = _map(folder / "ids.int32")
-        self._offsets: NDArray[np.int64] = _map(folder / "offsets.int64")
-        self._hashes: NDArray[np.int64] = _map(folder / "hashes.int64")
-        self.may_lack_texts: bool = report["may_lack_texts"]
-        self.has_towers: bool = report.get("has_towers", False)
-        self._text_ids: dict[str, NDArray[np.int64]] = {c: _map(folder / f"{c}.int64") for c in self.columns}
-        files = [folder / name for name in ("label.int64", "score.float32", "group.int64")]
-        self._targets: dict[str, NDArray[Any]] = {file.stem: _map(file) for file in files if file.exists()}
-        self.labels: NDArray[np.int64] | None = self._targets.get("label")
-        self.scores: NDArray[np.float32] | None = self._targets.get("score")
-        names = [f"score_{number + 1}" for number in range(report["num_candidate_scores"])]
-        self.candidate_scores = [_map(folder / f"{name}.float32") for name in names]
-
-    def __reduce__(self) -> tuple[type[TokenTable], tuple[Path]]:
-        return TokenTable, (self.folder,)  # another process maps the files itself
-
-    def ids(self, column: str, rows: NDArray[np.integer]) -> TokenSpans:
-        """Token ids of the texts of ``rows``: a sequence of read-only views into the file, (length,) int32 per row.
-
-        Where a row has no text, those of an empty one.
-        """
-        texts = self._text_ids[column][rows]
-        starts = self._offsets[texts]
-        return TokenSpans(self._values, starts, self._offsets[texts + 1] - starts)
-
-    def num_tokens(self, rows: NDArray[np.integer]) -> NDArray[np.int64]:
-        """Pieces of all texts of each row, (B,)."""
-        return np.stack([self.ids(column, rows).lengths_S for column in self.columns]).sum(axis=0)
-
-    def targets(self, rows: NDArray[np.integer]) -> dict[str, NDArray[np.generic]]:
-        """What the rows have of label, group (int64) and score (float32): name -> one value per row."""
-        return {name: values[rows] for name, values in self._targets.items()}
-
-    def hashes(self, rows: NDArray[np.integer]) -> NDArray[np.int64]:
-        """Hash of each text of ``rows``, (B, C): equal where the pieces are; NO_TEXT where a row has none."""
-        return np.stack([self._hashes[texts[rows]] for texts in self._text_ids.values()], axis=1)
-
-    def shuffle(self, max_rows: int | None) -> Permutation:
-        """The order of its rows, or of the first ``max_rows`` of them."""
-        return Permutation(min(self.num_rows, max_rows or self.num_rows))
-
-    def lengths(self, column: str) -> NDArray[np.int32]:
-        """Pieces of each text, special tokens included: (N,)."""
-        return np.diff(self._offsets).astype(np.int32)[self._text_ids[column]]
-
-    def text_ids(self, column: str) -> NDArray[np.int64]:
-        """Number of each row's text, (N,), over all columns: rows with the same number have the same text.
-
-        Where rows may lack texts, 0 is that of none. The reverse holds among some million neighbouring rows, and
-        columns of one max_length: beyond that a text may get a second number.
-        """
-        return self._text_ids[column]
-
-    def distinct_texts(self) -> TokenSpans:
-        """Token ids of all distinct texts, in the order of their numbers."""
-        return TokenSpans(self._values, self._offsets[:-1], np.diff(self._offsets))
-
-    def num_truncated(self, column: str) -> int:
-        """Texts that were longer than the encoder's max_length and lost their end."""
-        return self._num_truncated[column]
-
-    def used_ids(self, tower: str = "query") -> NDArray[np.int64]:
-        """Ids that any text of the table uses, ascending; where it has towers, any text of that one."""
-        return np.load(self.folder / _USED_IDS[tower])
 
 
 def tokenize(source: Source, text: TextPreparation, cache_dir: Path, verify: bool = False) -> TokenTable:
@@ -161,10 +63,6 @@ def tokenize(source: Source, text: TextPreparation, cache_dir: Path, verify: boo
     folder = Path(cache_dir) / "tokens" / key
     use(folder, partial(_build, source, text, Path(cache_dir)), verify)
     return TokenTable(folder)
-
-
-def _map(path: Path) -> NDArray[Any]:
-    return np.asarray(np.memmap(path, dtype=path.suffix[1:], mode="r"))
 
 
 def _build(source: Source, text: TextPreparation, cache_dir: Path, folder: Path) -> None:
@@ -212,7 +110,7 @@ def _build(source: Source, text: TextPreparation, cache_dir: Path, folder: Path)
             used[tower] = np.pad(used[tower], (0, max(0, int(ids.max()) + 1 - len(used[tower]))))
             used[tower][ids] = True
     for tower, is_used in used.items():
-        np.save(folder / _USED_IDS[tower], np.flatnonzero(is_used))
+        np.save(folder / USED_IDS[tower], np.flatnonzero(is_used))
     _write_targets(rows, folder)
     report = {
         "source": source.path,
@@ -277,13 +175,13 @@ def _write_targets(rows: Dataset, folder: Path) -> None:
 
 
 def _count_truncated(folder: Path, column: str) -> int:
-    truncated, texts = _map(folder / "truncated.bool"), _map(folder / f"{column}.int64")
+    truncated, texts = map_array(folder / "truncated.bool"), map_array(folder / f"{column}.int64")
     return sum(int(truncated[texts[i : i + _SEGMENT_ROWS]].sum()) for i in range(0, len(texts), _SEGMENT_ROWS))
 
 
 def _refuse_empty(source: Source, text: int, folder: Path) -> None:
     for column in source.text_columns:
-        rows = np.flatnonzero(_map(folder / f"{column}.int64") == text)
+        rows = np.flatnonzero(map_array(folder / f"{column}.int64") == text)
         if len(rows):
             raise ValueError(f"{source.path}: column '{column}', row {rows[0] + 1}: the text has no token")
     raise AssertionError(text)
@@ -302,16 +200,6 @@ def _tokenize_spans(spans: Iterator[list[str]], text: TextPreparation, num_texts
         return
     with ProcessPoolExecutor(num_processes, worker_context(), _start_worker, (text, os.getpid())) as pool:
         yield from map_ahead(pool, _work, spans, ahead=4 * num_processes)
-
-
-def worker_context() -> SpawnContext:
-    """How worker processes start: as new interpreters, never by a fork of this one.
-
-    Torch, gloo and loggers keep threads. A fork while one of them holds CPython's list of threads leaves a child that
-    waits for ever before its first line (seen in 1 of 8 starts of two ranks with two workers each). A fork server
-    would start faster, but it and its children outlive a parent that is killed.
-    """
-    return multiprocessing.get_context("spawn")
 
 
 def _tokenize_span(text: TextPreparation, texts: list[str]) -> _Tokens:
@@ -337,21 +225,6 @@ def _start_worker(text: TextPreparation, parent: int) -> None:
     end_with(parent)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are taken
     _shared = text
-
-
-def end_with(parent: int, worker: int = 0) -> None:
-    """Ends this worker process once ``parent`` is gone: a killed parent can't say so, and the queue stays open.
-
-    The number comes from the parent. Who asks for its own parent, as torch's loader does, may ask too late: a process
-    takes seconds to start, and a parent that is killed meanwhile has been replaced by init, which lives for ever.
-    """
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _work(texts: list[str]) -> _Tokens:

@@ -20,8 +20,8 @@ from torch.nn.functional import normalize
 
 from trainer import interruption
 from trainer.batch import PackedBatch
-from trainer.data.ahead import map_ahead
 from trainer.data.progress import shown_progress
+from trainer.data.workers import map_ahead
 from trainer.distributed import gather
 from trainer.distributed.shared_work import SharedWork
 from trainer.encoder import Encoder, EncoderSpec
