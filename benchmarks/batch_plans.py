@@ -26,7 +26,8 @@ def read_texts(data: Path, num_rows: int) -> list[dict[str, str]]:
 
 def measure_ours(hashes: NDArray[np.int64], batch_size: int) -> dict[str, Any]:
     from trainer.data.distinct import DistinctTexts
-    from trainer.data.order import Order, Permutation
+    from trainer.data.order import Order
+    from trainer.data.parts import Permutation
 
     order = Order([DistinctTexts(Permutation(len(hashes)), hashes.__getitem__)], batch_size, seed=0)
     plain = Order([Permutation(len(hashes))], batch_size, seed=0)

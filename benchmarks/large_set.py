@@ -37,7 +37,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from provenance import provenance
 
 from trainer.data.module import PairData
-from trainer.data.order import BlockShuffle, Order, Permutation
+from trainer.data.order import Order
+from trainer.data.parts import BlockShuffle, Permutation
 from trainer.data.sources import Source
 from trainer.demo_encoder import write_encoder
 from trainer.encoder import EncoderSpec

@@ -31,7 +31,8 @@ from transformers import PrinterCallback, TrainerCallback
 
 from trainer import losses as our_losses
 from trainer.data.module import PairData
-from trainer.data.order import Order, Permutation
+from trainer.data.order import Order
+from trainer.data.parts import Permutation
 from trainer.data.sources import Source
 from trainer.encoder import EncoderSpec
 from trainer.encoder.flops import count_arithmetic

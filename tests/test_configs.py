@@ -17,7 +17,8 @@ import yaml
 
 from trainer.cli import main as run_cli
 from trainer.config_files import read_command
-from trainer.data.order import Order, Permutation
+from trainer.data.order import Order
+from trainer.data.parts import Permutation
 from trainer.demo import write_encoder, write_pairs
 from trainer.demo_data import read_pairs
 from trainer.lightning_cli import run

@@ -15,7 +15,7 @@ from trainer.batch import PackedBatch
 from trainer.check.rules import unfit_columns
 from trainer.data.files import did_you_mean
 from trainer.data.module import PairData
-from trainer.data.order import mix
+from trainer.data.permutation import mix
 from trainer.data.sources import Source
 from trainer.data.teaching import teach
 from trainer.distributed import gather

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from trainer.batch import PackedBatch
-from trainer.data import order
+from trainer.data import parts
 from trainer.data.batches import StepBatches
 from trainer.data.module import PairData
 from trainer.data.sources import EvalSource, Source
@@ -70,7 +70,7 @@ def test_the_loader_gives_every_step_from_where_the_run_stands(
     num_workers: int, batch_size: int, tmp_path: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Several steps travel in one message; what comes out are single batches, the same as without a loader."""
-    monkeypatch.setattr(order, "_WINDOW", 12)
+    monkeypatch.setattr(parts, "_WINDOW", 12)
     data = make_data(tmp_path, tiny_encoder, num_rows=50, batch_size=batch_size)
     data.setup("fit")
     data.num_workers = num_workers

@@ -142,7 +142,7 @@ def test_resume_through_the_loader(
 
     The second part of a run with workers reads all shares in this process, for starting two takes seconds.
     """
-    monkeypatch.setattr("trainer.data.order._WINDOW", 24)
+    monkeypatch.setattr("trainer.data.parts._WINDOW", 24)
     source = write(tmp_path / "set", 2)
     whole_data = make_data(source, tiny_encoder, 0, tmp_path)
     whole_data.num_workers = workers

@@ -10,31 +10,24 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
-from scipy.stats import chisquare, kstest
+from scipy.stats import kstest
 
-from trainer.data.order import SLICE_ROWS, BlockShuffle, Order, Permutation, mix, permute, split_rows
+from tests.data.test_parts import group_sizes, whole_pass
+from trainer.data.order import Order, split_rows
+from trainer.data.parts import BlockShuffle, Permutation
+from trainer.data.permutation import mix
 
 # Drawn when the order was first released.
 MIXED = 13675133952202209295
 FIRST_ROWS = [714, 119, 380, 47, 424, 971, 941, 338]
 SOURCES = [0, 0, 1, 1, 1]
-BLOCK_ROWS = [461, 5622, 6126, 3103, 7050, 2305]
 FIRST_ROWS_OF_TWO = [11, 16, 1, 4, 8, 6, 3, 5, 7, 0]
-
-SIZES = [1, 2, 3, 5, 16, 17, 1000]
-
-
-def _images(size: int, key: int) -> NDArray[np.int64]:
-    return permute(np.arange(size), size, key)
 
 
 def _order(sizes: Sequence[int], batch_size: int, seed: int) -> Order:
     return Order([Permutation(size) for size in sizes], batch_size, seed)
 
 
-# Groups from one row to more than three slices, empty ones among them.
-group_sizes = st.lists(st.one_of(st.integers(0, 40), st.integers(2000, 7000)), min_size=1, max_size=20).filter(sum)
 parts = st.one_of(st.integers(1, 150).map(Permutation), group_sizes.map(lambda sizes: BlockShuffle(tuple(sizes))))
 
 
@@ -88,12 +81,6 @@ def test_the_order_of_a_release_is_kept() -> None:
     assert steps[0].rows.tolist() == FIRST_ROWS_OF_TWO
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_permutation_is_a_bijection(size: int) -> None:
-    for key in range(50):
-        assert sorted(_images(size, key).tolist()) == list(range(size))
-
-
 @pytest.mark.parametrize("size", [17, 1000])
 def test_epochs_seeds_and_sources_differ(size: int) -> None:
     def epoch_rows(seed: int, epoch: int) -> list[int]:
@@ -132,41 +119,6 @@ def test_a_step_among_a_billion_rows_is_found_at_once() -> None:
     assert peak < 1_000_000
 
 
-# -- quality of the shuffle: fixed keys, so these can't fail by chance ---------------------------------------
-
-
-@pytest.mark.parametrize("size", [2, 3, 4])
-def test_all_permutations_of_few_rows_are_equally_likely(size: int) -> None:
-    _, counts = np.unique([_images(size, mix(key)) for key in range(4800)], axis=0, return_counts=True)
-    assert len(counts) == {2: 2, 3: 6, 4: 24}[size]
-    assert chisquare(counts).pvalue > 1e-3
-
-
-@pytest.mark.parametrize("size", [100, 1000, 4097])
-def test_an_image_says_nothing_about_its_place(size: int) -> None:
-    """Chi-square over a table of 10 x 10 bins of place and image, summed over many keys."""
-    num_keys = 200_000 // size
-    images = np.stack([_images(size, mix(key)) for key in range(num_keys)])
-    places = np.broadcast_to(np.arange(size), images.shape)
-    table, _, _ = np.histogram2d(places.ravel(), images.ravel(), bins=10, range=[[0, size]] * 2)
-    bins = np.histogram(np.arange(size), bins=10, range=(0, size))[0]
-    expected = np.outer(bins, bins) / size * num_keys
-    # Permutations fix the margins: 9 x 9 degrees of freedom; the cells of one vary by size / (size - 1) more.
-    assert chisquare(table.ravel(), expected.ravel(), ddof=100 - 1 - 81).pvalue > 1e-3
-
-
-@pytest.mark.parametrize("size", [1000, 4097])
-def test_displacement_neighbours_and_fixed_points_are_those_of_chance(size: int) -> None:
-    num_keys = 200
-    images = np.stack([_images(size, mix(key, 1)) for key in range(num_keys)])
-    displacement = np.abs(images - np.arange(size)).mean()
-    assert displacement == pytest.approx((size * size - 1) / (3 * size), rel=0.01)
-    # Each is Poisson with mean 1 per permutation: 200 in all, standard deviation 14.
-    assert abs((images == np.arange(size)).sum() - num_keys) < 60
-    assert abs((np.diff(images, axis=1) == 1).sum() - num_keys) < 60
-    assert abs((np.diff(images, axis=1) == -1).sum() - num_keys) < 60
-
-
 def test_epochs_are_independent() -> None:
     """Rows that met in a batch of one epoch meet again in the next no more often than by chance."""
     order = _order((1024,), 16, 9)
@@ -186,52 +138,6 @@ def test_epochs_are_independent() -> None:
 def test_steps_outside_the_epoch_are_a_mistake() -> None:
     with pytest.raises(AssertionError):
         _order((10,), 4, 0).step(0, 3)
-
-
-# -- rows that are fetched by group --------------------------------------------------------------------------
-
-
-def _pass(part: BlockShuffle, key: int) -> NDArray[np.int64]:
-    return part.rows(np.arange(part.size), key)
-
-
-@settings(max_examples=30, deadline=None)
-@given(sizes=group_sizes, key=st.integers(0, 2**63), data=st.data())
-def test_places_of_a_block_shuffle_are_found_one_by_one(sizes: list[int], key: int, data: st.DataObject) -> None:
-    """A fresh object, asked for a few places in any order, answers as one that was asked for all."""
-    whole = _pass(BlockShuffle(tuple(sizes)), key)
-    assert sorted(whole.tolist()) == list(range(sum(sizes)))
-    places = np.array(data.draw(st.lists(st.integers(0, sum(sizes) - 1), min_size=1, max_size=20)))
-    assert BlockShuffle(tuple(sizes)).rows(places, key).tolist() == whole[places].tolist()
-
-
-def test_a_pass_has_few_slices_and_groups_open_at_once() -> None:
-    """16,384 rows in a row come from at most 9 to 16 slices; the groups of a bundle are done before the next begins."""
-    part = BlockShuffle((5 * SLICE_ROWS,) * 40)
-    rows = _pass(part, 7)
-    for start in range(0, part.size, 8 * SLICE_ROWS):
-        window = rows[start : start + 8 * SLICE_ROWS]
-        assert len(np.unique(window // SLICE_ROWS)) == 8
-        assert len(np.unique(window // (5 * SLICE_ROWS))) > 3, "a window mixes several groups"
-    bundle_rows = 8 * 5 * SLICE_ROWS
-    bundles = [set((rows[i : i + bundle_rows] // (5 * SLICE_ROWS)).tolist()) for i in range(0, part.size, bundle_rows)]
-    assert all(len(bundle) == 8 for bundle in bundles)
-    assert set.union(*bundles) == set(range(40))
-    assert set(bundles[0]) != set(range(8)), "groups are shuffled"
-
-
-def test_rows_of_a_window_are_well_mixed() -> None:
-    """Chi-square of the slice that each of the first 64 places shows, over many keys: each of 8 is as likely."""
-    part = BlockShuffle((SLICE_ROWS,) * 8)
-    images = np.stack([part.rows(np.arange(64), mix(key)) for key in range(100)])
-    assert chisquare(np.bincount(images.ravel() // SLICE_ROWS, minlength=8)).pvalue > 1e-3
-    assert chisquare(np.histogram(images % SLICE_ROWS, bins=16, range=(0, SLICE_ROWS))[0]).pvalue > 1e-3
-    assert len(np.unique(np.diff(images, axis=1) == 1, return_counts=True)[1]) <= 2
-    assert (np.diff(images, axis=1) == 1).mean() < 0.01
-
-
-def test_the_block_shuffle_of_a_release_is_kept() -> None:
-    assert BlockShuffle((3000, 50, 7000)).rows(np.arange(6), mix(42, 0, 0)).tolist() == BLOCK_ROWS
 
 
 # -- several sources ------------------------------------------------------------------------------------------
@@ -302,7 +208,7 @@ def test_streamed_sources_are_read_in_their_order_when_mixed() -> None:
     part = BlockShuffle((3000, 5000, 900))
     order = Order([part, Permutation(2000)], 100, 5)
     mixed = [step for step in (order.step(2, i) for i in range(order.steps_per_epoch)) if step.source == 0]
-    assert np.concatenate([step.rows for step in mixed]).tolist() == _pass(part, mix(5, 2, 0)).tolist()
+    assert np.concatenate([step.rows for step in mixed]).tolist() == whole_pass(part, mix(5, 2, 0)).tolist()
 
 
 def test_a_step_among_a_billion_streamed_rows_needs_little_memory() -> None:

@@ -23,7 +23,8 @@ from trainer.data.distinct import DistinctTexts
 from trainer.data.hashes import NO_TEXT
 from trainer.data.loading import load
 from trainer.data.module import PairData
-from trainer.data.order import Order, Permutation
+from trainer.data.order import Order
+from trainer.data.parts import Permutation
 from trainer.data.sources import Source
 from trainer.encoder import EncoderSpec
 

@@ -28,7 +28,7 @@ from tests.stub_hub import stub_hub
 from trainer.data.batches import StepBatches
 from trainer.data.loading import fingerprint
 from trainer.data.module import PairData
-from trainer.data.order import SLICE_ROWS
+from trainer.data.parts import SLICE_ROWS
 from trainer.data.sources import EvalSource, Source
 from trainer.data.steps import StepLoader, StepSampler
 from trainer.data.streaming import StreamedTable

@@ -11,7 +11,8 @@ from torch.utils.data import Dataset
 
 from trainer.batch import PackedBatch
 from trainer.data.collate import pack, pack_towers, targets_of
-from trainer.data.order import SLICE_ROWS, WINDOW_SLICES, Order, split_rows
+from trainer.data.order import Order, split_rows
+from trainer.data.parts import SLICE_ROWS, WINDOW_SLICES
 from trainer.data.streaming import StreamedTable
 from trainer.data.table import TokenTable
 from trainer.data.teacher import TeacherTable

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.order import Part, mix, permute
+from trainer.data.parts import Part
+from trainer.data.permutation import mix, permute
 
 if TYPE_CHECKING:
     from trainer.data.table import TokenTable

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from trainer.data.order import permute
+from trainer.data.permutation import permute
 
 _SAMPLE_KEY = 0x5A3B1E  # of the sample of max_rows: the same rows in every run
 

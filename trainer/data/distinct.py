@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.data.hashes import NO_TEXT, mix_all
-from trainer.data.order import Part, mix, steps_per_window
+from trainer.data.parts import Part, steps_per_window
+from trainer.data.permutation import mix
 
 _WINDOW_BATCHES = 64  # batches among which rows are exchanged
 _TRIES = 8  # partners that a row tries in a round

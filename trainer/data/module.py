@@ -21,7 +21,8 @@ from trainer.data.cache import default_cache_dir
 from trainer.data.distinct import DistinctTexts
 from trainer.data.loading import load
 from trainer.data.opaque import OpaqueBatches, OpaqueStream
-from trainer.data.order import Order, Part, steps_per_window
+from trainer.data.order import Order
+from trainer.data.parts import Part, steps_per_window
 from trainer.data.retrieval import load_collections
 from trainer.data.rowgroups import group_files
 from trainer.data.sources import EvalSource, Source

@@ -23,7 +23,8 @@ from trainer.batch import PackedBatch
 from trainer.data.checks import checked_rows
 from trainer.data.collate import pack, pack_towers, targets_of
 from trainer.data.files import data_format, is_hub_id
-from trainer.data.order import mix, permute, split_rows
+from trainer.data.order import split_rows
+from trainer.data.permutation import mix, permute
 from trainer.data.rowgroups import StreamError, file_urls
 from trainer.data.rows import Rows
 from trainer.data.streamrows import StreamedBadRows, tokenize_column

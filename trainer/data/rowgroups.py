@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from trainer.data.columns import find_column
 from trainer.data.files import cause_of, data_files, data_format, did_you_mean, is_hub_id
-from trainer.data.order import SLICE_ROWS
+from trainer.data.parts import SLICE_ROWS
 
 if TYPE_CHECKING:
     from trainer.data.sources import Source

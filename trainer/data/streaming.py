@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from trainer.data.checks import checked_rows
-from trainer.data.order import SLICE_ROWS, BlockShuffle
+from trainer.data.parts import SLICE_ROWS, BlockShuffle
 from trainer.data.rowgroups import (
     StreamError,
     group_files,

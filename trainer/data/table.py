@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainer.data.collate import TokenSpans
-from trainer.data.order import Permutation
+from trainer.data.parts import Permutation
 
 USED_IDS = {"query": "used_ids.npy", "document": "used_document_ids.npy"}
 

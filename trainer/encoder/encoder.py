@@ -8,14 +8,14 @@ from __future__ import annotations
 import hashlib
 import logging
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -25,6 +25,7 @@ from trainer.batch import PackedBatch
 from trainer.distributed import gather
 from trainer.encoder.attention import PACKED_ATTENTION, padded_layout, plan_buckets
 from trainer.encoder.dropout import HostDropout, use_host_dropout
+from trainer.encoder.shell import override_modules, share_tokenizer, take_route
 from trainer.encoder.spec import EncoderSpec
 from trainer.encoder.text import TextPreparation, load_text_preparation, position_offset
 from trainer.encoder.trainable import blocks, merged_adapters, restrict
@@ -37,7 +38,6 @@ PACKED_MODEL_TYPES = frozenset({"bert", "distilbert", "modernbert", "qwen3", "ro
 # oneDNN writes kernels for each number of rows of a bf16 product that it meets (0.5 ms and 0.7 MB each, up to 1,024 are
 # kept), so a CPU gets few different ones.
 _TOKEN_STEP = 32
-_ST_POOLING = {"mean": "mean", "cls": "cls", "max": "max", "last": "lasttoken"}
 
 
 class Encoder(nn.Module):
@@ -70,10 +70,10 @@ class Encoder(nn.Module):
                 "which could run code; take a copy in safetensors from someone you trust"
             ) from error
         if spec.route is not None:
-            shell = _take_route(shell, spec.route, self.text.prompt)
-        self._as_saved = _share_tokenizer(shell, self.text)
+            shell = take_route(shell, spec.route, self.text.prompt)
+        self._as_saved = share_tokenizer(shell, self.text)
         shell.max_seq_length = self.text.max_length
-        _override_modules(shell, spec)
+        override_modules(shell, spec)
         # A tuple hides the shell from nn.Module: its modules are registered below, once.
         self._shell = (shell,)
         transformer, *head = list(shell)
@@ -286,59 +286,3 @@ def _checkpoint_layers(backbone: PreTrainedModel) -> None:
             f"'{backbone.config.model_type}' again: set it to false, and lower model.max_tokens or max_length"
         )
     backbone.gradient_checkpointing_enable({"use_reentrant": False})
-
-
-def _share_tokenizer(shell: SentenceTransformer, text: TextPreparation) -> Callable[[], None]:
-    """Let the shell have the tokenizer of ``text`` instead of its own copy.
-
-    Returns:
-        What gives it the truncation and padding of its files again, which every use of a tokenizer changes.
-    """
-    transformer: Any = shell[0]
-    unused = transformer.processor.backend_tokenizer
-    truncation, padding = unused.truncation, unused.padding
-    if not transformer.do_lower_case:  # ours lowers by itself
-        transformer.processor = transformer.input_formatter.processor = text.tokenizer
-    backend = transformer.processor.backend_tokenizer
-
-    def restore() -> None:
-        backend.no_truncation() if truncation is None else backend.enable_truncation(**truncation)
-        backend.no_padding() if padding is None else backend.enable_padding(**padding)
-
-    return restore
-
-
-def _take_route(shell: SentenceTransformer, route: str, prompt: str) -> SentenceTransformer:
-    """One of the encoders of a Router as a model of its own."""
-    modules: list[Any] = list(shell)
-    router, *behind = modules
-    prompts = dict.fromkeys(("query", "document", "default"), prompt) if prompt else None
-    return SentenceTransformer(
-        modules=[*router.sub_modules[route], *behind],
-        device="cpu",
-        prompts=prompts,
-        default_prompt_name="default" if prompt else None,
-        similarity_fn_name=shell.similarity_fn_name,
-    )
-
-
-def _override_modules(shell: SentenceTransformer, spec: EncoderSpec) -> None:
-    """Apply pooling and normalize of the spec to the folder's modules, and say what was overridden."""
-    for name, module in list(shell.named_children()):
-        if isinstance(module, Pooling) and spec.pooling != "auto":
-            wanted = _ST_POOLING[spec.pooling]
-            if module.pooling_mode != wanted:
-                gather.warn(
-                    logger,
-                    f"pooling: the folder says {module.pooling_mode}, the config overrides it with {spec.pooling}",
-                )
-                replacement = Pooling(module.embedding_dimension, wanted, include_prompt=module.include_prompt)
-                shell._modules[name] = replacement
-    normalizes = [name for name, module in shell.named_children() if isinstance(module, Normalize)]
-    if spec.normalize is True and not normalizes:
-        gather.warn(logger, "normalize: the folder does not, the config adds it")
-        shell.append(Normalize())
-    if spec.normalize is False and normalizes:
-        gather.warn(logger, "normalize: the folder does, the config removes it")
-        for name in normalizes:
-            del shell._modules[name]

@@ -21,7 +21,8 @@ from sentence_transformers.util import fullname
 
 from trainer.data.files import is_hub_id
 from trainer.data.loading import load
-from trainer.data.order import Order, Permutation
+from trainer.data.order import Order
+from trainer.data.parts import Permutation
 from trainer.data.retrieval import load_collections
 from trainer.data.sources import EvalSource, Source
 from trainer.encoder import EncoderSpec

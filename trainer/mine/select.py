@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.data.order import mix
+from trainer.data.permutation import mix
 
 Sampling = Literal["top", "random"]
 

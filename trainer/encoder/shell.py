@@ -1,0 +1,74 @@
+"""The sentence-transformers model around a backbone: what the folder says of it, and what the config says instead."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+
+from trainer.distributed import gather
+from trainer.encoder.spec import EncoderSpec
+from trainer.encoder.text import TextPreparation
+
+logger = logging.getLogger(__name__)
+
+_ST_POOLING = {"mean": "mean", "cls": "cls", "max": "max", "last": "lasttoken"}
+
+
+def share_tokenizer(shell: SentenceTransformer, text: TextPreparation) -> Callable[[], None]:
+    """Let the shell have the tokenizer of ``text`` instead of its own copy.
+
+    Returns:
+        What gives it the truncation and padding of its files again, which every use of a tokenizer changes.
+    """
+    transformer: Any = shell[0]
+    unused = transformer.processor.backend_tokenizer
+    truncation, padding = unused.truncation, unused.padding
+    if not transformer.do_lower_case:  # ours lowers by itself
+        transformer.processor = transformer.input_formatter.processor = text.tokenizer
+    backend = transformer.processor.backend_tokenizer
+
+    def restore() -> None:
+        backend.no_truncation() if truncation is None else backend.enable_truncation(**truncation)
+        backend.no_padding() if padding is None else backend.enable_padding(**padding)
+
+    return restore
+
+
+def take_route(shell: SentenceTransformer, route: str, prompt: str) -> SentenceTransformer:
+    """One of the encoders of a Router as a model of its own."""
+    modules: list[Any] = list(shell)
+    router, *behind = modules
+    prompts = dict.fromkeys(("query", "document", "default"), prompt) if prompt else None
+    return SentenceTransformer(
+        modules=[*router.sub_modules[route], *behind],
+        device="cpu",
+        prompts=prompts,
+        default_prompt_name="default" if prompt else None,
+        similarity_fn_name=shell.similarity_fn_name,
+    )
+
+
+def override_modules(shell: SentenceTransformer, spec: EncoderSpec) -> None:
+    """Apply pooling and normalize of the spec to the folder's modules, and say what was overridden."""
+    for name, module in list(shell.named_children()):
+        if isinstance(module, Pooling) and spec.pooling != "auto":
+            wanted = _ST_POOLING[spec.pooling]
+            if module.pooling_mode != wanted:
+                gather.warn(
+                    logger,
+                    f"pooling: the folder says {module.pooling_mode}, the config overrides it with {spec.pooling}",
+                )
+                replacement = Pooling(module.embedding_dimension, wanted, include_prompt=module.include_prompt)
+                shell._modules[name] = replacement
+    normalizes = [name for name, module in shell.named_children() if isinstance(module, Normalize)]
+    if spec.normalize is True and not normalizes:
+        gather.warn(logger, "normalize: the folder does not, the config adds it")
+        shell.append(Normalize())
+    if spec.normalize is False and normalizes:
+        gather.warn(logger, "normalize: the folder does, the config removes it")
+        for name in normalizes:
+            del shell._modules[name]
