@@ -61,7 +61,7 @@ _RECIPES = [
         "`sinhala-qa`",
         "InfoNCE",
         "an answer that stands twice in a batch is right and punished; nothing is held out",
-        "scale 10 for 20, InfoNCE both ways, no text twice in a batch, questions held out",
+        "scale 10 for 20, InfoNCE both ways, no text twice in a batch, 5 epochs for 1, questions held out",
     ),
     (
         "`korean-nutrition`",
@@ -100,6 +100,7 @@ _STAND_INS = {
     "korean-terms, 120 pairs": "The same, 120 pairs, 10 epochs",
 }
 _NOTES = {
+    "sinhala-qa": "Ours and the best of ST ran beside a test suite here: their rows/s say nothing.",
     "korean-nutrition": "Of 81 texts ours leaves out a fifth, to watch itself; the best of ST trains on all.",
     "korean-terms": "Seven pairs teach no others: the base is best, and what ours does better is to spoil less.",
 }
