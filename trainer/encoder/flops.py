@@ -52,6 +52,7 @@ def count_arithmetic(spec: EncoderSpec) -> Arithmetic:
 
     Raises:
         ValueError: transformers has no such architecture.
+        AttributeError: its config has other names for its sizes.
     """
     backbone = meta_backbone(spec)
     pooler = getattr(backbone, "pooler", None)  # no part of the embedding

@@ -67,6 +67,7 @@ def backbone_size(spec: EncoderSpec) -> BackboneSize:
 
     Raises:
         ValueError: transformers has no such architecture.
+        AttributeError: its config has other names for its sizes.
     """
     model: Any = meta_backbone(spec)
     config = model.config
