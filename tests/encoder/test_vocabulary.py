@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
+from transformers import AutoConfig, Gemma3TextConfig, Gemma3TextModel
 
 from tests.batches import build_batch
 from trainer.batch import PackedBatch
@@ -102,6 +104,47 @@ def test_compact_is_full(tiny_encoders: dict[str, Path], demo_texts: list[str], 
         backbone: Any = model[0].model
         exported = backbone.get_input_embeddings().weight
         assert_close(exported, full.matrix, rtol=0.0, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def scaled_encoder(tmp_path_factory: pytest.TempPathFactory, tiny_encoders: dict[str, Path]) -> Path:
+    """A Gemma-3, whose embeddings are multiplied by the root of their width."""
+    folder = tmp_path_factory.mktemp("gemma3") / "encoder"
+    shutil.copytree(tiny_encoders["qwen3"], folder)
+    vocab = AutoConfig.from_pretrained(folder).vocab_size
+    config = Gemma3TextConfig(
+        vocab_size=vocab, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, head_dim=8, query_pre_attn_scalar=8, sliding_window=64,
+    )  # fmt: skip
+    Gemma3TextModel(config).save_pretrained(folder)
+    return folder
+
+
+def test_scaled_embeddings_are_scaled_and_exported(scaled_encoder: Path, demo_texts: list[str]) -> None:
+    texts = demo_texts[: 2 * ROWS * NUM_STEPS]
+    full, compact = (_train(scaled_encoder, texts, 0.01, compact) for compact in (False, True))
+    assert compact.encoder.vocabulary is not None
+    assert_close(compact.matrix, full.matrix, rtol=0.0, atol=1e-6)
+    with torch.no_grad():
+        trained = compact.encoder.eval().embed(pack_texts(compact.encoder.text(demo_texts[:40])))
+    with compact.encoder.as_sentence_transformer() as model:
+        assert type(model[0].model.get_input_embeddings()).__name__ == "Gemma3TextScaledWordEmbedding"
+        assert_close(model.encode(demo_texts[:40], convert_to_tensor=True).cpu(), trained, rtol=0.0, atol=1e-5)
+    assert compact.encoder.vocabulary is not None
+    assert_close(compact.encoder.embed(pack_texts(compact.encoder.text(demo_texts[:40]))), trained)
+
+
+def test_an_embedding_of_another_kind_stays_whole(tiny_encoder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Odd(nn.Embedding):
+        """Does who knows what."""
+
+    encoder = _load(tiny_encoder)
+    odd = Odd.from_pretrained(_matrix(encoder).detach(), freeze=False)
+    encoder.backbone.set_input_embeddings(odd)
+    encoder.compact_vocabulary(torch.arange(10))
+    assert encoder.vocabulary is None
+    assert encoder.backbone.get_input_embeddings() is odd
+    assert "the Odd of this backbone is more than a table of rows" in caplog.text
 
 
 def _small() -> tuple[nn.Embedding, CompactEmbedding]:

@@ -84,6 +84,8 @@ class Encoder(nn.Module):
         self.max_tokens = max_tokens
         # Where a forward is a collective (ZeRO-3), all ranks must run the same number of them.
         self.lockstep = False
+        # What a compacted vocabulary stands in for, without its rows; hidden from nn.Module.
+        self._embedding: tuple[nn.Embedding, ...] = ()
         self._position_offset = position_offset(self.backbone.config)
         # Decoders would keep keys and values for a next token that never comes.
         self._options = {"use_cache": False} if getattr(self.backbone.config, "use_cache", False) else {}
@@ -147,18 +149,29 @@ class Encoder(nn.Module):
         return embedding if isinstance(embedding, CompactEmbedding) else None
 
     def compact_vocabulary(self, used_ids: Tensor) -> None:
-        """Train only these rows of the embedding matrix (and those of special pieces); of a frozen one, none."""
+        """Train only these rows of the embedding matrix (and those of special pieces); of a frozen one, none. One that
+        does more than look rows up, and scale them, is left as it is."""
         vocabulary = self.vocabulary
-        embedding = self.backbone.get_input_embeddings()
-        assert isinstance(embedding.weight, Tensor)
-        if not embedding.weight.requires_grad:
-            return
-        full = embedding.weight if vocabulary is None else vocabulary.frozen_VH
-        padding_id = embedding.padding_idx if vocabulary is None else vocabulary.padding_id
-        assert padding_id is None or isinstance(padding_id, int)
+        if vocabulary is not None:
+            full, padding_id, scale = vocabulary.frozen_VH, vocabulary.padding_id, vocabulary.scale
+        else:
+            embedding = self.backbone.get_input_embeddings()
+            assert isinstance(embedding, nn.Embedding)
+            full, padding_id, scale = embedding.weight, embedding.padding_idx, getattr(embedding, "embed_scale", None)
+            if not full.requires_grad:
+                return
+            if type(embedding) is not nn.Embedding and scale is None:
+                gather.warn(
+                    logger,
+                    f"compact_vocabulary: the {type(embedding).__name__} of this backbone is more than a table of "
+                    "rows, so all of it is trained",
+                )
+                return
+            self._embedding = (embedding,)
+            embedding.weight = nn.Parameter(full.new_empty(0), requires_grad=False)  # the compact one has the rows
         special = torch.tensor(self.text.tokenizer.all_special_ids, dtype=torch.int64)
         used_ids = torch.unique(torch.cat([used_ids.to("cpu", torch.int64), special]))
-        self.backbone.set_input_embeddings(CompactEmbedding(full, used_ids.to(full.device), padding_id))
+        self.backbone.set_input_embeddings(CompactEmbedding(full, used_ids.to(full.device), padding_id, scale))
 
     # -- what is not trained ------------------------------------------------------------------------------
 
@@ -258,8 +271,9 @@ class Encoder(nn.Module):
         in, stock attention, evaluation mode."""
         shell, vocabulary, training = self._shell[0], self.vocabulary, self.training
         if vocabulary is not None:
-            full = nn.Embedding.from_pretrained(vocabulary.full_weight(), padding_idx=vocabulary.padding_id)
-            self.backbone.set_input_embeddings(full)
+            embedding = self._embedding[0]
+            embedding.to(vocabulary.weight.device).weight = nn.Parameter(vocabulary.full_weight(), requires_grad=False)
+            self.backbone.set_input_embeddings(embedding)
         if self.packed:
             self.backbone.set_attn_implementation("sdpa")
         shell.eval()
@@ -274,6 +288,7 @@ class Encoder(nn.Module):
         finally:
             if vocabulary is not None:
                 self.backbone.set_input_embeddings(vocabulary)
+                embedding.weight = nn.Parameter(vocabulary.weight.new_empty(0), requires_grad=False)
             if self.packed:
                 self.backbone.set_attn_implementation(PACKED_ATTENTION)
             self.train(training)

@@ -25,14 +25,18 @@ class CompactEmbedding(nn.Module):
         used_ids: rows to train, ascending, int64 (U,).
         padding_id: the piece whose row gets no gradient even where a text holds it, as in ``nn.Embedding``. Decoders
             may pad with the piece that ends every text.
+        scale: by what every row is multiplied when it is looked up, as Gemma's are.
     """
 
     used_ids: Tensor
     decay: Tensor
     frozen_VH: Tensor
     place_V: Tensor
+    scale: Tensor | None
 
-    def __init__(self, full: Tensor, used_ids: Tensor, padding_id: int | None = None) -> None:
+    def __init__(
+        self, full: Tensor, used_ids: Tensor, padding_id: int | None = None, scale: float | Tensor | None = None
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(full.detach()[used_ids].clone())
         self.register_buffer("used_ids", used_ids)
@@ -43,10 +47,15 @@ class CompactEmbedding(nn.Module):
         place_V[used_ids] = torch.arange(len(used_ids))
         self.register_buffer("place_V", place_V, persistent=False)
         self.padding_id = padding_id
+        self.register_buffer("scale", None if scale is None else torch.as_tensor(scale), persistent=False)
         place = -1 if padding_id is None else int(place_V[padding_id])
         self._padding_place = place if place >= 0 else None
 
     def forward(self, input_ids: Tensor) -> Tensor:
+        found = self._look_up(input_ids)
+        return found if self.scale is None else found * self.scale.to(found.dtype)
+
+    def _look_up(self, input_ids: Tensor) -> Tensor:
         places = self.place_V[input_ids]
         if self.training:
             # Every training text was counted, so each id has a place; -1 would raise here.
