@@ -157,13 +157,16 @@ def test_prompts_of_columns_need_a_pooling_that_takes_them(tiny_encoder: Path, p
 
 def test_sgd_in_chunks_without_schedule(tiny_encoder: Path, pairs: Path) -> None:
     """Chunks, the whole vocabulary and no limit on the norm change nothing but the memory."""
-    settings = {"optimizer": "sgd", "schedule": "constant", "warmup_ratio": 0.0, "weight_decay": 0.0}
+    settings = {"optimizer": "sgd", "schedule": "constant", "warmup_ratio": 0.0, "weight_decay": 0.5}
     whole = _fit(*_parts(tiny_encoder, pairs, settings), gradient_clip_val=None)
     module, data = _parts(tiny_encoder, pairs, {**settings, "max_tokens": 40})
     module.encoder_spec.compact_vocabulary = "off"
     chunked = _fit(module, data, gradient_clip_val=None)
     assert chunked.module.encoder.vocabulary is None
-    assert whole.module.encoder.vocabulary is not None
+    vocabulary = whole.module.encoder.vocabulary
+    assert vocabulary is not None
+    assert float(vocabulary.decay) < 0.999, "a decay that does nothing"
+    assert_close(chunked.module.encoder.backbone.get_input_embeddings().weight, vocabulary.full_weight())
     assert chunked.watch.losses == pytest.approx(whole.watch.losses, rel=1e-5)
     assert chunked.watch.norms == pytest.approx(whole.watch.norms, rel=1e-5)
     weights = whole.module.state_dict()

@@ -44,7 +44,7 @@ class EmbeddingModule(LightningModule):
         teacher: frozen encoder whose embeddings a loss wants (MSE, EmbedDistill; the guide of GISTEmbed); it embeds
             every training text once, before the training.
         learning_rate: peak of the schedule.
-        weight_decay: of AdamW; never on biases, norms and single numbers unless decay_all.
+        weight_decay: per unit of the learning rate; never on biases, norms and single numbers unless decay_all.
         warmup_ratio: share of the steps in which the learning rate rises from 0.
         schedule: course of the learning rate after the warm-up.
         optimizer: AdamW, or plain SGD (no momentum).
@@ -328,7 +328,7 @@ class EmbeddingModule(LightningModule):
             super().optimizer_step(*args, **kwargs)
         for part in self.encoder.parts.values():
             vocabulary = part.vocabulary
-            if vocabulary is not None and self.weight_decay and self.optimizer_name == "adamw":
+            if vocabulary is not None and self.weight_decay:
                 vocabulary.decay_unused(1.0 - rate * self.weight_decay)
 
     def on_train_batch_end(self, outputs: Any, batch: PackedBatch, batch_idx: int) -> None:

@@ -1,8 +1,8 @@
 """Exact compaction of the embedding matrix: train only the rows that the training texts use.
 
-A row that no training text uses has gradient 0 at every step. AdamW then changes it by weight decay alone:
-w_t = w_{t-1} (1 - lr_t * decay), and its moments stay 0. So a small dense matrix of the used rows is trained
-(parameter, gradient, optimizer state, all-reduce), the others are looked up in a frozen copy times the running
+A row that no training text uses has gradient 0 at every step. AdamW, and SGD without momentum, then change it by
+weight decay alone: w_t = w_{t-1} (1 - lr_t * decay), and moments stay 0. So a small dense matrix of the used rows is
+trained (parameter, gradient, optimizer state, all-reduce), the others are looked up in a frozen copy times the running
 product of (1 - lr_t * decay), and the full matrix is written at export.
 
 Shape suffixes: V pieces of the full vocabulary, U used pieces, H hidden.
