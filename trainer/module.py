@@ -161,8 +161,10 @@ class EmbeddingModule(LightningModule):
         return data
 
     def prepare_data(self) -> None:
-        """Let the teacher embed, once per node; the other ranks wait and open its files."""
-        self.open_teachers(self.data, self.trainer.strategy.root_device)
+        """Let the teacher embed, once per node; the other ranks wait and open its files. Lightning calls this for
+        validate and test, too, which read no training data."""
+        if self.trainer.state.fn == "fit":
+            self.open_teachers(self.data, self.trainer.strategy.root_device)
 
     def setup(self, stage: str) -> None:
         if stage == "fit":

@@ -19,9 +19,11 @@ from tests.tracking.small_run import make_trainer
 from tests.two_ranks import TwoRanks
 from trainer.data import teaching
 from trainer.data.module import PairData
-from trainer.data.sources import Source
+from trainer.data.sources import EvalSource, Source
 from trainer.data.teaching import teach
 from trainer.encoder.spec import EncoderSpec
+from trainer.evaluation import Translation
+from trainer.evaluation.runner import Evaluation
 from trainer.losses import MSE, GISTEmbed, InfoNCE, Loss, MarginMSE
 from trainer.module import EmbeddingModule
 
@@ -76,6 +78,24 @@ def test_a_streamed_source_is_refused(folder: Path, tmp_path: Path) -> None:
     source = Source(str(folder / "rows.jsonl"), COLUMNS, streaming=True)
     with pytest.raises(ValueError, match=r"rows.jsonl: a teacher embeds all texts before .* streaming: true; set it"):
         teach(source, EncoderSpec(str(folder / "teacher")), tmp_path, 50, CPU)
+
+
+def test_a_teacher_that_is_not_there_is_called_so(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^model\.teacher\.backbone '.*teecher' is neither a model folder nor"):
+        teach(Source(str(folder / "rows.jsonl"), COLUMNS), EncoderSpec(str(folder / "teecher")), tmp_path, 50, CPU)
+
+
+def test_validation_reads_no_training_data(folder: Path, tmp_path: Path) -> None:
+    """So the teacher has nothing to embed, and a run can be validated where its training data is gone."""
+    spec = EncoderSpec(str(folder / "student"))
+    (tmp_path / "dev.jsonl").write_text("".join(json.dumps({"a": text, "p": text}) + "\n" for text in "abc"))
+    dev = EvalSource(name="dev", path=str(tmp_path / "dev.jsonl"), columns=COLUMNS, evaluator=Translation())
+    gone = [Source(str(tmp_path / "gone.jsonl"), COLUMNS)]
+    data = PairData(gone, spec, validation=[dev], batch_size=9, cache_dir=str(tmp_path))
+    module = EmbeddingModule(spec, MSE(), teacher=EncoderSpec(str(folder / "teacher")))
+    (found,) = make_trainer(tmp_path, [Evaluation()]).validate(module, datamodule=data, verbose=False)
+    assert found["eval/dev/mean_accuracy"] == 1.0
+    assert not (tmp_path / "teacher").exists()
 
 
 @pytest.mark.parametrize(

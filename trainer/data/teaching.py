@@ -24,6 +24,7 @@ from trainer.data.teacher import TeacherTable
 from trainer.data.tokens import tokenize
 from trainer.encoder import Encoder, EncoderSpec
 from trainer.encoder.folder import backbone_folder
+from trainer.encoder.spec import errors_about
 from trainer.encoder.text import load_text_preparation
 from trainer.files import sha256_of
 from trainer.interruption import stop_if_asked
@@ -51,7 +52,9 @@ def teach(source: Source, spec: EncoderSpec, cache_dir: Path, max_tokens: int, d
             f"{source.path}: a teacher embeds all texts before the training, which does not go with streaming: true; "
             "set it to false"
         )
-    tokens = tokenize(source, load_text_preparation(spec), cache_dir)
+    with errors_about("model.teacher"):
+        text = load_text_preparation(spec)
+    tokens = tokenize(source, text, cache_dir)
     settings = {name: value for name, value in asdict(spec).items() if name not in _NOT_IN_KEY}
     parts = [_VERSION, tokens.folder.name, settings, _contents(spec.backbone, spec.revision)]
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
@@ -73,7 +76,8 @@ def _contents(backbone: str, revision: str | None) -> list[str]:
 def _embed(
     source: Source, spec: EncoderSpec, tokens: TokenTable, max_tokens: int, device: torch.device, folder: Path
 ) -> None:
-    encoder = Encoder(spec, max_tokens).to(device).eval()
+    with errors_about("model.teacher"):
+        encoder = Encoder(spec, max_tokens).to(device).eval()
     texts = tokens.distinct_texts()
     shape = (len(texts), encoder.embedding_dimension)
     embeddings_UD = np.memmap(folder / "embeddings.float32", np.float32, "w+", shape=shape)

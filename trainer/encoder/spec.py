@@ -1,5 +1,7 @@
 """What encoder to train; the ``model.encoder`` part of a config."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, Optional, Union
 
@@ -66,3 +68,12 @@ class EncoderSpec:
     route: Optional[str] = None
     revision: Optional[str] = None
     trust_remote_code: bool = False
+
+
+@contextmanager
+def errors_about(part: str) -> Iterator[None]:
+    """Errors about an encoder inside the block are about another part of the config than ``model.encoder``."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error).replace("model.encoder", part)) from error

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from trainer.batch import PackedBatch
 from trainer.encoder.encoder import Encoder
 from trainer.encoder.folder import embedding_dimension, read_routes
-from trainer.encoder.spec import EncoderSpec
+from trainer.encoder.spec import EncoderSpec, errors_about
 from trainer.encoder.text import TextPreparation, load_text_preparation
 
 
@@ -87,7 +87,7 @@ def load_encoder(
     if document_spec is None:
         return Encoder(spec, max_tokens, text)
     query = Encoder(spec, max_tokens, text and replace(text, documents=None))
-    with _said_of_documents():
+    with errors_about("model.document_encoder"):
         document = Encoder(document_spec, max_tokens, text and text.documents)
     return Towers(query, document)
 
@@ -101,7 +101,7 @@ def load_texts(spec: EncoderSpec, document_spec: EncoderSpec | None) -> TextPrep
     text = load_text_preparation(spec)
     if document_spec is None:
         return text
-    with _said_of_documents():
+    with errors_about("model.document_encoder"):
         documents = load_text_preparation(document_spec)
     _refuse_unfit(spec, document_spec)
     # A text has the same pieces in both columns only if tokenizer and prompt are the same.
@@ -121,15 +121,6 @@ def _refuse_unfit(spec: EncoderSpec, document_spec: EncoderSpec) -> None:
             f"the routes '{spec.route}' and '{document_spec.route}' of '{spec.backbone}' share {', '.join(shared)}, "
             "which two towers would train apart; take a backbone without shared layers, or one encoder for all texts"
         )
-
-
-@contextmanager
-def _said_of_documents() -> Iterator[None]:
-    """An error about an encoder inside the block is about the document tower, whose keys have another name."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(str(error).replace("model.encoder", "model.document_encoder")) from error
 
 
 def _refuse_dimensions(query: int, document: int) -> None:
