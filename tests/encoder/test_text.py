@@ -6,6 +6,7 @@ import gzip
 import json
 import pickle
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -135,6 +136,28 @@ def test_fingerprint_follows_the_ids(tiny_encoders: dict[str, Path], demo_texts:
 def test_a_copy_of_the_folder_has_the_same_fingerprint(tiny_encoder: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_encoder, tmp_path / "elsewhere")
     assert _prepare(tmp_path / "elsewhere").fingerprint == _prepare(tiny_encoder).fingerprint
+
+
+def test_lengths_do_not_mix_in_threads(tiny_encoder: Path, demo_texts: list[str]) -> None:
+    """Columns of several lengths share one tokenizer, which holds the length; slices are built in the background."""
+    text = replace(_prepare(tiny_encoder), max_lengths={"anchor": 5, "positive": 11})
+    texts = [one * 3 for one in demo_texts[:50]]
+
+    def longest(column: str) -> set[int]:
+        return {max(map(len, text.of_column(column)(texts))) for _ in range(300)}
+
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(longest, ("anchor", "positive"))) == [{5}, {11}]
+
+
+def test_a_tokenizer_in_python_is_refused(tiny_encoder: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_encoder, tmp_path / "slow")
+    (tmp_path / "slow" / "tokenizer.json").unlink()
+    (tmp_path / "slow" / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\na\n")
+    settings = {"tokenizer_class": "BertJapaneseTokenizer", "word_tokenizer_type": "basic"}
+    (tmp_path / "slow" / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r"has a tokenizer in Python \(BertJapaneseTokenizer\).*tokenizer\.json$"):
+        _prepare(tmp_path / "slow")
 
 
 @pytest.mark.parametrize(

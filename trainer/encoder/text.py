@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -18,6 +19,9 @@ from trainer.encoder.spec import EncoderSpec
 
 # Position tables of these start behind the padding index.
 _OFFSET_MODEL_TYPES = frozenset({"roberta", "xlm-roberta", "camembert", "mpnet"})
+
+# A tokenizer holds the length it truncates to, and columns, sources and threads share one.
+_one_at_a_time = threading.Lock()
 
 # Task -> names that models give its prompt, as encode_query and encode_document look for them.
 TASK_PROMPTS = {"query": ("query",), "document": ("document", "passage", "corpus")}
@@ -61,15 +65,16 @@ class TextPreparation:
         if self.prompt:
             texts = [self.prompt + text for text in texts]
         # What calling the tokenizer does, without the objects it makes per text, which cost a third of the time.
-        self.tokenizer.set_truncation_and_padding(  # type: ignore[attr-defined]
-            padding_strategy=PaddingStrategy.DO_NOT_PAD,
-            truncation_strategy=TruncationStrategy.LONGEST_FIRST,
-            max_length=self.max_length,
-            stride=0,
-            pad_to_multiple_of=None,
-            padding_side=None,
-        )
-        encoded = self.tokenizer.backend_tokenizer.encode_batch_fast(list(texts))  # type: ignore[attr-defined]
+        with _one_at_a_time:
+            self.tokenizer.set_truncation_and_padding(  # type: ignore[attr-defined]
+                padding_strategy=PaddingStrategy.DO_NOT_PAD,
+                truncation_strategy=TruncationStrategy.LONGEST_FIRST,
+                max_length=self.max_length,
+                stride=0,
+                pad_to_multiple_of=None,
+                padding_side=None,
+            )
+            encoded = self.tokenizer.backend_tokenizer.encode_batch_fast(list(texts))  # type: ignore[attr-defined]
         return [text.ids for text in encoded]
 
     @cached_property
@@ -122,8 +127,8 @@ def load_text_preparation(spec: EncoderSpec) -> TextPreparation:
     """Read the tokenizer, the length and the prompt of an encoder; no weights.
 
     Raises:
-        ValueError: no such folder or hub id, code that was not allowed, or max_length over the positions of the
-            backbone.
+        ValueError: no such folder or hub id, code that was not allowed, a tokenizer without tokenizer.json, or
+            max_length over the positions of the backbone.
     """
     where: dict[str, Any] = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
     modules = read_modules(spec)
@@ -138,6 +143,11 @@ def load_text_preparation(spec: EncoderSpec) -> TextPreparation:
         raise ValueError(
             f"model.encoder.backbone '{spec.backbone}' is neither a model folder nor a reachable hub id: {cause}"
         ) from error
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"model.encoder.backbone '{spec.backbone}' has a tokenizer in Python ({type(tokenizer).__name__}), and "
+            "texts are read by fast ones: take a backbone whose folder holds a tokenizer.json"
+        )
     transformer = read_json(spec, "sentence_bert_config.json", subfolder) or {}
     model = read_json(spec, "config_sentence_transformers.json") or {}
     positions = num_positions(config)
