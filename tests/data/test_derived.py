@@ -48,6 +48,16 @@ def test_triplets_of_labelled_pairs(tmp_path: Path) -> None:
     ]
 
 
+def test_triplets_of_columns_by_position(tmp_path: Path) -> None:
+    """As a file without column names is read."""
+    pd.read_json(nli(tmp_path), lines=True).to_csv(tmp_path / "nli.tsv", sep="\t", index=False)
+    kinds = ("entailment", "contradiction")
+    columns = {"anchor": 0, "positive": 1, "label": 2}
+    positions = load(Source(str(tmp_path / "nli.tsv"), columns, triplets=kinds), tmp_path / "cache")
+    names = load(Source(nli(tmp_path), NLI, triplets=kinds), tmp_path / "cache")
+    assert positions.to_list() == names.to_list()
+
+
 def test_triplets_of_class_numbers_and_class_names(tmp_path: Path) -> None:
     frame = pd.read_json(nli(tmp_path), lines=True)
     names = ["entailment", "neutral", "contradiction"]

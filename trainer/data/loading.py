@@ -61,8 +61,8 @@ def _base(source: Source) -> Optional[Source]:
     spec.update(loss=None)
     if source.triplets:
         positive, negative = map(str, source.triplets)
-        column = str(source.columns["label"])
-        spec.update(label_map={positive: 1, negative: 0}, where={**(source.where or {}), column: [positive, negative]})
+        kept = {**(source.where or {}), source.columns["label"]: [positive, negative]}
+        spec.update(label_map={positive: 1, negative: 0}, where=kept)
     return Source(**spec)
 
 

@@ -45,7 +45,8 @@ class Source:
         revision: branch, tag or commit of a hub data set.
         on_bad_row: fail names the bad rows and stops, skip leaves them out and counts them.
         max_bad_rows: most rows that skip leaves out.
-        where: column in the data -> the value, the values, or the comparison ('>= 0.7') that a row must meet.
+        where: column in the data (its name, or its position from 0) -> the value, the values, or the comparison
+            ('>= 0.7') that a row must meet.
         triplets: [label of a positive, label of a negative]: the rows of one anchor, e.g. NLI's premise with its
             hypotheses, become triplets; columns names anchor, positive (both kinds) and label.
         holdout: share of the rows that a training source leaves out and a validation source of the same path keeps.
@@ -72,7 +73,7 @@ class Source:
     revision: Optional[str] = None
     on_bad_row: Literal["fail", "skip"] = "fail"
     max_bad_rows: int = 100
-    where: Optional[dict[str, Union[list[Union[bool, int, float, str]], bool, int, float, str]]] = None
+    where: Optional[dict[Union[int, str], Union[list[Union[bool, int, float, str]], bool, int, float, str]]] = None
     triplets: Optional[tuple[Union[int, str], Union[int, str]]] = None
     holdout: float = 0.0
     holdout_by: Optional[str] = None
