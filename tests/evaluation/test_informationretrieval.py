@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,32 @@ def test_metrics_equal_those_of_sentence_transformers() -> None:
     assert ours.keys() == theirs.keys() | {"cosine_ndcg@10"}
     for name, value in theirs.items():
         assert ours[name] == pytest.approx(value, abs=1e-6), name
+
+
+def test_a_query_that_stands_in_the_corpus() -> None:
+    """Left out where asked, as BEIR does: pytrec-eval over a run without it, at full depth."""
+    collection, queries, documents = make_collection()
+    own = replace(collection, query_ids=[f"d{i}" for i in range(0, 2 * NUM_QUERIES, 2)])
+    documents[: 2 * NUM_QUERIES : 2] = queries  # each query is its own nearest document
+    evaluator = InformationRetrieval(ignore_identical_ids=True)
+    neighbours = top_k(queries, documents, evaluator.depth)
+    ours = evaluator.score_neighbours(neighbours, own)
+    names = own.document_ids
+    scores = torch.nn.functional.normalize(queries) @ torch.nn.functional.normalize(documents).T
+    run = {
+        query: {name: score for name, score in zip(names, row.tolist(), strict=True) if name != query}
+        for query, row in zip(own.query_ids, scores, strict=True)
+    }
+    qrels = {
+        query: {names[d]: grade for d, grade in judged.items()}
+        for query, judged in zip(own.query_ids, own.relevance_Q, strict=True)
+    }
+    theirs = pytrec_eval.RelevanceEvaluator(qrels, {"ndcg_cut.10", "recall.10"}).evaluate(run)
+    for name, their_name in (("ndcg@10", "ndcg_cut_10"), ("recall@10", "recall_10")):
+        mean = float(np.mean([found[their_name] for found in theirs.values()]))
+        assert ours[f"cosine_{name}"] == pytest.approx(mean, abs=1e-6), name
+    whole = InformationRetrieval().score_neighbours(top_k(queries, documents, 100), own)
+    assert whole["cosine_ndcg@10"] < ours["cosine_ndcg@10"] - 0.05
 
 
 def test_a_corpus_smaller_than_the_depth() -> None:

@@ -30,6 +30,8 @@ class InformationRetrieval(Search):
         similarity: of a query with a document.
         ndcg_at, mrr_at, map_at: depths of these.
         accuracy_at: depths of accuracy, precision and recall.
+        ignore_identical_ids: leave out the document that has the id of the query, as BEIR does: in ArguAna and Quora a
+            query stands in the corpus, too.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class InformationRetrieval(Search):
         mrr_at: Optional[list[int]] = None,
         map_at: Optional[list[int]] = None,
         accuracy_at: Optional[list[int]] = None,
+        ignore_identical_ids: bool = False,
     ) -> None:
         self.similarity = similarity
         self.ndcg_at = ndcg_at or [10]
@@ -48,21 +51,22 @@ class InformationRetrieval(Search):
         depths = [*self.ndcg_at, *self.mrr_at, *self.map_at, *self.accuracy_at]
         if min(depths) < 1:
             raise ValueError(f"InformationRetrieval: a depth of {min(depths)}; each must be 1 or more")
-        self.depth = max(depths)
+        self.ignore_identical_ids = ignore_identical_ids
+        self.num_ranked = max(depths)
+        self.depth = self.num_ranked + int(ignore_identical_ids)
         self.primary = f"{similarity}_ndcg@{max(self.ndcg_at)}"
 
     def score_neighbours(self, neighbours: Neighbours, collection: Collection) -> dict[str, float]:
         judged = collection.relevance_Q
-        found = [
-            [max(0, relevance.get(document, 0)) for document in ids]
-            for relevance, ids in zip(judged, neighbours.ids_Qk.tolist(), strict=True)
-        ]
-        gains_Qk = np.zeros((len(judged), self.depth))  # a corpus may have fewer documents
-        gains_Qk[:, : neighbours.ids_Qk.shape[1]] = np.array(found)
+        own_Q = self._own_documents(collection)
+        gains_Qk = np.zeros((len(judged), self.num_ranked))  # a corpus may have fewer documents
+        for row, relevance, own, ids in zip(gains_Qk, judged, own_Q, neighbours.ids_Qk.tolist(), strict=True):
+            ranked = [document for document in ids if document != own][: self.num_ranked]
+            row[: len(ranked)] = [max(0, relevance.get(document, 0)) for document in ranked]
         ideal = [[float(r) for r in sorted(relevance.values(), reverse=True) if r > 0] for relevance in judged]
         num_relevant_Q = np.array([len(gains) for gains in ideal])
         hits_Qk = (gains_Qk > 0).astype(np.float64)
-        places_k = np.arange(1, self.depth + 1)
+        places_k = np.arange(1, self.num_ranked + 1)
         hits_so_far_Qk = hits_Qk.cumsum(axis=1)
         metrics: dict[str, NDArray[np.float64]] = {}
         for k in self.accuracy_at:
@@ -79,6 +83,13 @@ class InformationRetrieval(Search):
             precision_Qk = hits_so_far_Qk / places_k
             metrics[f"map@{k}"] = (precision_Qk * hits_Qk)[:, :k].sum(axis=1) / np.minimum(num_relevant_Q, k)
         return {f"{self.similarity}_{name}": float(values_Q.mean()) for name, values_Q in metrics.items()}
+
+    def _own_documents(self, collection: Collection) -> list[Optional[int]]:
+        """For each query the number of the document to leave out."""
+        if not self.ignore_identical_ids:
+            return [None] * len(collection.queries)
+        numbers = {name: number for number, name in enumerate(collection.document_ids)}
+        return [numbers.get(name) for name in collection.query_ids]
 
 
 def _dcg(gains_Qk: NDArray[np.float64]) -> NDArray[np.float64]:
