@@ -267,6 +267,10 @@ BAD_FLAGS = {
     "--trainer.accumulate_grad_batches 2": "flag --trainer.accumulate_grad_batches: "
     "trainer.accumulate_grad_batches stays 1: data.batch_size is the global batch of one optimizer step, and "
     "model.max_tokens bounds the memory of one forward: set these two instead",
+    "--trainer.overfit_batches 3": "flag --trainer.overfit_batches: trainer.overfit_batches stays 0: data decides "
+    "which rows form a step: to see whether a few rows can be learnt, set data.max_rows",
+    "--trainer.precision bf16-true": "flag --trainer.precision: trainer.precision is bf16-true, but weights stay in "
+    "float32: take one of 32-true, bf16-mixed, 16-mixed",
     "--trainer.devices many": "the trainer can't be built from these settings: `devices` selected with "
     "`CPUAccelerator` should be an int > 0.",
     "y.yaml": "'y.yaml' belongs to no flag; did you mean --config y.yaml?",

@@ -79,8 +79,14 @@ FIXED: Mapping[str, tuple[Any, str]] = {
         "data.batch_size is the global batch of one optimizer step, and model.max_tokens bounds the memory "
         "of one forward: set these two instead",
     ),
+    "overfit_batches": (
+        0,
+        "data decides which rows form a step: to see whether a few rows can be learnt, set data.max_rows",
+    ),
     "use_distributed_sampler": (False, "data decides which rows form a step, whatever the number of ranks"),
 }
+# Weights and the optimizer's sums are float32.
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
 
 class TrainerCLI(LightningCLI):
@@ -230,6 +236,12 @@ class TrainerCLI(LightningCLI):
             trainer = super().instantiate_trainer(**kwargs)
         except (TypeError, ValueError, MisconfigurationException) as error:
             raise ConfigError(f"the trainer can't be built from these settings: {error}") from error
+        if (precision := str(trainer.precision)) not in PRECISIONS:
+            place = self.written.place("trainer.precision")
+            raise ConfigError(
+                f"{place}: trainer.precision is {precision}, but weights stay in float32: take one of "
+                f"{', '.join(PRECISIONS)}"
+            )
         # Its handler of TERM talks to the other ranks from inside a signal: one rank that gets it waits for ever.
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
