@@ -4,6 +4,7 @@ All are written at a step boundary, in ``on_train_batch_end``: the one place fro
 """
 
 import logging
+import math
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
@@ -89,6 +90,8 @@ class Checkpoints(Checkpoint):
                 shutil.rmtree(left, ignore_errors=True)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            self._leave_later_steps(trainer.global_step)
         ranks = gather.world_size()
         if self._restored_ranks not in (None, ranks):
             gather.warn(
@@ -96,6 +99,20 @@ class Checkpoints(Checkpoint):
                 f"{self._restored_ranks} rank(s) saved this checkpoint, {ranks} go on: the same rows in the same "
                 "order; the dropout masks of each rank follow from (seed, step, rank)",
             )
+
+    def _leave_later_steps(self, step: int) -> None:
+        """A run that went back to this step writes the later ones anew: the old ones must neither count as newest nor
+        as best."""
+        aside = manifest.set_aside(self.run_dir, step)
+        if aside:
+            logger.warning(
+                "going on from step %d: %d later checkpoint(s) are now in %s; remove it when they are not needed",
+                step,
+                len(aside),
+                aside[0].parent,
+            )
+        # Also after a kill between a checkpoint and its mark.
+        manifest.mark_best(self.run_dir, self.best_step)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -106,19 +123,19 @@ class Checkpoints(Checkpoint):
             self.save(trainer, better)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # An early stop ends at a step that nobody could plan for.
+        # An early stop ends at a step that nobody could plan for; it was evaluated just now.
         if trainer.global_step:
-            self.save(trainer)
+            self.save(trainer, self._is_better(trainer))
 
     def save(self, trainer: Trainer, better: bool = False) -> Path:
-        """Save this step, once; on all ranks. ``better``: it is the best so far.
+        """Save this step, once unless it turned out to be the best; on all ranks. ``better``: it is the best so far.
 
         Raises:
             ValueError: it can't be written, or a weight is not finite; on all ranks alike.
         """
         step = trainer.global_step
         folder = self.run_dir / "checkpoints" / f"step-{step:08d}"
-        if step == self._saved_step:
+        if step == self._saved_step and not better:
             return folder
         log = next((c for c in trainer.callbacks if isinstance(c, MetricsLog)), None)  # type: ignore[attr-defined]
         with log.paused() if log else nullcontext():  # rows per second leave out what is not training
@@ -148,6 +165,8 @@ class Checkpoints(Checkpoint):
                 f"checkpoint.monitor '{self.monitor}' was not measured; there are: {', '.join(sorted(metrics))}"
             )
         value = metrics[self.monitor]
+        if not math.isfinite(value):
+            return False
         better = self.best_value is None or (value > self.best_value if self.mode == "max" else value < self.best_value)
         if better:
             self.best_value, self.best_step = value, trainer.global_step
@@ -165,11 +184,20 @@ class Checkpoints(Checkpoint):
             "best_value": self.best_value,
             "best_step": self.best_step,
             "monitor": self.monitor,
+            "mode": self.mode,
             "ranks": gather.world_size(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best_value, self.best_step = state_dict["best_value"], state_dict["best_step"]
+        watched = state_dict["monitor"], state_dict.get("mode", self.mode)
+        if watched == (self.monitor, self.mode):
+            self.best_value, self.best_step = state_dict["best_value"], state_dict["best_step"]
+        elif state_dict["best_step"] is not None:
+            gather.warn(
+                logger,
+                f"the checkpoint watched {watched[0]} ({watched[1]}), this run watches {self.monitor} ({self.mode}): "
+                "the best step is looked for from here on",
+            )
         self._restored_ranks = state_dict["ranks"]
 
 

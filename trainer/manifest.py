@@ -2,7 +2,8 @@
 
 ``checkpoints/step-00000022/`` holds ``state.ckpt`` (what Lightning restores, plain types only) and ``manifest.json``
 (step, ranks, identity of the run, size and sha256 of every other file and of the manifest itself). A directory has its
-name only when all of it is on the disk. ``checkpoints/best.json`` names the step with the best metric.
+name only when all of it is on the disk. ``checkpoints/best.json`` names the step with the best metric. A run that goes
+back to an earlier step moves the later ones into ``checkpoints/abandoned``.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ def write_checkpoint(content: Mapping[str, Any], folder: Path, about: Mapping[st
         about: what the manifest says besides the files.
 
     Raises:
-        ValueError: the disk is full or can't be written; says the bytes needed and found. Nothing older is touched.
+        ValueError: the disk is full or can't be written (says the bytes needed and found), or ``content`` holds more
+            than plain types and tensors. Nothing older is touched.
     """
     needed = num_bytes(content)
     parent = _existing(folder.parent)
@@ -51,6 +53,11 @@ def write_checkpoint(content: Mapping[str, Any], folder: Path, about: Mapping[st
             torch.save(dict(content), file)
             file.flush()
             os.fsync(file.fileno())
+        if reason := _unreadable(partial / STATE):
+            raise ValueError(
+                f"checkpoint {folder} would not be read again: {reason}; let state_dict() of your callbacks hold "
+                "tensors, numbers, strings, lists and dicts alone"
+            )
         files = {STATE: {"bytes": (partial / STATE).stat().st_size, "sha256": sha256_of(partial / STATE)}}
         manifest = {"format": FORMAT, **about, "files": files}
         write_whole(partial / MANIFEST, json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1))
@@ -65,6 +72,16 @@ def write_checkpoint(content: Mapping[str, Any], folder: Path, about: Mapping[st
         free = shutil.disk_usage(parent).free
         cause = str(error).splitlines()[0]
         raise ValueError(_no_room(folder, f"{cause}; {needed:,} bytes needed, {free:,} free on {parent}")) from error
+
+
+def _unreadable(path: Path) -> str | None:
+    """What in a state is neither tensor nor plain type, or None."""
+    try:
+        torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        kind = re.search(r"GLOBAL ([\w.]+)", str(error))
+        return f"it holds a {kind[1] if kind else 'kind of object'}, which could run code"
+    return None
 
 
 def num_bytes(content: Any) -> int:
@@ -180,8 +197,23 @@ def drop(folder: Path) -> None:
     shutil.rmtree(aside)
 
 
-def mark_best(run_dir: Path, step: int) -> None:
-    write_whole(run_dir / "checkpoints" / BEST, json.dumps({"step": step}))
+def set_aside(run_dir: Path, step: int) -> list[Path]:
+    """Move checkpoints behind a step into ``checkpoints/abandoned``; where they lie now."""
+    later = [path for number, path in steps(run_dir).items() if number > step]
+    aside = run_dir / "checkpoints" / "abandoned"
+    for path in later:
+        aside.mkdir(exist_ok=True)
+        shutil.rmtree(aside / path.name, ignore_errors=True)
+        os.replace(path, aside / path.name)
+    return [aside / path.name for path in later]
+
+
+def mark_best(run_dir: Path, step: int | None) -> None:
+    """Write the step of the best checkpoint; None: there is none."""
+    if step is None:
+        (run_dir / "checkpoints" / BEST).unlink(missing_ok=True)
+    else:
+        write_whole(run_dir / "checkpoints" / BEST, json.dumps({"step": step}))
 
 
 def best(run_dir: Path) -> Path | None:

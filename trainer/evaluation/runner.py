@@ -81,11 +81,19 @@ class Evaluation(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.last_step, self.last_metrics = state_dict["step"], state_dict["metrics"]
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.val_check_interval == 1.0:
+            # Lightning would ask them behind the checkpoint of the epoch's last step, which then lacks their answer.
+            for callback in trainer.early_stopping_callbacks:
+                callback._check_on_train_epoch_end = False
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step == 0:
             self._evaluate_step(trainer, pl_module)
-        else:
-            trainer.callback_metrics.update(_as_tensors(self.last_metrics))
+            return
+        trainer.callback_metrics.update(_as_tensors(self.last_metrics))
+        if any(callback.wait_count >= callback.patience for callback in trainer.early_stopping_callbacks):
+            trainer.should_stop = True  # it was decided at this step, and the run died before its end
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

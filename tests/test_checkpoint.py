@@ -1,0 +1,150 @@
+"""Which step is the best, and what a run that goes back leaves behind: real fits through `Checkpoints`."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
+
+from tests.tracking.small_run import make_parts, make_trainer, write_rows
+from trainer import manifest
+from trainer.checkpoint import Checkpoints, DirectoryCheckpointIO
+from trainer.evaluation.runner import Evaluation
+from trainer.tracking.metrics import MetricsLog
+
+METRIC = "eval/dev0/spearman_cosine"
+
+
+class Scores(Evaluation):
+    """Gives these values in place of the metric, one for each step that is evaluated; the rest is Evaluation's."""
+
+    def __init__(self, values: dict[int, float]) -> None:
+        super().__init__()
+        self.values = values
+
+    def _run(self, trainer: Trainer, *args: Any) -> dict[str, float]:
+        return {**super()._run(trainer, *args), METRIC: self.values.get(trainer.global_step, 0.0)}
+
+
+class StopAt(Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        trainer.should_stop = trainer.global_step == self.step
+
+
+class Odd(Callback):
+    """Has a state that no checkpoint may hold."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"folder": Path("runs")}
+
+
+@pytest.fixture
+def rows(tmp_path: Path, demo_texts: list[str]) -> list[Path]:
+    return [write_rows(tmp_path, demo_texts), write_rows(tmp_path, demo_texts, 41)]
+
+
+def fit(
+    run_dir: Path,
+    encoder: Path,
+    rows: list[Path],
+    values: dict[int, float],
+    *more: Callback,
+    ckpt: Path | None = None,
+    keep: int = 1,
+    monitor: str = "auto",
+    **options: Any,
+) -> Trainer:
+    """12 steps, evaluated and saved at each second one."""
+    module, data = make_parts(encoder, rows[0], rows[1:])
+    callbacks = [*more, MetricsLog(), Scores(values), Checkpoints(2, keep, monitor)]
+    options = {"val_check_interval": 2, "enable_checkpointing": True, **options}
+    trainer = make_trainer(run_dir, callbacks, plugins=[DirectoryCheckpointIO()], **options)
+    trainer.fit(module, data, ckpt_path=ckpt)
+    return trainer
+
+
+def kept(run_dir: Path) -> list[int]:
+    return list(manifest.steps(run_dir))
+
+
+def best_step(run_dir: Path) -> int | None:
+    found = manifest.best(run_dir)
+    return None if found is None else int(found.name.removeprefix("step-"))
+
+
+def test_the_best_and_the_newest_are_kept(tmp_path: Path, tiny_encoder: Path, rows: list[Path]) -> None:
+    fit(tmp_path, tiny_encoder, rows, {4: 0.5, 8: 0.4, 12: 0.3})
+    assert (kept(tmp_path), best_step(tmp_path)) == ([4, 12], 4)
+
+
+def test_a_value_that_is_none_is_not_the_best(tmp_path: Path, tiny_encoder: Path, rows: list[Path]) -> None:
+    fit(tmp_path, tiny_encoder, rows, {2: float("nan"), 4: 0.5, 6: float("nan"), 8: 0.4})
+    assert best_step(tmp_path) == 4
+
+
+def test_a_step_that_nobody_planned_can_be_the_best(tmp_path: Path, tiny_encoder: Path, rows: list[Path]) -> None:
+    """Stopped where it is saved, and evaluated only at its end."""
+    fit(tmp_path, tiny_encoder, rows, {3: 0.1, 8: 0.9}, StopAt(8), val_check_interval=3)
+    assert (kept(tmp_path), best_step(tmp_path)) == ([8], 8)
+    saved = manifest.read_state(tmp_path / "checkpoints" / "step-00000008")["callbacks"]
+    assert saved["Checkpoints"]["best_step"] == saved["Scores"]["step"] == 8
+
+
+def test_a_run_that_goes_back_leaves_the_later_steps(
+    tmp_path: Path, tiny_encoder: Path, rows: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """They are neither the newest nor the best of the run that goes on, and are not deleted."""
+    fit(tmp_path, tiny_encoder, rows, {4: 0.5, 10: 0.9}, keep=-1)
+    assert (kept(tmp_path), best_step(tmp_path)) == ([2, 4, 6, 8, 10, 12], 10)
+    with caplog.at_level(logging.WARNING):
+        earlier = tmp_path / "checkpoints" / "step-00000006"
+        fit(tmp_path, tiny_encoder, rows, {8: 0.6}, StopAt(8), ckpt=earlier, keep=2)
+    assert (kept(tmp_path), best_step(tmp_path)) == ([6, 8], 8)
+    aside = tmp_path / "checkpoints" / "abandoned"
+    assert f"going on from step 6: 3 later checkpoint(s) are now in {aside}" in caplog.text
+    assert sorted(path.name for path in aside.iterdir()) == ["step-00000008", "step-00000010", "step-00000012"]
+    assert manifest.problem(aside / "step-00000012") is None
+
+
+def test_a_kill_between_a_checkpoint_and_its_mark(tmp_path: Path, tiny_encoder: Path, rows: list[Path]) -> None:
+    fit(tmp_path, tiny_encoder, rows, {2: 0.1, 6: 0.9}, StopAt(6), keep=-1)
+    manifest.mark_best(tmp_path, 2)  # what a kill before the mark leaves
+    fit(tmp_path, tiny_encoder, rows, {}, ckpt=tmp_path / "checkpoints" / "step-00000006")
+    assert (kept(tmp_path), best_step(tmp_path)) == ([6, 12], 6)
+
+
+def test_another_metric_has_another_best(
+    tmp_path: Path, tiny_encoder: Path, rows: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    fit(tmp_path, tiny_encoder, rows, {4: 5.0}, StopAt(6), keep=-1)
+    assert best_step(tmp_path) == 4
+    other = "eval/dev0/pearson_cosine"
+    fit(tmp_path, tiny_encoder, rows, {}, ckpt=tmp_path / "checkpoints" / "step-00000006", monitor=other)
+    assert (best_step(tmp_path) or 0) > 6
+    assert f"the checkpoint watched {METRIC} (max), this run watches {other} (max)" in caplog.text
+
+
+@pytest.mark.parametrize("killed_at", [6, 12])
+def test_early_stopping_is_decided_once(tmp_path: Path, tiny_encoder: Path, rows: list[Path], killed_at: int) -> None:
+    """The checkpoint at an epoch's end knows what early stopping found there; one of the last step, that it stopped."""
+    stop = lambda: EarlyStopping(METRIC, mode="max", patience=1, min_delta=0.1)  # noqa: E731
+    values = {0: 0.0, 6: 0.5, 12: 0.5}
+    options: dict[str, Any] = {"val_check_interval": 1.0, "max_epochs": 4, "keep": -1}
+    whole = fit(tmp_path / "whole", tiny_encoder, rows, values, stop(), **options)
+    assert whole.global_step == 12
+    checkpoint = tmp_path / "whole" / "checkpoints" / f"step-{killed_at:08d}"
+    resumed = fit(tmp_path / "resumed", tiny_encoder, rows, values, stop(), ckpt=checkpoint, **options)
+    assert resumed.global_step == 12
+
+
+def test_a_state_that_would_not_be_read_is_not_written(tmp_path: Path, tiny_encoder: Path, rows: list[Path]) -> None:
+    with pytest.raises(ValueError, match=r"step-00000002 would not be read again: it holds a pathlib\.PosixPath"):
+        fit(tmp_path, tiny_encoder, rows, {}, Odd())
+    assert kept(tmp_path) == []
