@@ -326,12 +326,13 @@ def test_anchors_and_documents_by_their_towers(
 def test_rules_that_leave_nothing_are_an_error(
     folder: Path, tiny_encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The embeddings stay for the next try."""
+    """The embeddings stay for the next try, and what was mined before."""
+    (tmp_path / "out.jsonl").write_text("before")
     assert run(folder, tmp_path / "out.jsonl", "--model", str(tiny_encoder), "--max-score", "-0.9") == 1
     said = capsys.readouterr()
     assert "no anchor has got enough negatives" in said.err
     assert "--max-score removed " in said.out
-    assert not (tmp_path / "out.jsonl").exists()
+    assert (tmp_path / "out.jsonl").read_text() == "before"
     assert (tmp_path / "out.jsonl.work" / "anchor" / "shard-00000.npy").exists()
 
 

@@ -154,22 +154,23 @@ def _start(options: argparse.Namespace, specs: dict[str, EncoderSpec]) -> tuple[
 def _finish(options: argparse.Namespace, pairs: Pairs, tables: dict[str, Any], parts: Path, work: Path) -> None:
     """Write the rows and say what they are; the work folder is not needed any more."""
     from trainer.mine.search import read_chunks
-    from trainer.mine.write import write_rows
+    from trainer.mine.write import NoRowsError, write_rows
 
-    report = write_rows(
-        options.out,
-        read_chunks(pairs, parts),
-        pairs,
-        tables["positive"],
-        tables.get("corpus"),
-        options.output_format,
-        options.output_scores,
-    )
-    print("\n".join(report.lines()))
     loosen = "raise --range-max, or loosen margins and scores"
-    if not report.num_rows:
-        options.out.unlink()
-        raise ValueError(f"no anchor has got enough negatives, so {options.out} is not written; {loosen}")
+    try:
+        report = write_rows(
+            options.out,
+            read_chunks(pairs, parts),
+            pairs,
+            tables["positive"],
+            tables.get("corpus"),
+            options.output_format,
+            options.output_scores,
+        )
+    except NoRowsError as error:
+        print("\n".join(error.report.lines()))
+        raise ValueError(f"no anchor has got enough negatives, so {options.out} is not written; {loosen}") from error
+    print("\n".join(report.lines()))
     found = sum(count for num, count in report.num_anchors.items() if num)
     print(
         f"{options.out}: {report.num_rows:,} rows; {found:,} of {pairs.num_anchors:,} anchors have negatives, out of "

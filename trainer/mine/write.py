@@ -60,6 +60,14 @@ class Report:
         return rows
 
 
+class NoRowsError(ValueError):
+    """Nothing was mined; ``report`` says why."""
+
+    def __init__(self, report: Report) -> None:
+        super().__init__("no row to write")
+        self.report = report
+
+
 def write_rows(
     out: Path,
     chunks: Iterable[Chunk],
@@ -85,6 +93,7 @@ def write_rows(
 
     Raises:
         ValueError: ``out`` can't be written.
+        NoRowsError: there is none; what stood at ``out`` before stays.
     """
     report = Report()
     try:
@@ -96,6 +105,8 @@ def write_rows(
                 for row in _rows(chunk, pairs, rows, corpus, output_format, with_scores, report):
                     file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
                     report.num_rows += 1
+            if not report.num_rows:
+                raise NoRowsError(report)
     except OSError as error:
         raise ValueError(f"{out} can't be written: {error.strerror}; the same command writes it again") from error
     return report
