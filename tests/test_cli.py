@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 
+from tests.compare.made_runs import make_run
 from trainer.cli import main
 from trainer.config_errors import _dotted_keys
 from trainer.config_files import Flag
@@ -381,6 +382,22 @@ def test_run_name_depends_on_the_overrides_the_seed_and_the_job() -> None:
     ranks = {"SLURM_PROCID": "3", "LOCAL_RANK": "1", "SLURM_RESTART_COUNT": "2"}
     assert name_run(config, flags, 7, {"SLURM_JOB_ID": "99"}) == name
     assert name_run(config, flags[::-1], 7, {"SLURM_JOB_ID": "99", **ranks}) == name
+
+
+def test_run_name_holds_no_secret() -> None:
+    """It goes wherever the run is watched. Two that differ only there are two."""
+    texts = [f"https://me:SECRET{i}@host/x.parquet?token=SECRET{i}" for i in range(2)]
+    flags = [[Flag("data.train.path", text), Flag("x.api_key", "SECRET3")] for text in texts]
+    names = [str(name_run(["a.yaml"], each, 1, {})) for each in flags]
+    assert "SECRET" not in "".join(names)
+    assert "path=https---" in names[0]
+    assert names[0] != names[1]
+
+
+def test_recipes_in_any_script_have_names_of_their_own() -> None:
+    names = {str(name_run([f"{stem}.yaml"], [], 1, {})) for stem in ("日本", "한국", "a b", "a-b")}
+    assert len(names) == 4
+    assert all(re.fullmatch(r"[A-Za-z0-9._=/-]+", name) for name in names)
 
 
 def test_run_name_is_kept_on_other_hardware_and_when_resumed() -> None:

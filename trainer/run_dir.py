@@ -12,6 +12,7 @@ import yaml
 
 from trainer.config_files import ConfigError, Flag
 from trainer.files import write_whole
+from trainer.tracking.redact import redact_arguments
 from trainer.tracking.runs import METRICS_FILE
 
 # These say where a run is and how it is watched, not what it computes: on other hardware it keeps its name.
@@ -25,15 +26,23 @@ _RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
 
 def name_run(configs: Sequence[str], flags: Sequence[Flag], seed: int, environ: Mapping[str, str]) -> Path:
     """``runs/<recipe>/<overrides>_seed=<seed>[_job=<id>]``; a requeued job keeps its id, so its folder."""
-    recipe = _sanitise(Path(configs[0]).stem) if configs else "run"
+    recipe = _recipe(Path(configs[0]).stem) if configs else "run"
     overrides = {flag.key: flag.text or "" for flag in flags if not _NOT_IN_NAME.fullmatch(flag.key)}
-    whole = "_".join(f"{key.rpartition('.')[2]}={overrides[key]}" for key in sorted(overrides))
-    short = _sanitise(whole)[:_MAX_NAME] if whole else ""
+    said = [f"{key.rpartition('.')[2]}={overrides[key]}" for key in sorted(overrides)]
+    # Redacted as options of a command line, for the name of a run goes wherever the run is watched.
+    whole, safe = "_".join(said), "_".join(word[2:] for word in redact_arguments([f"--{word}" for word in said]))
+    short = _sanitise(safe)[:_MAX_NAME] if whole else ""
     if short != whole:  # something was cut or replaced: two different runs must not share a name
         short += "-" + hashlib.sha256(repr(sorted(overrides.items())).encode()).hexdigest()[:8]
     job = environ.get("SLURM_JOB_ID")
     parts = [short, f"seed={seed}", f"job={_sanitise(job)}" if job else ""]
     return Path("runs") / recipe / "_".join(part for part in parts if part)
+
+
+def _recipe(stem: str) -> str:
+    """As its file is called; where characters had to go, the rest tells it from others."""
+    name = _sanitise(stem)
+    return name if name == stem else f"{name}-{hashlib.sha256(stem.encode()).hexdigest()[:8]}"
 
 
 def _sanitise(text: str) -> str:

@@ -28,9 +28,19 @@ def test_config_keeps_everything_but_secrets() -> None:
     }
 
 
+def test_what_a_run_reads_stays() -> None:
+    """It is read again: by the export, and by the run that goes on."""
+    config = {
+        "model": {"encoder": {"prompt": "Find the text of the key:value pair: "}},
+        "data": {"train": [{"where": {"key": "a", "token": ["b"]}, "columns": {"anchor": "password"}}]},
+    }
+    assert redact(config) == config
+
+
 @pytest.mark.parametrize(
     "argument",
     [
+        "az://store/data.parquet?sv=2022&sig=SECRET",
         "https://me:SECRET@host/data.jsonl",
         "https://host/data.jsonl?sig=1&token=SECRET&x=2",
         '{"path": "a", "api_key": "SECRET"}',

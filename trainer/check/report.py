@@ -21,6 +21,7 @@ from trainer.distributed.strategies import ZeRO
 from trainer.encoder.folder import normalizes, public_name
 from trainer.encoder.size import UNCOUNTED, backbone_size
 from trainer.module import EmbeddingModule
+from trainer.tracking.redact import redact_text
 
 VERSION = 1  # of the JSON: raised when a key changes its meaning or goes
 FILE_NAME = "check.json"
@@ -104,7 +105,10 @@ class Report:
             "findings": [asdict(finding) for finding in self.findings],
             "loss": self.loss,
             "backbone": self.backbone,
-            "train": [{"path": path, **asdict(facts)} for path, facts in zip(self.paths, self.sources, strict=True)],
+            "train": [
+                {"path": redact_text(path), **asdict(facts)}
+                for path, facts in zip(self.paths, self.sources, strict=True)
+            ],
             "validation": [asdict(leak) for leak in self.leaks],
             "plan": asdict(self.plan),
             "memory": self.memory and {**asdict(self.memory), "total": self.memory.total},

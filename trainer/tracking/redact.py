@@ -11,13 +11,15 @@ REDACTED = "[redacted]"
 
 # model.max_tokens is no secret: a name in the plural of token hides strings only.
 _SECRET_NAME = re.compile(r"secret|passw|credential|api_?key|(^|[_.-])keys?$|tokens?$", re.IGNORECASE)
+# What a run reads and how: text of its own, whatever words are in it.
+_NO_SECRETS = frozenset({"prompt", "prompts", "columns", "where", "label_map", "holdout_by"})
 _TEXT_RULES = (
     # scheme://user:password@host
     (re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^/\s@]+@", re.IGNORECASE), rf"\g<1>{REDACTED}@"),
     # name=value and name: value, in addresses, options and inline JSON
     (
         re.compile(
-            r"""((?:secret|passw\w*|credential|(?<![a-z])key|api_?key|token|signature)["']?\s*[=:]\s*["']?)"""
+            r"""((?:secret|passw\w*|credential|(?<![a-z])key|api_?key|token|signature|(?<![a-z])sig)["']?\s*[=:]\s*["']?)"""
             r"""[^\s"'&,}]+""",
             re.IGNORECASE,
         ),
@@ -44,7 +46,12 @@ def redact_text(text: str) -> str:
 
 
 def redact(value: Any, name: str = "") -> Any:
-    """A copy of a config without its secrets; numbers stay unless their name says password or secret."""
+    """A copy of a config without its secrets; numbers stay unless their name says password or secret.
+
+    Prompts, and columns and values of the data, stay as they are: they say what the run is, and hold no secret.
+    """
+    if name in _NO_SECRETS:
+        return value
     if isinstance(value, Mapping):
         return {key: redact(item, str(key)) for key, item in value.items()}
     if isinstance(value, list | tuple):
