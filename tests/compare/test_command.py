@@ -134,6 +134,18 @@ def test_a_line_that_a_kill_has_cut_is_left_out(tmp_path: Path) -> None:
     assert main(["compare", str(folder)]) == 0
 
 
+@pytest.mark.parametrize(("name", "text"), [("config.yaml", "a: [1"), ("run.json", "\n{"), ("run.json", "[1]")])
+def test_a_file_that_cannot_be_read_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, text: str
+) -> None:
+    run = make_run(tmp_path / "run")
+    (run / name).write_text(text)
+    assert main(["compare", str(run)]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {run / name} can't be read: ")
+    assert "leave this run out" in said
+
+
 def test_a_run_that_has_only_just_begun_is_left_out_of_its_folder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

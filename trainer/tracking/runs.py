@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
@@ -47,16 +48,26 @@ def read_log(path: Path) -> list[Row]:
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if isinstance(row, dict):
+            rows.append(row)
     return rows
 
 
 def read_about(folder: Path) -> dict[str, Any]:
     """What a run directory says of the machine and the sets; nothing where it has no run.json."""
-    path = folder / ABOUT_FILE
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+    return _read(folder / ABOUT_FILE, json.loads)
+
+
+def _read(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+    """A mapping in a file; an empty one where there is no file."""
+    try:
+        return dict(parse(path.read_text(encoding="utf-8")) or {}) if path.exists() else {}
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        cause = str(error).splitlines()[0]
+        raise ValueError(f"{path} can't be read: {cause}; mend it, or leave this run out") from error
 
 
 def number(row: Mapping[str, Any], name: str) -> Optional[float]:
@@ -83,7 +94,7 @@ def read_run_dir(folder: Path) -> RunRecord:
     """A run directory of `trainer fit`.
 
     Raises:
-        ValueError: it has no row of metrics yet.
+        ValueError: it has no row of metrics yet, or a file of it can't be read.
     """
     rows, config = read_log(folder / METRICS_FILE), folder / "config.yaml"
     if not rows:
@@ -91,7 +102,7 @@ def read_run_dir(folder: Path) -> RunRecord:
     return RunRecord(
         name=str(folder),
         # libyaml where it is there: the pure reader takes a quarter of a second for a config
-        config=yaml.load(config.read_text(encoding="utf-8"), _LOADER) or {} if config.exists() else {},
+        config=_read(config, partial(yaml.load, Loader=_LOADER)),
         rows=rows,
         about=read_about(folder),
     )
