@@ -482,6 +482,32 @@ def logged_steps(folder: Path) -> list[int]:
     return [row["step"] for row in rows if "train/loss" in row]
 
 
+def test_a_misspelt_monitor_is_refused_before_the_first_step(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["fit", "--config", str(recipe), "--trainer.default_root_dir", "misspelt"]
+    said = refused(capsys, [*args, "--checkpoint.monitor", "eval/dev/spearman_cosin"], code=1)
+    assert said.startswith("error: checkpoint.monitor 'eval/dev/spearman_cosin' was not measured; there are: eval/dev/")
+    assert said.endswith("Did you mean 'eval/dev/spearman_cosine'?")
+    assert logged_steps(Path("misspelt")) == []
+    stop = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=dev/loss"]
+    said = refused(capsys, [*args[:-1], "stopping", *stop], code=1)
+    assert said.startswith("error: EarlyStopping: monitor 'dev/loss' was not measured; there are: eval/dev/")
+    assert logged_steps(Path("stopping")) == []
+
+
+@pytest.mark.parametrize("command", ["fit", "check", "compare"])
+def test_a_place_that_cannot_be_written(command: str, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("taken").write_text("")
+    flags = {
+        "fit": ["--config", str(recipe), "--trainer.default_root_dir", "taken"],
+        "check": ["--config", str(recipe), "--data.cache_dir", "taken/cache"],
+        "compare": ["seen", "--out", "taken/x.html"],
+    }[command]
+    if command == "compare":
+        make_run(Path("seen"))
+    said = refused(capsys, [command, *flags], code=1)
+    assert re.fullmatch(r"error: .*taken.*: (File exists|Not a directory); name another place, or mend this one", said)
+
+
 def test_fit_repeat_resume_and_validate(
     recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

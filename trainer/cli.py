@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import re
 import sys
@@ -153,8 +154,22 @@ def _check(args: list[str]) -> int:
     return check_exact(run(["fit", *args], written, execute=False))
 
 
+_PLACE_ERRORS = (
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ENOENT,
+    errno.ENOSPC,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+)
+
+
 def _user_error(error: BaseException | None) -> BaseException | None:
-    """What the user can mend: a ValueError, Lightning's complaint about settings, the loss of another rank.
+    """What the user can mend: a ValueError, Lightning's complaint about settings, the loss of another rank, a file that
+    can't be written.
 
     Libraries wrap what our code raises inside them (datasets does), so the chain of causes is searched.
     """
@@ -162,6 +177,8 @@ def _user_error(error: BaseException | None) -> BaseException | None:
         if isinstance(error, ValueError) or type(error).__name__ == "MisconfigurationException":
             return error
         if isinstance(error, RuntimeError) and _is_lost_rank(error):
+            return error
+        if isinstance(error, OSError) and error.filename and error.errno in _PLACE_ERRORS:
             return error
         error = error.__cause__
     return None
@@ -184,6 +201,8 @@ def _sentence(error: BaseException) -> str:
     rank = "" if is_first_rank(os.environ) else f" (rank {rank_name(os.environ)})"
     if isinstance(error, RuntimeError):  # before the watch was set up; the rank that failed says why
         return f"error{rank}: another rank has ended, so this one stops"
+    if isinstance(error, OSError):
+        return f"error{rank}: {error.filename}: {error.strerror}; name another place, or mend this one"
     text = str(error)
     if "\nOriginal Traceback" in text:  # a worker of a loader: its traceback is in the text
         text = re.split(r"\n[\w.]+: ", text.strip())[-1]

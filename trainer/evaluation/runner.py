@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from trainer.batch import PackedBatch
+from trainer.data.files import did_you_mean
 from trainer.distributed import gather
 from trainer.encoder import Encoder
 from trainer.encoder.towers import Towers
@@ -90,6 +91,13 @@ class Evaluation(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step == 0:
             self._evaluate_step(trainer, pl_module)
+            for callback in trainer.early_stopping_callbacks:
+                if self.last_metrics and callback.strict and callback.monitor not in trainer.callback_metrics:
+                    raise ValueError(
+                        f"EarlyStopping: monitor '{callback.monitor}' was not measured; there are: "
+                        f"{', '.join(sorted(self.last_metrics))}."
+                        f"{did_you_mean(callback.monitor, list(self.last_metrics))}"
+                    )
             return
         trainer.callback_metrics.update(_as_tensors(self.last_metrics))
         if any(callback.wait_count >= callback.patience for callback in trainer.early_stopping_callbacks):
