@@ -279,13 +279,24 @@ def test_missing_files_and_formats_are_one_sentence(tmp_path: Path, monkeypatch:
     assert "nobody/nothing-2f: neither a file or folder here nor a hub data set that can be read" in message
 
 
-@pytest.mark.parametrize("name", ["x.jsonl", "x.csv", "x.parquet", "x.jsonl.gz"])
-def test_a_set_without_rows_is_refused(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("x.jsonl", b"\n\n"),
+        ("x.jsonl.gz", b""),
+        ("x.csv", b"a,b\n"),
+        ("x.csv", b""),
+        ("x.tsv", b""),
+        ("x.csv.gz", b""),
+        ("x.parquet", None),
+    ],
+)
+def test_a_set_without_rows_is_refused(name: str, content: bytes | None, tmp_path: Path) -> None:
     path = tmp_path / name
-    if name == "x.parquet":
+    if content is None:
         FRAME.head(0).to_parquet(path)
     else:
-        path.write_bytes({"x.csv": b"a,b\n", "x.jsonl": b"\n\n", "x.jsonl.gz": gzip.compress(b"")}[name])
+        path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
     assert failure(Source(str(path), PAIR), tmp_path / "c") == f"{path}: there is no row"
 
 

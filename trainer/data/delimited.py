@@ -155,8 +155,8 @@ def _split_tabs(line: str) -> list[str]:
 
 
 def _columns(source: Source, path: Path, header: list[str], head: list[list[str] | str]) -> dict[str, str] | None:
-    """Canonical name -> column of the file; None where Arrow can't do what the source asks for."""
-    if not is_plain(source):
+    """Canonical name -> column of the file; None where Arrow can't do what the source asks for, or nothing is there."""
+    if not header or not is_plain(source):
         return None
     found: dict[str, str] = {}
     for name in source.canonical_columns:
