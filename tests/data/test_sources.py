@@ -259,6 +259,29 @@ def test_a_missing_column_names_the_found_ones_and_the_nearest(kind: str, tmp_pa
     assert message.endswith("Did you mean 'sentence2'?")
 
 
+@pytest.mark.parametrize(
+    ("name", "separator", "columns", "remedy"),
+    [
+        ("x.csv", ";", PAIR, "found: a;b;c. The file seems to be separated by ';'; save it with commas, or as JSON"),
+        ("x.csv", ";", {"anchor": 0, "positive": 1}, "there are 1, 0 to 0: a;b;c. The file seems to be separated"),
+        ("x.tsv", ";", PAIR, "separated by ';'; save it with tabs"),
+        ("x.csv", "\t", PAIR, "separated by tabs; give it the suffix .tsv"),
+        ("x.csv.gz", "\t", PAIR | {"group": "c"}, "separated by tabs; give it the suffix .tsv"),
+        ("x.tsv", ",", PAIR, "separated by commas; give it the suffix .csv"),
+    ],
+)
+def test_another_separator_is_named_with_its_remedy(
+    name: str, separator: str, columns: dict, remedy: str, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    text = f"a{separator}b{separator}c\nx{separator}y{separator}z\n".encode()
+    path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
+    message = failure(Source(str(path), columns), tmp_path / "c")
+    assert message.startswith(f"{path}: no column ")
+    assert remedy in message
+    assert "Did you mean" not in message
+
+
 def test_missing_files_and_formats_are_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_lines(tmp_path / "train.jsonl.gz", good())
     cache = tmp_path / "c"

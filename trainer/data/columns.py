@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from trainer.data.files import did_you_mean
+from trainer.data.files import data_format, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -71,13 +72,27 @@ def find_column(wanted: str | int, file: str, found: Sequence[str], asked_by: st
             return Column(found[wanted])
         raise ValueError(
             f"{file}: no column {wanted} ({asked_by}); there are {len(found)}, 0 to {len(found) - 1}: "
-            f"{', '.join(found)}"
+            f"{', '.join(found)}{_other_separator(file, found)}"
         )
     name, *fields = wanted.split(".")
     if wanted in found or not found or not fields:
         name, fields = wanted, []
     if found and name not in found:
-        raise ValueError(
-            f"{file}: no column '{wanted}' ({asked_by}); found: {', '.join(found)}.{did_you_mean(wanted, found)}"
-        )
+        hint = _other_separator(file, found) or f".{did_you_mean(wanted, found)}"
+        raise ValueError(f"{file}: no column '{wanted}' ({asked_by}); found: {', '.join(found)}{hint}")
     return Column(name, tuple(fields))
+
+
+def _other_separator(file: str, found: Sequence[str]) -> str:
+    """What to do with a CSV or TSV whose only column is a header split by another character, else nothing."""
+    suffix = data_format(Path(file))
+    if len(found) != 1 or suffix not in (".csv", ".tsv"):
+        return ""
+    if ";" in found[0]:  # Excel's CSV, where the comma is in the numbers
+        wanted = "commas" if suffix == ".csv" else "tabs"
+        return f". The file seems to be separated by ';'; save it with {wanted}, or as JSON lines"
+    if suffix == ".csv" and "\t" in found[0]:
+        return ". The file seems to be separated by tabs; give it the suffix .tsv"
+    if suffix == ".tsv" and "," in found[0]:
+        return ". The file seems to be separated by commas; give it the suffix .csv"
+    return ""
