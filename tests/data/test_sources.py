@@ -337,10 +337,17 @@ def test_a_line_without_end_is_refused_before_memory_is_full(tmp_path: Path) -> 
 def test_other_encodings_and_shapes_of_json_are_named(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text('{"a": "1", "b": "2"}\n', encoding="utf-16")
     assert "is UTF-16, not UTF-8" in failure(Source(str(tmp_path / "x.jsonl"), PAIR), tmp_path / "c")
-    (tmp_path / "y.json").write_text(json.dumps([good(), good()], indent=1))
-    assert "is one JSON document, not one object per line" in failure(
-        Source(str(tmp_path / "y.json"), PAIR), tmp_path / "c"
-    )
+    for text in (
+        json.dumps([good(), good()], indent=1),
+        json.dumps([good(), good()]),
+        json.dumps([good() | {"a": "x" * 900_000}] * 20),  # a line over what is read as one
+    ):
+        (tmp_path / "y.json").write_text(text)
+        message = failure(Source(str(tmp_path / "y.json"), PAIR, on_bad_row="skip"), tmp_path / "c")
+        assert message.endswith("y.json: is one JSON document, not one object per line; convert it with `jq -c '.[]'`")
+    (tmp_path / "z.jsonl").write_text('["x", "y"]\n{"a": "x", "b": "y"}\n')
+    message = failure(Source(str(tmp_path / "z.jsonl"), PAIR), tmp_path / "c")
+    assert "z.jsonl:1: a JSON object is expected, not list" in message
 
 
 LABELLED = {"text": "t", "label": "y"}

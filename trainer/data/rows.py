@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trainer.data.files import data_format
+from trainer.data.files import JSON_LINES, data_format
 
 MAX_TEXT_CHARS = 1_000_000
 _MAX_LINE_BYTES = 1 << 24
@@ -123,13 +123,23 @@ def text_blocks(path: Path) -> Iterator[Block]:
                 return
             held = block[cut:]
             if len(held) > _MAX_LINE_BYTES:
+                if number == 1 and data_format(path) in JSON_LINES and held.startswith(b"["):
+                    raise _one_document(path)
                 raise ValueError(f"{path}:{number}: a line over {_MAX_LINE_BYTES:,} bytes; is it text?")
     # Never skipped as one bad row: nobody knows how many rows are behind it.
     raise ValueError(f"{path}:{number}: gzip data cut short or damaged ({damage}); fetch the file again") from damage
 
 
+def _one_document(path: Path) -> ValueError:
+    return ValueError(f"{path}: is one JSON document, not one object per line; convert it with `jq -c '.[]'`")
+
+
 def json_records(path: Path, block: Block) -> Iterator[Record]:
-    """The rows of a block, or why there is none."""
+    """The rows of a block, or why there is none.
+
+    Raises:
+        ValueError: the file is one JSON document, over many lines or all in the first.
+    """
     for number, line in block.numbered():
         if not line or line.isspace():
             continue
@@ -137,12 +147,12 @@ def json_records(path: Path, block: Block) -> Iterator[Record]:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             if number == 1 and line.strip() in ("[", "{"):
-                raise ValueError(
-                    f"{path}: is one JSON document, not one object per line; convert it with `jq -c '.[]'`"
-                ) from error
+                raise _one_document(path) from error
             cause = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
             yield number, f"invalid JSON: {cause}"
             continue
+        if number == 1 and isinstance(row, list) and all(isinstance(one, dict) for one in row):
+            raise _one_document(path)
         yield number, row if isinstance(row, dict) else f"a JSON object is expected, not {type(row).__name__}"
 
 
