@@ -3,6 +3,7 @@
 import gzip
 import json
 import multiprocessing
+import re
 import zlib
 from pathlib import Path
 from typing import Any
@@ -231,6 +232,18 @@ def test_skipping_ends_at_the_budget(tmp_path: Path) -> None:
     # The cache of a lenient run must not let a strict one pass.
     with pytest.raises(ValueError, match="7 bad rows"):
         load(Source(path, PAIR), tmp_path / "c")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+@pytest.mark.parametrize("mode", ["fail", "skip"])
+def test_scores_on_another_scale_lead_to_score_range(suffix: str, mode: Any, tmp_path: Path) -> None:
+    frame = pd.DataFrame({"a": [f"x {n}" for n in range(300)], "b": "y", "score": [n % 11 / 2 for n in range(300)]})
+    path = save_as(frame, tmp_path, suffix)
+    message = failure(Source(path, SCORED, score_range=(0, 1), on_bad_row=mode), tmp_path / "c")
+    assert re.search(
+        rf"{re.escape(path)}: 216 bad rows[;,] .*If the scores go from 0 to 5, set score_range: \[0, 5\]$", message
+    )
+    load(Source(path, SCORED, score_range=(0, 5)), tmp_path / "c")
 
 
 def test_truncated_gzip_is_refused_even_when_skipping(tmp_path: Path) -> None:

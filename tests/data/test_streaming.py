@@ -166,20 +166,26 @@ def test_class_names_and_score_range_count_as_in_a_whole_set(text: TextPreparati
 # -- what is refused --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("column", ["a", "s"])
+@pytest.mark.parametrize(
+    ("column", "value", "what", "remedy"),
+    [
+        ("a", None, "is null", "mend them, or set streaming: false"),
+        ("s", None, "is nan, not a finite number|is null", "mend them, or set streaming: false"),
+        ("s", 5.0, r"is 5, outside score_range 0\.\.1", r".*go from 0 to 5, set score_range: \[0, 5\]"),
+    ],
+)
 def test_a_bad_row_is_named_with_its_file_and_number(
-    column: str, frame: pd.DataFrame, text: TextPreparation, tmp_path: Path
+    column: str, value: object, what: str, remedy: str, frame: pd.DataFrame, text: TextPreparation, tmp_path: Path
 ) -> None:
     bad = frame.copy()
-    bad.loc[3100 + 2500, column] = None  # the second slice of the third group
+    bad.loc[3100 + 2500, column] = value  # the second slice of the third group
     folder = write_parquet(bad, tmp_path / "set")
-    table = StreamedTable(Source(str(folder), COLUMNS, streaming=True), text, tmp_path)
+    table = StreamedTable(Source(str(folder), COLUMNS, score_range=(0, 1), streaming=True), text, tmp_path)
     table.ids("anchor", np.arange(3100, 3200))
     table.prefetch(np.array([5600]))
     assert table._ahead is not None
     table._ahead.join()  # the thread says nothing: the step that needs the row does
-    what = "is null" if column == "a" else "is nan, not a finite number|is null"
-    expected = f"one.parquet: row 5601: column '{column}' ({what})\n.*: 1 bad row among those just read; mend"
+    expected = f"one.parquet: row 5601: column '{column}' ({what})\n.*: 1 bad row among those just read; {remedy}$"
     with pytest.raises(ValueError, match=expected):
         table.ids("anchor", np.array([5200]))
     try:

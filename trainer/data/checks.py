@@ -14,6 +14,7 @@ from trainer.data.hashes import hash_value
 from trainer.data.rows import Record, Rows
 from trainer.data.values import (
     BadValueError,
+    OutOfRangeError,
     check_group,
     check_id,
     check_text,
@@ -61,6 +62,8 @@ def checked_rows(source: Source, rows: Rows, bad: BadRows) -> Iterator[list[Any]
                 else:
                     yield cells
         except BadValueError as error:
+            if isinstance(error, OutOfRangeError):
+                bad.widen(error.span)
             bad.add(f"{rows.place(number)}: column '{column}' {error}")
         except LookupError:
             bad.add(f"{rows.place(number)}: column '{column}' is missing")
@@ -138,6 +141,11 @@ class BadRows:
         self.budget = source.max_bad_rows if source.on_bad_row == "skip" else 0
         self.count = 0
         self.first: list[str] = []
+        self.scale: tuple[float, float] | None = None  # that holds every score, where score_range does not
+
+    def widen(self, span: tuple[float, float]) -> None:
+        low, high = self.scale or span
+        self.scale = min(low, span[0]), max(high, span[1])
 
     def add(self, reason: str) -> None:
         self.count += 1
@@ -156,5 +164,14 @@ class BadRows:
     def _refuse(self, count: str) -> None:
         quoted = "\n".join(self.first)
         if self.source.on_bad_row == "skip":
-            raise ValueError(f"{quoted}\n{self.source.path}: {count}, over max_bad_rows {self.budget}; mend them")
-        raise ValueError(f"{quoted}\n{self.source.path}: {count}; mend them, or set on_bad_row: skip")
+            remedy = f", over max_bad_rows {self.budget}; mend them"
+        else:
+            remedy = "; mend them, or set on_bad_row: skip"
+        raise ValueError(f"{quoted}\n{self.source.path}: {count}{remedy}{self._scale_remedy()}")
+
+    def _scale_remedy(self) -> str:
+        """A sentence behind the others where scores lie outside score_range."""
+        if self.scale is None:
+            return ""
+        low, high = self.scale
+        return f". If the scores go from {low:g} to {high:g}, set score_range: [{low:.12g}, {high:.12g}]"

@@ -58,4 +58,5 @@ class StreamedBadRows(BadRows):
         quoted = "\n".join(self.first)
         raise ValueError(
             f"{quoted}\n{self.source.path}: {count} among those just read; mend them, or set streaming: false"
+            f"{self._scale_remedy()}"
         )

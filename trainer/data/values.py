@@ -18,6 +18,14 @@ class BadValueError(ValueError):
     """Why a cell cannot be used; the sentence goes on after the column's name."""
 
 
+class OutOfRangeError(BadValueError):
+    """A score outside score_range; ``span`` is the least range that holds both."""
+
+    def __init__(self, number: float, low: float, high: float) -> None:
+        super().__init__(f"is {number:g}, outside score_range {low:g}..{high:g}")
+        self.span = min(number, low), max(number, high)
+
+
 def check_text(value: object) -> str:
     if not isinstance(value, str):
         lists = "; map a list as positives or negatives" if isinstance(value, list) else ""
@@ -80,7 +88,7 @@ def score_check(
             return number
         low, high = score_range
         if not low <= number <= high:
-            raise BadValueError(f"is {number:g}, outside score_range {low:g}..{high:g}")
+            raise OutOfRangeError(number, low, high)
         return (number - low) / (high - low)
 
     return check
