@@ -74,6 +74,21 @@ def test_the_page_runs(
         assert part in card, part
 
 
+def test_the_pairs_that_are_shown_are_too_few_to_hold_some_out(
+    tmp_path: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "a hundred different questions or more" in TEXT
+    monkeypatch.chdir(tmp_path)
+    blocks = dict(BLOCKS)
+    (tmp_path / "pairs.jsonl").write_text(blocks["json"])
+    recipe = blocks["yaml"].replace("sentence-transformers/all-MiniLM-L6-v2", str(tiny_encoder))
+    (tmp_path / "faq.yaml").write_text(recipe)
+    assert main(["check", "--config", "faq.yaml"]) == 1
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("error: pairs.jsonl: a holdout of 0.1 by 'anchor' leaves none of 2 rows to validate on")
+    assert said.endswith("raise holdout, for training and validation alike, or bring more rows")
+
+
 def test_a_directory_that_holds_a_run_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

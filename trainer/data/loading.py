@@ -85,9 +85,10 @@ def _derive(source: Source, base: Source, cache_dir: Path, folder: Path) -> None
         by = source.holdout_by or source.text_columns[0]
         here = held_out(columns[by], source.holdout)[picked[by]] == source.keeps_holdout
         if not here.any():
+            use, change = ("validate", "raise") if source.keeps_holdout else ("train", "lower")
             raise ValueError(
                 f"{source.path}: a holdout of {source.holdout:g} by '{by}' leaves none of {len(picked[by]):,} rows to "
-                f"{'validate' if source.keeps_holdout else 'train'} on"
+                f"{use} on; {change} holdout, for training and validation alike, or bring more rows"
             )
         picked = {name: numbers[here] for name, numbers in picked.items()}
     if source.max_rows:
