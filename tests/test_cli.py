@@ -119,6 +119,18 @@ BAD_CONFIGS = {
         "nam: dev",
         "x.yaml:12: unknown key 'data.validation[0].nam'; did you mean 'data.validation[0].name'?",
     ),
+    "keys for a list": (
+        "    - path: train.jsonl.gz\n",
+        "      path: train.jsonl.gz\n",
+        "x.yaml:8: data.train must be a list (keys (path, columns, score_range, ...) each), "
+        "found keys (path, columns, score_range)",
+    ),
+    "keys for a list that may be left out": (
+        "    - {name: dev, path",
+        "      {name: dev, path",
+        "x.yaml:12: data.validation must be a list (keys (path, columns, score_range, ...) each), "
+        "found keys (name, path, columns, evaluator)",
+    ),
     "of a class": (
         "{scale: 20.0}",
         "{scal: 20.0}",
@@ -259,6 +271,11 @@ BAD_FLAGS = {
     "--trainer.max_step 2": "flag --trainer.max_step: unknown key 'trainer.max_step'; "
     "did you mean 'trainer.max_steps'?",
     "--model.loss.scal 3": "flag --model.loss.scal: unknown key 'model.loss.scal'; did you mean 'model.loss.scale'?",
+    "--data.train.holdout x": "flag --data.train.holdout must be a number, found 'x'",
+    "--data.validation.holdout x": "flag --data.validation.holdout must be a number, found 'x'",
+    "--data.validation.colums x": "flag --data.validation.colums: unknown key 'data.validation.colums'; "
+    "did you mean 'data.validation.columns'?",
+    "--data.validation.evaluator STSS": "flag --data.validation.evaluator: 'STSS' is no Evaluator; did you mean 'STS'?",
     "--batch_size 3": "flag --batch_size: unknown key 'batch_size'; did you mean 'data.batch_size'?",
     "--model.learning_rate fast": "flag --model.learning_rate must be a number, found 'fast'",
     "--model.learning_rate": "flag --model.learning_rate must be a number, found nothing",

@@ -118,7 +118,7 @@ class _Walk:
         origin, args = typing.get_origin(hint), typing.get_args(hint)
         if isinstance(node, yaml.MappingNode) and _is_group(hint):
             self.group(node, hint, path)
-        elif isinstance(node, yaml.MappingNode) and origin is list:  # a flag into a list: --data.train.path x
+        elif _is_of_flag(node) and isinstance(node, yaml.MappingNode) and origin is list:  # --data.train.path x
             self.value(node, args[0], path)
         elif isinstance(node, yaml.SequenceNode) and origin is list:
             for index, item in enumerate(node.value):
@@ -218,9 +218,15 @@ def _at(node: yaml.Node, path: str) -> str:
     return place if place == f"flag --{path}" else f"{place}: {path}"
 
 
+def _is_of_flag(node: yaml.Node) -> bool:
+    return place_of(node).startswith("flag --")
+
+
 def _choose(node: yaml.Node, union: Any) -> Any:
     """The member of a union that was meant, by the kind of what was written; in doubt the union itself."""
     fitting = [option for option in typing.get_args(union) if _can_hold(node, option)]
+    if not fitting and _is_of_flag(node):  # --data.validation.path x sets a key of what is in the list
+        fitting = [option for option in typing.get_args(union) if typing.get_origin(option) is list]
     groups = [option for option in fitting if _is_group(option)]
     if isinstance(node, yaml.MappingNode) and len(groups) > 1:
         names = [value.value for key, value in node.value if key.value == "class_path"]
