@@ -16,12 +16,15 @@ import lightning.pytorch  # noqa: F401 - before any test: its log handler keeps 
 import pytest
 import torch
 import yaml
+from sentence_transformers.sentence_transformer import evaluation as st_evaluation
+from sentence_transformers.sentence_transformer import losses as st_losses
 
 from tests.compare.made_runs import make_run
+from trainer import evaluation, losses
 from trainer.cli import main
 from trainer.config_errors import _dotted_keys
 from trainer.config_files import Flag
-from trainer.config_migration import KEY_HERE
+from trainer.config_migration import CLASS_HERE, KEY_HERE, class_here
 from trainer.demo_data import write_pairs
 from trainer.help_text import live_parsers
 from trainer.lightning_cli import GROUPS
@@ -73,6 +76,23 @@ def test_keys_of_other_trainers_lead_to_keys_that_exist() -> None:
     known = {"ckpt_path", *_dotted_keys(GROUPS)}
     assert {here for here, _ in KEY_HERE.values()} <= known
     assert not {key for key in KEY_HERE if any(name.endswith(f".{key}") for name in known)}
+
+
+def test_classes_of_sentence_transformers_lead_to_classes_that_exist() -> None:
+    """Each loss and evaluator of the installed version is led somewhere, or is known to be nowhere."""
+    for there, here in ((st_losses, losses), (st_evaluation, evaluation)):
+        known = [name for name in here.__all__ if name not in ("Loss", "Evaluator")]
+        theirs = {name for name in there.__all__ if re.search("(Loss|Evaluator)(FromDataFrame)?$", name)}
+        for name in theirs - {"BaseEvaluator", "SentenceEvaluator"}:
+            assert class_here(name, known) is not None, name
+            assert bool(class_here(name, known)) == bool(CLASS_HERE.get(name, "same")), name
+    for name, here in CLASS_HERE.items():
+        assert not here or class_here(name, [*losses.__all__, *evaluation.__all__]), name
+        options = dict(re.findall(r"(\w+): (\[.*?\]|\w+)", here))
+        if options and here.startswith(("BatchTriplet", "InfoNCE")):
+            cls = getattr(losses, here.split()[0])
+            cls(**{option: yaml.safe_load(value) for option, value in options.items()})
+    assert class_here("TripletLoss", ["STS"]) is None
 
 
 # -- keys and values --------------------------------------------------------------------------------------
@@ -280,6 +300,14 @@ BAD_FLAGS = {
     "--model.learning_rate fast": "flag --model.learning_rate must be a number, found 'fast'",
     "--model.learning_rate": "flag --model.learning_rate must be a number, found nothing",
     "--model.loss InfoNC": "flag --model.loss: 'InfoNC' is no Loss; did you mean 'InfoNCE'?",
+    "--model.loss MultipleNegativesRankingLoss": "flag --model.loss: 'MultipleNegativesRankingLoss' is no Loss; "
+    "here it is InfoNCE",
+    "--model.loss BatchSemiHardTripletLoss": "flag --model.loss: 'BatchSemiHardTripletLoss' is no Loss; "
+    "here it is BatchTriplet with mining: semi_hard",
+    "--model.loss sentence_transformers.losses.GISTEmbedLoss": "flag --model.loss: "
+    "'sentence_transformers.losses.GISTEmbedLoss' is no Loss; here it is GISTEmbed",
+    "--data.validation.evaluator EmbeddingSimilarityEvaluator": "flag --data.validation.evaluator: "
+    "'EmbeddingSimilarityEvaluator' is no Evaluator; here it is STS",
     "--tracking.wandb of": "flag --tracking.wandb must be one of auto, online, offline, off, found 'of'",
     "--data.seed 3": "flag --data.seed: 'data.seed' always follows 'seed_everything'; set that one",
     "--trainer.accumulate_grad_batches 2": "flag --trainer.accumulate_grad_batches: "
@@ -301,6 +329,26 @@ def test_flag_is_refused(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     Path("x.yaml").write_text(CONFIG)
     args = ["fit", "--config", "x.yaml", "--trainer.accelerator", "cpu", *flag.split()]
     assert refused(capsys, args) == BAD_FLAGS[flag]
+
+
+@pytest.mark.parametrize(
+    ("flag", "kind", "known"),
+    [
+        ("model.loss", "Loss", losses.__all__),
+        ("data.validation.evaluator", "Evaluator", evaluation.__all__),
+    ],
+)
+@pytest.mark.parametrize("name", ["Zzz", "MegaBatchMarginLoss", "SequentialEvaluator"])
+def test_all_classes_are_named_where_none_is_meant(
+    flag: str, kind: str, known: list[str], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("x.yaml").write_text(CONFIG)
+    said = refused(capsys, ["fit", "--config", "x.yaml", f"--{flag}", name])
+    start = f"flag --{flag}: '{name}' is no {kind}; there are: "
+    assert said.startswith(start)
+    named = said.removeprefix(start).split(", ")
+    assert set(known) - {kind} <= set(named)
+    assert not [name for name in named if name.startswith(("_", "LazyInstance"))]
 
 
 # -- commands and files -----------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from typing import Any, Union
 import yaml
 
 from trainer.config_files import ConfigError, Flag, Written, describe, place_of
-from trainer.config_migration import name_here
+from trainer.config_migration import class_here, name_here
 from trainer.config_values import FlagText, fits, must
 
 _MAX_PROBLEMS = 5
@@ -173,10 +173,13 @@ class _Walk:
         cls = _find_class(node.value, hint)
         if cls is None:
             classes = [sub for sub in _subclasses(hint) if sub is not hint and not inspect.isabstract(sub)]
-            names = sorted({sub.__name__ for sub in classes})
-            near = difflib.get_close_matches(node.value.rpartition(".")[2], names, n=1)
-            others = f"; did you mean '{near[0]}'?" if near else f"; there are: {', '.join(names[:12])}"
-            self.problems.append(f"{_at(node, path)}: '{node.value}' is no {hint.__name__}{others}")
+            internal = ("_", "LazyInstance_")  # jsonargparse makes a class for a default that is an instance
+            names = sorted({sub.__name__ for sub in classes if not sub.__name__.startswith(internal)})
+            bare = node.value.rpartition(".")[2]
+            elsewhere = class_here(bare, names)
+            near = difflib.get_close_matches(bare, names, n=1) if elsewhere is None else []
+            others = f"; did you mean '{near[0]}'?" if near else f"; there are: {', '.join(names)}"
+            self.problems.append(f"{_at(node, path)}: '{node.value}' is no {hint.__name__}{elsewhere or others}")
         return cls
 
 

@@ -1,8 +1,9 @@
-"""What keys of other trainers are called here: people bring their configs along."""
+"""What keys and classes of other trainers are called here: people bring their configs along."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 
 # Last part of the key -> the key here, and in words what is not the same.
 KEY_HERE: Mapping[str, tuple[str, str]] = {
@@ -39,6 +40,40 @@ KEY_HERE: Mapping[str, tuple[str, str]] = {
     "max_seq_length": ("model.encoder.max_length", ""),
     "temperature": ("model.loss", "InfoNCE has a scale, 1 / temperature"),
 }
+
+_SYMMETRIC = "InfoNCE with directions: [query_to_doc, doc_to_query] and partition: per_direction"
+
+# Losses and evaluators of sentence-transformers 6.2 whose name here is not theirs without Loss or Evaluator: the class
+# here, and its settings; empty where there is none.
+CLASS_HERE: Mapping[str, str] = {
+    "AdaptiveLayerLoss": "",
+    "BatchAllTripletLoss": "BatchTriplet with mining: all",
+    "BatchHardSoftMarginTripletLoss": "BatchTriplet with mining: hard and margin: soft",
+    "BatchSemiHardTripletLoss": "BatchTriplet with mining: semi_hard",
+    "CachedGISTEmbedLoss": "GISTEmbed; model.max_tokens bounds the memory of every loss",
+    "CachedMultipleNegativesRankingLoss": "InfoNCE; model.max_tokens bounds the memory of every loss",
+    "CachedMultipleNegativesSymmetricRankingLoss": f"{_SYMMETRIC}; model.max_tokens bounds the memory of every loss",
+    "ContrastiveTensionLoss": "",
+    "ContrastiveTensionLossInBatchNegatives": "",
+    "DenoisingAutoEncoderLoss": "",
+    "Matryoshka2dLoss": "",
+    "MegaBatchMarginLoss": "",
+    "MultipleNegativesRankingLoss": "InfoNCE",
+    "MultipleNegativesSymmetricRankingLoss": _SYMMETRIC,
+    "EmbeddingSimilarityEvaluator": "STS",
+    "MSEEvaluatorFromDataFrame": "MSE, in a validation source for each pair of languages",
+    "NanoBEIREvaluator": "InformationRetrieval with path: sentence-transformers/NanoBEIR-en",
+    "ParaphraseMiningEvaluator": "",
+    "SequentialEvaluator": "",
+}
+
+
+def class_here(name: str, known: Collection[str]) -> str | None:
+    """The sentence for a class that is none of ``known``, empty where none is like it; None: nothing is known of it."""
+    here = CLASS_HERE.get(name, name.removesuffix("Loss").removesuffix("Evaluator"))
+    if here and re.split(r"\W", here)[0] not in known:  # of the other kind, or of no kind
+        return None
+    return f"; here it is {here}" if here else ""
 
 
 def name_here(key: str) -> str:
