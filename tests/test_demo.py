@@ -114,10 +114,11 @@ def test_demo_trains_exports_and_names_true_commands(
     repository = Path(__file__).parents[1]
     words = shlex.split(commands["a cluster"])
     assert (repository / words[words.index("--nodes") + 2]).is_file()
-    two = shlex.split(commands["two processes"].split(" fit ", 1)[1])
-    cli = run(["fit", *two], read_command(two), execute=False)
-    assert cli.trainer.world_size == 2
-    assert not cli.run_dir.exists()  # a used one would be refused
+    for name, num_ranks in (("two processes", 2), ("your data", 1)):
+        words = shlex.split(commands[name].split(" fit ", 1)[1])
+        cli = run(["fit", *words], read_command(words), execute=False)
+        assert cli.trainer.world_size == num_ranks
+        assert not cli.run_dir.exists()  # a used one would be refused
     run_demo(folder, num_train=64, num_dev=20, hidden=32)  # again, over its own folder
     assert (folder / "run" / "model").is_dir()
 

@@ -185,12 +185,14 @@ def _nearest_table(
 def _next_commands(folder: Path, config: Path) -> str:
     trainer = "trainer" if shutil.which("trainer") else shlex.join([sys.executable, "-m", "trainer"])
     fit = f"{trainer} fit --config {shlex.quote(str(config))}"
-    two, cluster = (f"--trainer.default_root_dir {shlex.quote(str(folder / name))}" for name in ("two-ranks", "slurm"))
+    two, cluster, yours = (  # "run" holds a run
+        f"--trainer.default_root_dir {shlex.quote(str(folder / name))}" for name in ("two-ranks", "slurm", "your-data")
+    )
     model = str(folder / "run" / "model")
     commands = {
         "two processes": f"{fit} --trainer.accelerator cpu --trainer.devices 2 --trainer.strategy ddp {two}",
         "a cluster": f"sbatch --nodes 2 slurm/train.sh {shlex.quote(str(config))} {cluster}",
-        "your data": f"{fit} --data.train.path FILE --data.train.columns.anchor COLUMN",
+        "your data": f"{fit} --data.train.path FILE --data.train.columns.anchor COLUMN {yours}",
         "all flags": f"{trainer} fit --help",
     }
     lines = [
