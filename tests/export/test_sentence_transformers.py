@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling
 
+from trainer.cli import main
 from trainer.data.collate import pack_texts
 from trainer.demo_encoder import write_encoder
 from trainer.export.sentence_transformers import export_run
@@ -189,7 +191,9 @@ def test_folder_holds_no_private_path_and_is_readable(bench: Any, tmp_path: Path
     assert "sentence_transformers" in versions["__version__"]
 
 
-def test_best_goes_before_newest_and_a_named_one_before_both(bench: Any, tmp_path: Path) -> None:
+def test_best_goes_before_newest_and_a_named_one_before_both(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = bench.write_run("choice")
     folder = run.folder / "checkpoints"
     checkpoint = read_state(folder / "step-00000003")
@@ -203,10 +207,14 @@ def test_best_goes_before_newest_and_a_named_one_before_both(bench: Any, tmp_pat
     mark_best(run.folder, 2)
 
     def exported(source: Path) -> tuple[float, str]:
-        export_run(source, tmp_path / "model")
+        assert main(["export", str(source), "model"]) == 0
         found = load_file(tmp_path / "model" / "model.safetensors")["embeddings.LayerNorm.weight"]
-        text = (tmp_path / "model" / "README.md").read_text()
-        return float(found[0]), text.split("### Exported Checkpoint\n\n")[1].split("\n")[0]
+        card = (tmp_path / "model" / "README.md").read_text().split("### Exported Checkpoint\n\n")[1].split("\n")[0]
+        step, reason = re.fullmatch("`step-0+.`, step (.): (.*)[.]", card).groups()  # type: ignore[union-attr]
+        assert capsys.readouterr().out == f"exported: model: step {step}, {reason.replace('`', '')}\n"
+        return float(found[0]), card
+
+    monkeypatch.chdir(tmp_path)
 
     best = "`step-00000002`, step 2: the highest `eval/dev/spearman_cosine` of the run, 0.8750."
     assert exported(run.folder) == (2.0, best)

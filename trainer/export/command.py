@@ -48,6 +48,7 @@ def export(args: Sequence[str]) -> int:
     from trainer.export.sentence_transformers import export_run
 
     run = export_run(source, out, options.legacy, options.format == "onnx", options.push)
+    print(f"exported: {out}: step {run.step:,}, {run.reason.replace('`', '')}")
     if options.push:
         message = f"Export of {run.name}, step {run.step:,}"
         print(f"pushed: {push(out, options.push, message, options.private)}")
