@@ -62,6 +62,9 @@ def test_clean_takes_leftovers_then_what_is_old_then_all(tmp_path: Path, capsys:
     assert main(arguments) == 0
     assert (leftover.exists(), old.exists(), new.exists()) == (False, True, True)
     assert capsys.readouterr().out == f"freed 0 bytes (1 folder) in {tmp_path}\n"
+    assert main(["cache", "clean", f"--data.cache_dir={tmp_path}", "--older-than=40"]) == 0
+    assert (old.exists(), new.exists()) == (True, True)
+    assert capsys.readouterr().out == f"freed 0 bytes (0 folders) in {tmp_path}\n"
     assert main([*arguments, "--older-than", "30"]) == 0
     assert (old.exists(), new.exists()) == (False, True)
     assert capsys.readouterr().out == f"freed 1.1 kB (1 folder) in {tmp_path}\n"
@@ -107,6 +110,8 @@ def test_what_a_living_process_builds_or_uses_is_left(tmp_path: Path, capsys: py
         ([], "say what to do: trainer cache ls, or trainer cache clean --older-than DAYS"),
         (["ls", "--all"], "'--all' is not understood here; see trainer cache --help"),
         (["clean", "--older-than", "soon"], "--older-than is 'soon'; it must be a number of days, 0 or more"),
+        (["ls", "--older-than=30"], "'--older-than' is not understood here; see trainer cache --help"),
+        (["clean", "--older-than="], "--older-than is ''; it must be a number of days, 0 or more"),
         (["clean", "--older-than", "nan"], "--older-than is 'nan'; it must be a number of days, 0 or more"),
     ],
 )

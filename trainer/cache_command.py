@@ -25,7 +25,8 @@ def cache(args: Sequence[str]) -> int:
     action, rest = (args[0], list(args[1:])) if args else ("", [])
     folder, older_than_s = default_cache_dir(), None
     while rest:
-        flag = rest.pop(0)
+        flag, equals, text = rest.pop(0).partition("=")
+        rest[:0] = [text] if equals else []
         if flag == "--data.cache_dir" and rest:
             folder = Path(rest.pop(0))
         elif flag == "--all" and action == "clean":
