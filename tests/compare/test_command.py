@@ -12,6 +12,7 @@ import pytest
 
 from tests.compare.made_runs import EVAL, best_of, make_run, make_runs
 from trainer.cli import main
+from trainer.compare.command import read_runs
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +160,16 @@ def test_a_run_that_has_only_just_begun_is_left_out_of_its_folder(
     printed = capsys.readouterr()
     assert printed.out.startswith("1 run in 1 group")
     assert printed.err.count("holds no metrics yet: metrics.jsonl is empty; leave it out, or wait for its steps") == 2
+
+
+def test_a_folder_names_the_runs_at_all_its_depths(tmp_path: Path) -> None:
+    """A copy of a run inside a run is no second one."""
+    for place in ("a", "stsb/seed=1", "a/copy", "one/two/three/four"):
+        make_run(tmp_path / place, steps=10)
+    make_run(tmp_path / "stsb/lr/seed=3", steps=10)
+    names = [Path(run.name).relative_to(tmp_path).as_posix() for run in read_runs([str(tmp_path)])]
+    assert names == ["a", "stsb/seed=1", "stsb/lr/seed=3"]
+    assert [run.name for run in read_runs([str(tmp_path / "a")])] == [str(tmp_path / "a")]
 
 
 def test_one_run_and_many(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -94,9 +94,9 @@ def read_runs(places: Sequence[str]) -> list[RunRecord]:
 
 
 def _run_dirs(folder: Path) -> list[Path]:
-    """The folder if it is a run directory, else those below it."""
+    """The folder if it is a run directory, else those below it; what lies in a run directory is part of that run."""
+    found: list[Path] = []
     for depth in range(_DEPTH + 1):
-        found = sorted(path.parent for path in folder.glob("/".join(["*"] * depth + [METRICS_FILE])))
-        if found:
-            return found
-    return []
+        level = sorted(path.parent for path in folder.glob("/".join(["*"] * depth + [METRICS_FILE])))
+        found += [run for run in level if not any(above in found for above in run.parents)]
+    return found
