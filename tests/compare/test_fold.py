@@ -13,6 +13,7 @@ from tests.compare.made_runs import best_of, make_run, make_runs
 from trainer.compare.command import read_runs
 from trainer.compare.fold import MISSING, Spread, cost, differences, fold, metrics_of, primary_metrics
 from trainer.tracking.runs import RunRecord
+from trainer.tracking.wandb import Tracking, make_logger
 
 METRIC = "eval/dev/spearman_cosine"
 
@@ -53,6 +54,23 @@ def test_seeds_of_a_recipe_are_one_group(tmp_path: Path) -> None:
         found = group.best("train/loss")
         assert found is not None
         assert found.mean == pytest.approx(np.mean(lowest))
+
+
+def test_a_run_directory_and_offline_files_are_seeds_of_one_group(tmp_path: Path) -> None:
+    """W&B gives the scale of 20.0 back as 20."""
+    import wandb
+
+    folders = [make_run(tmp_path / f"seed={seed}", "infonce", seed, steps=10) for seed in (1, 2)]
+    for folder in folders:
+        config = folder / "config.yaml"
+        config.write_text(config.read_text() + "extra: {range: [0.0, 5.0], none: {}, list: []}\n")
+    logger = make_logger(Tracking(wandb="offline"), folders[1])
+    assert logger
+    for row in rows_of(folders[1]):
+        logger.log_metrics({"train/lr": 1e-3}, row["step"])
+    wandb.finish()
+    groups = fold(read_runs([str(folders[0]), str(folders[1] / "wandb")]))
+    assert [group.seeds for group in groups] == [[1, 2]]
 
 
 def test_only_the_keys_that_differ(tmp_path: Path) -> None:

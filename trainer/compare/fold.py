@@ -123,7 +123,7 @@ def fold(runs: Sequence[RunRecord]) -> list[Group]:
     for run, name in zip(runs, names, strict=True):
         settings = _settings(run.config)
         # Without a config nothing says that two runs are seeds of one.
-        key = json.dumps(settings, sort_keys=True, default=str) if settings else name
+        key = json.dumps(_integral(settings), sort_keys=True, default=str) if settings else name
         of_settings.setdefault(key, []).append(RunRecord(name, run.config, run.rows, run.about))
     groups: list[Group] = []
     for members in of_settings.values():
@@ -170,6 +170,15 @@ def _flat(value: Any, key: str = "") -> Iterable[tuple[str, Any]]:
             yield from _flat(item, f"{key}.{number}")
     else:
         yield key, value
+
+
+def _integral(value: Any) -> Any:
+    """1.0 as 1, also inside of lists and mappings: W&B stores it so, config.yaml does not."""
+    if isinstance(value, Mapping):
+        return {key: _integral(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_integral(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 MISSING = object()
