@@ -375,6 +375,8 @@ BAD_COMMANDS = {
     "export configs model --push mine": "--push mine: a repository has an owner and a name, --push OWNER/NAME",
     "export nowhere model": "there is no run or checkpoint nowhere",
     "validate --config configs/x.yaml --ckpt_path auto": "--ckpt_path auto: there is no checkpoint in run",
+    "test --config configs/x.yaml --ckpt_path best": "--ckpt_path best: there is no checkpoint in run",
+    "fit --config configs/x.yaml --ckpt_path best": "--ckpt_path best: there is no checkpoint in run",
 }
 
 
@@ -664,6 +666,35 @@ def test_damaged_checkpoints_are_named_and_the_previous_one_is_taken(
     said = refused(capsys, [*longer, "auto"])
     assert said.startswith("no checkpoint of d can be trusted: step-00000003: state.ckpt is missing; step-00000002:")
     assert "start anew: --trainer.default_root_dir d-2" in said
+
+
+@pytest.mark.parametrize("command", ["validate", "test", "fit"])
+def test_best_checkpoint_is_taken(recipe: Path, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where it is not the newest; a fit goes on behind it."""
+    args = ["--config", str(recipe), "--trainer.default_root_dir", "b", "--checkpoint.save_every_steps", "1"]
+    assert main(["fit", *args, "--checkpoint.keep", "-1"]) == 0
+    Path("b/checkpoints/best.json").write_text('{"step": 1}')
+    capsys.readouterr()
+    assert main([command, *args, "--ckpt_path", "best"]) == 0
+    assert "checkpoint: b/checkpoints/step-00000001\n" in capsys.readouterr().out
+    assert logged_steps(Path("b")) == [1, 2, 3]
+    assert Path("b/checkpoints/abandoned/step-00000003").exists() == (command == "fit")
+    if command == "validate":
+        assert json.loads(Path("b/metrics.json").read_text())["checkpoint"] == "b/checkpoints/step-00000001"
+
+
+def test_best_checkpoint_is_missing_or_damaged(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["--config", str(recipe), "--trainer.default_root_dir", "b", "--trainer.max_steps", "1"]
+    assert main(["fit", *args, "--checkpoint.monitor", "null"]) == 0
+    best = [*args, "--ckpt_path", "best"]
+    assert refused(capsys, ["test", *best]) == (
+        "--ckpt_path best: no checkpoint of b is marked as the best (checkpoint.monitor watched nothing there); "
+        "auto takes the newest"
+    )
+    Path("b/checkpoints/best.json").write_text('{"step": 1}')
+    Path("b/checkpoints/step-00000001/state.ckpt").unlink()
+    said = refused(capsys, ["test", *best])
+    assert said.startswith("--ckpt_path best (b/checkpoints/step-00000001): state.ckpt is missing; auto takes")
 
 
 def test_other_settings_are_refused_and_count_where_they_are_allowed(

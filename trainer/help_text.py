@@ -25,7 +25,7 @@ OTHER_SENTENCES = {
     "trainer.precision": "32-true, bf16-mixed, 16-mixed",
     "trainer.devices": "ranks per node",
     "trainer.default_root_dir": "run directory (runs/<recipe>/<name>)",
-    "ckpt_path": "checkpoint; auto: newest of the run directory",
+    "ckpt_path": "a folder; auto (the newest), best: of the run directory",
 }
 REQUIRED = {"model.encoder.backbone", "model.loss", "data.train"}
 KEYS = {
@@ -193,12 +193,12 @@ usage: trainer fit --config RECIPE.yaml [--config HARDWARE.yaml] [--KEY VALUE]
   sbatch --nodes 2 slurm/train.sh configs/stsb.yaml           on a cluster
 """,
     "validate": """\
-usage: trainer validate --config RECIPE.yaml [--ckpt_path auto] [--KEY VALUE]
+usage: trainer validate --config RECIPE.yaml [--ckpt_path best] [--KEY VALUE]
 
 Evaluates on data.validation: the backbone as it is, or a checkpoint of a run.
 
   trainer validate --config configs/stsb.yaml
-  trainer validate --config runs/stsb/config.yaml --ckpt_path auto
+  trainer validate --config runs/stsb/config.yaml --ckpt_path best
 """,
 }
 HEADS["test"] = HEADS["validate"].replace("trainer validate", "trainer test")

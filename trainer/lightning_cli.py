@@ -191,8 +191,8 @@ class TrainerCLI(LightningCLI):
         self._resolve_checkpoint()
 
     def _resolve_checkpoint(self) -> None:
-        """``auto``, the default under Slurm, becomes the newest valid checkpoint of the run directory; elsewhere a
-        fresh fit needs a fresh directory."""
+        """``auto``, the default under Slurm, becomes the newest valid checkpoint of the run directory, ``best`` the one
+        with the best metric; elsewhere a fresh fit needs a fresh directory."""
         wanted, first = self.options.ckpt_path, is_first_rank(os.environ)
         if wanted is None and self.subcommand == "fit" and "SLURM_JOB_ID" in os.environ:
             wanted = "auto"
@@ -206,12 +206,29 @@ class TrainerCLI(LightningCLI):
             if first:
                 print(f"checkpoint: {found}" if found else f"no checkpoint in {self.run_dir}: starting fresh")
             self.options.ckpt_path = str(found) if found else None
-        elif not Path(wanted).is_dir():
+        else:
+            path = self._best() if wanted == "best" else Path(wanted)
+            if not path.is_dir():
+                raise ConfigError(
+                    f"--ckpt_path {wanted}: no such checkpoint (a folder); auto takes the newest of {self.run_dir}"
+                )
+            if reason := problem(path):
+                name = f"{wanted} ({path})" if wanted == "best" else wanted
+                raise ConfigError(f"--ckpt_path {name}: {reason}; auto takes the newest valid one of {self.run_dir}")
+            if first and wanted == "best":
+                print(f"checkpoint: {path}")
+            self.options.ckpt_path = str(path)
+
+    def _best(self) -> Path:
+        found = best(self.run_dir)
+        if found is None and newest(self.run_dir) is None:
+            raise ConfigError(f"--ckpt_path best: there is no checkpoint in {self.run_dir}")
+        if found is None:
             raise ConfigError(
-                f"--ckpt_path {wanted}: no such checkpoint (a folder); auto takes the newest of {self.run_dir}"
+                f"--ckpt_path best: no checkpoint of {self.run_dir} is marked as the best (checkpoint.monitor watched "
+                "nothing there); auto takes the newest"
             )
-        elif reason := problem(Path(wanted)):
-            raise ConfigError(f"--ckpt_path {wanted}: {reason}; auto takes the newest valid one of {self.run_dir}")
+        return found
 
     def _newest_valid(self, first: bool) -> Path | None:
         found, damaged = newest_valid(self.run_dir)
