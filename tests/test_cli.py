@@ -626,6 +626,14 @@ def test_fit_repeat_resume_and_validate(
     rows = [json.loads(line) for line in Path("again/metrics.jsonl").read_text().splitlines()]
     last = [row["eval/dev/spearman_cosine"] for row in rows if "eval/dev/spearman_cosine" in row][-1]
     assert f"{last:.4f}"[:5] in capsys.readouterr().out
+    # The score of another set, under its name, stands beside that of the set that chose the checkpoint.
+    validated = Path("again/metrics.json").read_text()
+    args = ["test", "--config", "again/config.yaml", "--ckpt_path", "auto", "--data.validation.name", "held_out"]
+    assert main([*args, "--data.validation.path", config["data"]["train"][0]["path"]]) == 0
+    assert Path("again/metrics.json").read_text() == validated
+    tested = json.loads(Path("again/test.json").read_text())
+    assert "eval/held_out/spearman_cosine" in tested["metrics"]
+    assert "held_out" in capsys.readouterr().out
 
 
 def test_auto_starts_fresh_where_there_is_no_checkpoint(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,7 +40,7 @@ from trainer.run_lock import release_lock, take_lock
 from trainer.tracking.metrics import MetricsLog, run_id_in
 from trainer.tracking.progress import Progress
 from trainer.tracking.redact import redact
-from trainer.tracking.results import print_results, write_results
+from trainer.tracking.results import RESULTS_NAME, TEST_NAME, print_results, write_results
 from trainer.tracking.wandb import RunLogger, Tracking, make_logger
 
 # No value is built where any value fits. Naming a deny list, be it empty, turns jsonargparse's own one (os, subprocess,
@@ -335,16 +335,20 @@ class TrainerCLI(LightningCLI):
                 logger.log_export(self.run_dir / "model", about)
 
     def after_validate(self) -> None:
-        """What was found, as a table and as metrics.json."""
+        self._report(RESULTS_NAME)
+
+    def after_test(self) -> None:
+        self._report(TEST_NAME)
+
+    def _report(self, name: str) -> None:
+        """What was found, as a table and as a file of this name in the run directory."""
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         metrics = next(callback for callback in callbacks if isinstance(callback, Evaluation)).last_metrics
         if is_first_rank(os.environ):
             names = [spec.backbone for spec in self.model.encoder_specs]
             about = {"model": " and ".join(names), "checkpoint": self.options.ckpt_path}
-            write_results(metrics, about, self.run_dir)
+            write_results(metrics, about, self.run_dir / name)
             print_results(metrics, [one.name for one in self.datamodule.validation_sets])
-
-    after_test = after_validate
 
     def effective_config(self) -> dict[str, Any]:
         """What the run is made of, every default written out, secrets taken out; `fit --config` reads it."""

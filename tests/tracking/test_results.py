@@ -35,7 +35,7 @@ def test_sets_with_the_same_metrics_share_a_table() -> None:
 
 def test_the_file_is_json_for_every_reader(tmp_path: Path) -> None:
     """No NaN, which JSON does not have."""
-    write_results(METRICS, {"model": "x", "checkpoint": None}, tmp_path / "run")
+    write_results(METRICS, {"model": "x", "checkpoint": None}, tmp_path / "run" / RESULTS_NAME)
     text = (tmp_path / "run" / RESULTS_NAME).read_text()
     assert "NaN" not in text
     content = json.loads(text)

@@ -1,4 +1,4 @@
-"""What `trainer validate` and `test` found: a table for people, metrics.json for programs."""
+"""What `trainer validate` and `test` found: a table for people, metrics.json or test.json for programs."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from rich.table import Table
 
 from trainer.files import write_whole
 
-RESULTS_NAME = "metrics.json"
+RESULTS_NAME, TEST_NAME = "metrics.json", "test.json"  # of validate, of test
 
 
-def write_results(metrics: Mapping[str, float], about: Mapping[str, Any], run_dir: Path) -> None:
-    """Writes ``metrics.json``: what was evaluated, and `eval/<set>/<metric>` -> value; null where it is not finite."""
+def write_results(metrics: Mapping[str, float], about: Mapping[str, Any], path: Path) -> None:
+    """Writes JSON: what was evaluated, and `eval/<set>/<metric>` -> value; null where it is not finite."""
     finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_whole(run_dir / RESULTS_NAME, json.dumps({**about, "metrics": finite}, indent=1, ensure_ascii=False) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps({**about, "metrics": finite}, indent=1, ensure_ascii=False) + "\n")
 
 
 def print_results(metrics: Mapping[str, float], sets: Sequence[str], console: Optional[Console] = None) -> None:
