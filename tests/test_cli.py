@@ -376,6 +376,12 @@ BAD_COMMANDS = {
     "export nowhere model": "there is no run or checkpoint nowhere",
     "validate --config configs/x.yaml --ckpt_path auto": "--ckpt_path auto: there is no checkpoint in run",
     "test --config configs/x.yaml --ckpt_path best": "--ckpt_path best: there is no checkpoint in run",
+    "validate --config configs/x.yaml --data.validation null": "flag --data.validation: data.validation is empty: "
+    "trainer validate has nothing to evaluate; name a set in the recipe",
+    "test --config configs/none.yaml": "data.validation is empty: trainer test has nothing to evaluate; name a set in "
+    "the recipe",
+    "test --config configs/x.yaml --trainer.limit_test_batches 0": "flag --trainer.limit_test_batches: "
+    "trainer.limit_test_batches is 0: trainer test has nothing to evaluate; leave it out",
     "fit --config configs/x.yaml --ckpt_path best": "--ckpt_path best: there is no checkpoint in run",
 }
 
@@ -385,6 +391,8 @@ def test_command_is_refused(command: str, capsys: pytest.CaptureFixture[str]) ->
     Path("configs").mkdir()
     Path("configs/x.yaml").write_text(CONFIG)
     Path("configs/nli.yaml").write_text(CONFIG)
+    if "none.yaml" in command:  # not there for the others, which list the folder
+        Path("configs/none.yaml").write_text("".join(CONFIG.splitlines(True)[:10] + CONFIG.splitlines(True)[13:]))
     assert refused(capsys, command.split()) == BAD_COMMANDS[command].format(cwd=Path.cwd())
 
 

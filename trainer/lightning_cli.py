@@ -188,7 +188,24 @@ class TrainerCLI(LightningCLI):
         if is_first_rank(os.environ):
             for note in replaced_lists(self.written.files):
                 print(f"note: {note}")
+        if self.subcommand != "fit":
+            self._refuse_nothing_to_evaluate()
         self._resolve_checkpoint()
+
+    def _refuse_nothing_to_evaluate(self) -> None:
+        """An evaluation of nothing would replace the file of a real one."""
+        if not self.options.data.validation:
+            place = self.written.place("data.validation")
+            raise ConfigError(
+                f"{f'{place}: ' if place else ''}data.validation is empty: trainer {self.subcommand} has nothing to "
+                "evaluate; name a set in the recipe"
+            )
+        key = f"limit_{'val' if self.subcommand == 'validate' else 'test'}_batches"
+        if self.options.trainer[key] == 0:
+            raise ConfigError(
+                f"{self.written.place(f'trainer.{key}')}: trainer.{key} is 0: trainer {self.subcommand} has nothing to "
+                "evaluate; leave it out"
+            )
 
     def _resolve_checkpoint(self) -> None:
         """``auto``, the default under Slurm, becomes the newest valid checkpoint of the run directory, ``best`` the one
