@@ -57,7 +57,7 @@ Fine-tunes siamese sentence encoders: the same run on any number of ranks.
 commands:
   fit        train, evaluate, write a folder that sentence-transformers loads
   validate   evaluate a model or a checkpoint on data.validation
-  test       the same, logged as test
+  test       the same for another set: give it --data.validation.path FILE
   predict    embed a corpus into Parquet or npy files, on any number of ranks
   mine       find hard negatives for pairs, by the embeddings of a model
   export     write a sentence-transformers folder from a run or a checkpoint
@@ -200,8 +200,16 @@ Evaluates on data.validation: the backbone as it is, or a checkpoint of a run.
   trainer validate --config configs/stsb.yaml
   trainer validate --config runs/stsb/config.yaml --ckpt_path best
 """,
+    "test": """\
+usage: trainer test --config RECIPE.yaml [--ckpt_path best] [--KEY VALUE]
+
+As trainer validate, but into test.json, not metrics.json. It too takes the sets
+of data.validation, which chose the best checkpoint: give the file of another.
+
+  trainer test --config runs/stsb/config.yaml --ckpt_path best \\
+    --data.validation.path test.jsonl.gz --data.validation.name test
+""",
 }
-HEADS["test"] = HEADS["validate"].replace("trainer validate", "trainer test")
 
 
 def render(command: str, parser: Any) -> str:
