@@ -98,7 +98,8 @@ def no_wandb_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def test_two_runs_of_one_process_are_two(no_wandb_settings: Path) -> None:
-    """A notebook fits twice: the second run does not go on in the first one's files."""
+    """A notebook fits twice: the second run does not go on in the first one's files. And nobody has asked for W&B: by
+    default a run without a key writes offline files."""
     import wandb
 
     for name in ("first", "second"):
