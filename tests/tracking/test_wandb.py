@@ -364,6 +364,44 @@ def test_auto_is_online_only_with_a_key(no_wandb_settings: Path, monkeypatch: py
     assert choose_mode("auto") == "off"
 
 
+@pytest.mark.parametrize(
+    ("environ", "tracking", "expected"),
+    [
+        ({}, Tracking(), ("sentence-encoders", "stsb/seed=1", [])),
+        (
+            {"WANDB_PROJECT": "mine", "WANDB_NAME": "a name", "WANDB_TAGS": "a, b c"},
+            Tracking(),
+            ("mine", "a name", ["a", "b c"]),
+        ),
+        (
+            {"WANDB_PROJECT": "mine", "WANDB_NAME": "a name", "WANDB_TAGS": "a,b"},
+            Tracking(project="ours", name="x", tags=[]),
+            ("ours", "x", []),
+        ),
+    ],
+)
+def test_the_environment_decides_what_the_config_leaves_open(
+    environ: dict[str, str],
+    tracking: Tracking,
+    expected: tuple[str, str, list[str]],
+    no_wandb_settings: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import wandb
+
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    run_dir = no_wandb_settings / "runs" / "stsb" / "seed=1"
+    run_dir.mkdir(parents=True)
+    logger = make_logger(tracking, run_dir)
+    assert logger is not None
+    logger.log_metrics({"train/loss": 1.0}, step=1)
+    wandb.finish()
+    (fragment,) = run_dir.glob("wandb/offline-run-*/*.wandb")
+    run = next(record["run"] for record in finished_records(fragment) if "run" in record)
+    assert (run["project"], run["display_name"], run.get("tags", [])) == expected
+
+
 def test_off_starts_nothing(tmp_path: Path) -> None:
     assert make_logger(Tracking(wandb="off"), tmp_path / "run", {}) is None
     assert not (tmp_path / "run").exists()

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
@@ -41,21 +41,21 @@ class Tracking:
 
     Attributes:
         wandb: online, offline (send it later with `wandb sync`), off; auto: online where a key is configured.
-        project: the project runs go to.
+        project: the project runs go to; unset: $WANDB_PROJECT, else sentence-encoders.
         entity: user or team; unset: the default of the key.
         group: runs that belong together.
         job_type: what kind of job it is.
-        tags: labels of the run.
-        name: shown for the run; unset: the name of the run directory.
+        tags: labels of the run; unset: those of $WANDB_TAGS (a,b).
+        name: shown for the run; unset: $WANDB_NAME, else the name of the run directory.
         model: store the exported model on W&B too, as an artifact that names the run, the data and the checkpoint.
     """
 
     wandb: Literal["auto", "online", "offline", "off"] = "auto"
-    project: str = "sentence-encoders"
+    project: Optional[str] = None
     entity: Optional[str] = None
     group: Optional[str] = None
     job_type: str = "train"
-    tags: list[str] = field(default_factory=list)
+    tags: Optional[list[str]] = None
     name: Optional[str] = None
     model: bool = False
 
@@ -79,15 +79,20 @@ def make_logger(
     if mode == "off":
         return None
     run_dir = Path(run_dir)
+    tags = tracking.tags
+    if tags is None:
+        tags = [tag for part in os.environ.get("WANDB_TAGS", "").split(",") if (tag := part.strip())]
+    place = "/".join(part for part in run_dir.parts[-2:] if part != "runs")
     return RunLogger(
-        project=tracking.project,
+        # W&B itself reads $WANDB_ENTITY, $WANDB_RUN_GROUP and $WANDB_NOTES; these have a default of ours.
+        project=tracking.project or os.environ.get("WANDB_PROJECT") or "sentence-encoders",
         save_dir=run_dir,
         id=keep_id(run_dir, run_id) if getattr(rank_zero_only, "rank", 0) == 0 else None,
-        name=tracking.name or "/".join(part for part in run_dir.parts[-2:] if part != "runs"),
+        name=tracking.name or os.environ.get("WANDB_NAME") or place,
         entity=tracking.entity,
         group=tracking.group,
         job_type=tracking.job_type,
-        tags=tracking.tags,
+        tags=tags,
         mode=mode,
         config=config,
     )
