@@ -644,6 +644,19 @@ def test_fit_repeat_resume_and_validate(
     assert "held_out" in capsys.readouterr().out
 
 
+def test_a_logger_in_the_place_of_tracking_is_said(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    logger = ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "csv"]
+    args = ["fit", "--config", str(recipe), "--trainer.max_steps", "1", *logger]
+    assert main([*args, "--trainer.default_root_dir", "a", "--tracking.wandb", "offline"]) == 0
+    note = (
+        "note: trainer.logger takes the place of tracking: tracking.wandb offline has no effect; leave trainer.logger"
+    )
+    assert note in capsys.readouterr().out
+    assert not Path("a/wandb").exists()
+    assert main([*args, "--trainer.default_root_dir", "b"]) == 0  # it is off
+    assert "takes the place of tracking" not in capsys.readouterr().out
+
+
 def test_auto_starts_fresh_where_there_is_no_checkpoint(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Also for a job that Slurm has requeued before its first checkpoint: nobody types the flag there."""
     assert main(["fit", "--config", str(recipe), "--ckpt_path", "auto", "--trainer.max_steps", "1"]) == 0

@@ -304,6 +304,11 @@ class TrainerCLI(LightningCLI):
                 print(f"note: {taken_over}")
             self._match_checkpoint(config)
             write_config(config, self.run_dir / "config.yaml")
+            if self.options.trainer.logger and (asked := self.options.tracking.wandb) in ("online", "offline"):
+                print(
+                    f"note: trainer.logger takes the place of tracking: tracking.wandb {asked} has no effect; leave "
+                    "trainer.logger out to track on W&B"
+                )
         if not self.options.trainer.logger:
             tracking = self._get(self.config_init, "tracking")
             run_id = run_id_in(Path(self.options.ckpt_path)) if first and self.options.ckpt_path else None
