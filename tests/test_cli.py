@@ -319,6 +319,8 @@ BAD_FLAGS = {
     "float32: take one of 32-true, bf16-mixed, 16-mixed",
     "--trainer.devices many": "the trainer can't be built from these settings: `devices` selected with "
     "`CPUAccelerator` should be an int > 0.",
+    "--trainer.logger CSVLogger": "trainer.logger: Problem with given class_path "
+    "'lightning.pytorch.loggers.CSVLogger': the following arguments are required: save_dir",
     "y.yaml": "'y.yaml' belongs to no flag; did you mean --config y.yaml?",
     "--ckpt_path runs/x": "--ckpt_path runs/x: no such checkpoint (a folder); auto takes the newest of run",
 }
@@ -741,6 +743,20 @@ def test_other_settings_are_refused_and_count_where_they_are_allowed(
     rates = {row["step"]: row["train/lr"] for row in rows if "train/lr" in row}
     assert rates[3] == pytest.approx(1e-3 / 3)
     assert [rates[4], rates[6]] == pytest.approx([4e-3 * 3 / 6, 4e-3 / 6])  # linear to 0 over 6 steps
+
+
+def test_a_class_that_cannot_be_built_says_why(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its words come among those of a list, a bool and None, and go over several lines."""
+    monkeypatch.setattr("lightning.fabric.loggers.tensorboard._TENSORBOARD_AVAILABLE", False)
+    monkeypatch.setattr("lightning.fabric.loggers.tensorboard._TENSORBOARDX_AVAILABLE", False)
+    Path("x.yaml").write_text(CONFIG)
+    logger = ["--trainer.logger", "TensorBoardLogger", "--trainer.logger.save_dir", "tb"]
+    said = refused(capsys, ["fit", "--config", "x.yaml", "--trainer.accelerator", "cpu", *logger], code=1)
+    assert "TensorBoardLogger': Neither `tensorboard` nor `tensorboardX` is available." in said
+    assert "Expected a" not in said
+    assert "Given value" not in said
 
 
 def test_later_list_replaces_the_earlier_and_says_so(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -206,8 +206,10 @@ def _sentence(error: BaseException) -> str:
     text = str(error)
     if "\nOriginal Traceback" in text:  # a worker of a loader: its traceback is in the text
         text = re.split(r"\n[\w.]+: ", text.strip())[-1]
-    if text.startswith("Does not validate against any of the Union"):  # what a class said, among what None would need
-        text = "; ".join(line for line in re.findall(r"^ *- (.*)", text, re.M) if not line.startswith("Expected a"))
+    if text.startswith("Does not validate against any of the Union"):
+        from trainer.config_errors import said_of_union
+
+        text = said_of_union(text)
     last = traceback.extract_tb(error.__traceback__)[-1]
     ours = Path(last.filename).is_relative_to(Path(__file__).parent) or text != str(error)
     where = "" if ours else f"\n  raised in {last.filename}:{last.lineno}; --debug shows the way there"

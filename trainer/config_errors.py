@@ -22,6 +22,7 @@ from trainer.config_files import ConfigError, Flag, Written, describe, place_of
 from trainer.config_migration import class_here, name_here
 from trainer.config_values import FlagText, fits, must
 
+UNION = "Does not validate against any of the Union"  # how the parser begins to list what each member said
 _MAX_PROBLEMS = 5
 _CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
 
@@ -61,6 +62,9 @@ def check_written(groups: Mapping[str, Any], links: Mapping[str, str], written: 
 
 def _plain(message: str) -> str:
     """The parser's own sentence without its jargon."""
+    if UNION in message:
+        key = re.match(r'Parser key "([^"]+)":', message)
+        return f"{f'{key[1]}: ' if key else ''}{said_of_union(message)}"
     missing = re.search(r"arguments are required: (.*)", message)
     nothing = re.search(r'Parser key "([^"]+)":\s+Expected a .* Got value: None$', message)
     if missing or nothing:
@@ -69,6 +73,18 @@ def _plain(message: str) -> str:
         return f"no value for {names}: set it in a --config file or as a flag"
     message = re.sub(r'Parser key "([^"]+)":\s*', r"\1: ", message)
     return re.sub(r"\s+", " ", message).replace("<class '", "").replace("'>", "")
+
+
+def said_of_union(message: str) -> str:
+    """What a class said, whole, without what the other members of the Union (None, a list) would need.
+
+    Args:
+        message: of the parser; each member begins with a dash, and what it says may go over several lines.
+    """
+    lines = [line.strip() for line in message[message.index(UNION) :].splitlines()]
+    noise = (UNION, "Subtypes:", "Errors:", "- Expected a", "Given value")
+    kept = [line for line in lines if line and not line.startswith(noise)]
+    return "".join(f"; {line[2:]}" if line.startswith("- ") else f" {line}" for line in kept).lstrip("; ")
 
 
 def _as_node(flag: Flag) -> yaml.MappingNode:
@@ -132,8 +148,13 @@ class _Walk:
         elif isinstance(node, yaml.ScalarNode) and _is_group(hint) and not dataclasses.is_dataclass(hint):
             if not node.tag.endswith("null"):
                 self.class_name(node, hint, path)
-        elif not fits(node, hint):
+        elif not fits(node, hint) and not self.is_class_of(node, hint):
             self.problems.append(f"{_at(node, path)} {must(hint, node)}")
+
+    def is_class_of(self, node: yaml.Node, hint: Any) -> bool:
+        """Whether a class of a Union is named: then what is wrong is below it, and the parser says it."""
+        name = node.value if isinstance(node, yaml.ScalarNode) else None
+        return name is not None and any(_is_group(one) and _find_class(name, one) for one in typing.get_args(hint))
 
     def group(self, node: yaml.MappingNode, hint: type, path: str) -> None:
         """Keys below a class: its own, or class_path with init_args."""
