@@ -30,7 +30,7 @@ def folder(tmp_path: Path, tiny_encoder: Path, demo_texts: list[str]) -> Path:
     with torch.no_grad():  # words alone decide: with random weights as they are all texts are alike
         encoder.backbone.get_input_embeddings().weight *= 20.0
     with encoder.as_sentence_transformer() as model:
-        model.save_pretrained(str(tmp_path / "runs/qa/model"))
+        model.save_pretrained(str(tmp_path / "runs/qa/seed=42/model"))
     texts = list(dict.fromkeys(demo_texts))
     with gzip.open(tmp_path / "corpus.jsonl.gz", "wt") as file:
         file.writelines(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts[:200]))

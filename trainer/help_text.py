@@ -86,9 +86,9 @@ Writes a folder that sentence-transformers loads, with its model card.
   --push OWNER/NAME   upload the folder to the hub: HF_TOKEN, HF_ENDPOINT
   --private           where --push makes the repository
 
-  trainer export runs/stsb model     the best checkpoint of a run, else the last
-  trainer export runs/stsb/checkpoints/step-00000500 model
-  trainer export runs/stsb model --format onnx --push me/my-model --private
+  trainer export runs/stsb/seed=42 model   of the best checkpoint, else the last
+  trainer export runs/stsb/seed=42/checkpoints/step-00000500 model
+  trainer export runs/stsb/seed=42 model --format onnx --push me/my-model
 """
 COMPARE = """\
 usage: trainer compare RUN [RUN...] [--out report.html]
@@ -169,8 +169,9 @@ Embeds a column of texts into numbered files, rows in their order, the same on
 any number of ranks. Finished files stay: after a stop or a kill the same
 command goes on; a folder with another run's files is refused.
 
-  trainer predict --model runs/qa --data docs.jsonl --text body --out vectors
-  sbatch --nodes 2 slurm/train.sh predict --model runs/qa ...     on a cluster
+  trainer predict --model runs/qa/seed=42 --data docs.jsonl --text body \\
+    --out vectors
+  sbatch --nodes 2 slurm/train.sh predict --model runs/qa/seed=42 ...
 """
 MINE = """\
 usage: trainer mine --model M --data PAIRS --anchor A --positive P --out FILE
@@ -178,7 +179,7 @@ usage: trainer mine --model M --data PAIRS --anchor A --positive P --out FILE
 Finds hard negatives for pairs by exact search, on any number of ranks, and
 writes JSON lines to train on. Never a positive of the anchor, nor its own text.
 
-  trainer mine --model runs/qa --data qa.jsonl --anchor question \\
+  trainer mine --model runs/qa/seed=42 --data qa.jsonl --anchor question \\
     --positive answer --relative-margin 0.05 --out mined.jsonl.gz
 """
 MINE_TAIL = """\
@@ -198,7 +199,7 @@ usage: trainer validate --config RECIPE.yaml [--ckpt_path best] [--KEY VALUE]
 Evaluates on data.validation: the backbone as it is, or a checkpoint of a run.
 
   trainer validate --config configs/stsb.yaml
-  trainer validate --config runs/stsb/config.yaml --ckpt_path best
+  trainer validate --config runs/stsb/seed=42/config.yaml --ckpt_path best
 """,
     "test": """\
 usage: trainer test --config RECIPE.yaml [--ckpt_path best] [--KEY VALUE]
@@ -206,7 +207,7 @@ usage: trainer test --config RECIPE.yaml [--ckpt_path best] [--KEY VALUE]
 As trainer validate, but into test.json, not metrics.json. It too takes the sets
 of data.validation, which chose the best checkpoint: give the file of another.
 
-  trainer test --config runs/stsb/config.yaml --ckpt_path best \\
+  trainer test --config runs/stsb/seed=42/config.yaml --ckpt_path best \\
     --data.validation.path test.jsonl.gz --data.validation.name test
 """,
 }
