@@ -64,6 +64,14 @@ def refuse_used(folder: Path) -> None:
         )
 
 
+def refuse_folder_of_runs(folder: Path) -> None:
+    """Raises ValueError where one run is wanted, and runs lie in ``folder``: fit writes ``runs/<recipe>/<run>``."""
+    names = sorted(path.name for path in folder.iterdir() if holds_run(path)) if folder.is_dir() else []
+    if names and not holds_run(folder):
+        listed = f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+        raise ValueError(f"{folder} is a folder of {len(names)} run(s): {listed}; name one: {folder / names[0]}")
+
+
 def write_config(config: dict[str, Any], path: Path) -> None:
     """In one step, over an older file: a requeued run writes its config again."""
     write_whole(path, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))

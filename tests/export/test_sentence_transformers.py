@@ -312,6 +312,13 @@ def of_another_base(folder: Path) -> Path:
     return folder
 
 
+def beside_another(folder: Path) -> Path:
+    recipe = folder.with_name("recipe")
+    for seed in (1, 2):
+        shutil.copytree(folder, recipe / f"seed={seed}")
+    return recipe
+
+
 FAULTS: dict[Callable[[Path], Path], str] = {
     without_config: r"has no config.yaml; give a run directory that a fit wrote",
     without_checkpoint: r"holds no finished checkpoint; give a run directory",
@@ -324,6 +331,7 @@ FAULTS: dict[Callable[[Path], Path], str] = {
     without_a_weight: r"does not fit the backbone '.*tiny-encoder': Missing key.*LayerNorm.bias.*Restore",
     of_another_base: r"is not the one the checkpoint was trained from: restore the backbone",
     lambda folder: folder / "nothing": r"there is no run or checkpoint .*nothing",
+    beside_another: r"recipe is a folder of 2 run\(s\): seed=1, seed=2; name one: .*recipe/seed=1",
     lambda folder: folder / "checkpoints": r"checkpoints holds no finished checkpoint; give a run directory",
 }
 

@@ -227,6 +227,7 @@ def test_a_damaged_shard_is_written_again(tiny_encoder: Path, corpus: Path, tmp_
         (["--text", "bod"], 1, "no column 'bod' (columns.text); found: key, body. Did you mean 'body'?"),
         (["--data", "nowhere.jsonl"], 1, "nowhere.jsonl: no such file or folder."),
         (["--model", "no/where"], 1, "--model 'no/where' is neither a model folder nor a reachable hub id: "),
+        (["--model", "RECIPE"], 1, "is a folder of 1 run(s): seed=1; name one: "),
         (["--prompt-name", "queri"], 1, "has no prompt 'queri'; it has document, query. Did you mean 'query'?"),
         (["--truncate-dim", "33"], 1, "--truncate-dim is 33, but the model's embeddings have 32"),
         (["--max-length", "999"], 1, "--max-length is 999, but "),
@@ -247,6 +248,9 @@ def test_what_cannot_be_meant_is_one_sentence(
 ) -> None:
     if "gpu" in flags and torch.cuda.is_available():
         pytest.skip("there is a GPU")
+    (tmp_path / "recipe/seed=1").mkdir(parents=True)
+    (tmp_path / "recipe/seed=1/metrics.jsonl").touch()
+    flags = [flag.replace("RECIPE", str(tmp_path / "recipe")) for flag in flags]
     assert run(tiny_encoder, corpus, tmp_path / "out", *flags) == code
     error = capsys.readouterr().err
     assert said in error, error

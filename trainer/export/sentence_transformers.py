@@ -32,6 +32,7 @@ from trainer.export.onnx import OPSET, refuse_missing_packages, write_onnx
 from trainer.export.record import Run, fingerprints, read_findings
 from trainer.manifest import STATE, best, newest, problem, read_manifest, read_state
 from trainer.module import EmbeddingModule
+from trainer.run_dir import refuse_folder_of_runs
 from trainer.tracking.runs import METRICS_FILE, read_about, read_log
 
 logger = logging.getLogger(__name__)
@@ -114,6 +115,7 @@ def _choose_checkpoint(source: Path) -> tuple[Path, Path, str]:
         return source, path, "best"
     if (path := newest(source)) is not None:
         return source, path, "newest"
+    refuse_folder_of_runs(source)
     raise ValueError(
         f"{source} holds no finished checkpoint; give a run directory whose checkpoints/ has a step, "
         "or train until the first one (checkpoint.save_every_steps)"

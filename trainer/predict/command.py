@@ -134,10 +134,14 @@ def encoder_spec(options: argparse.Namespace, task: str | None) -> EncoderSpec:
     from trainer.encoder.folder import read_routes
     from trainer.encoder.spec import EncoderSpec
     from trainer.encoder.text import load_text_preparation
+    from trainer.run_dir import refuse_folder_of_runs
 
     model = Path(options.model)
-    if not (model / "modules.json").exists() and (model / "model" / "modules.json").exists():
-        model = model / "model"
+    if not (model / "modules.json").exists():
+        if (model / "model" / "modules.json").exists():
+            model = model / "model"
+        elif not (model / "config.json").exists():
+            refuse_folder_of_runs(model)
     name = str(model) if model.is_dir() else options.model
     spec = EncoderSpec(
         name,
