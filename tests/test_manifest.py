@@ -1,5 +1,7 @@
 """A checkpoint directory is whole or it is not there; what is damaged is found, always."""
 
+import hashlib
+import json
 import os
 import random
 import re
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from trainer.files import sha256_of
 from trainer.manifest import (
     MANIFEST,
     STATE,
@@ -118,10 +121,18 @@ class Bomb:
         return os.mkdir, ("exploded",)
 
 
+def plant(folder: Path, state: dict) -> None:
+    """What whoever can write the file can write: a state with code in it, and a manifest that fits."""
+    torch.save(state, folder / STATE)
+    about = read_manifest(folder)
+    about["files"][STATE] = {"bytes": (folder / STATE).stat().st_size, "sha256": sha256_of(folder / STATE)}
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+    (folder / MANIFEST).write_text(json.dumps({**about, "sha256": digest}))
+
+
 def test_code_in_a_checkpoint_is_refused_and_never_run(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Behind a manifest that fits: whoever can write the file can write its sha256."""
     monkeypatch.chdir(run_dir)
-    write_checkpoint({**content(9), "bomb": Bomb()}, folder_of(run_dir, 9), {"step": 9})
+    plant(folder_of(run_dir, 9), {**content(9), "bomb": Bomb()})
     assert problem(folder_of(run_dir, 9)) is None
     with pytest.raises(ValueError, match="is refused: it holds more than tensors and plain types"):
         read_state(folder_of(run_dir, 9))

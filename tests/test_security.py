@@ -19,10 +19,11 @@ import torch
 from safetensors.torch import load_file
 
 from tests.stub_hub import stub_hub
+from tests.test_manifest import plant
 from trainer.cli import main
 from trainer.config_files import Flag
 from trainer.demo_data import write_pairs
-from trainer.manifest import newest, read_manifest, write_checkpoint
+from trainer.manifest import newest
 from trainer.run_dir import name_run
 
 ROOT = Path(__file__).parents[1]
@@ -77,8 +78,7 @@ def bomb_checkpoint(run_dir: Path) -> Path:
     assert main(FIT) == 0
     path = newest(run_dir)
     assert path is not None
-    about = {key: value for key, value in read_manifest(path).items() if key not in ("format", "files")}
-    write_checkpoint({"state_dict": {}, "global_step": 3, "callbacks": Bomb()}, path, about)
+    plant(path, {"state_dict": {}, "global_step": 3, "callbacks": Bomb()})
     return path
 
 
