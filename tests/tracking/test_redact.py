@@ -35,6 +35,7 @@ def test_what_a_run_reads_stays() -> None:
         "data": {"train": [{"where": {"key": "a", "token": ["b"]}, "columns": {"anchor": "password"}}]},
     }
     assert redact(config) == config
+    assert redact({"prompts": {"anchor": "hf_SECRETSECRETSECRET to "}}) == {"prompts": {"anchor": "[redacted] to "}}
 
 
 @pytest.mark.parametrize(

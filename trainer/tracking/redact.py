@@ -11,11 +11,15 @@ REDACTED = "[redacted]"
 
 # model.max_tokens is no secret: a name in the plural of token hides strings only.
 _SECRET_NAME = re.compile(r"secret|passw|credential|api_?key|(^|[_.-])keys?$|tokens?$", re.IGNORECASE)
-# What a run reads and how: text of its own, whatever words are in it.
-_NO_SECRETS = frozenset({"prompt", "prompts", "columns", "where", "label_map", "holdout_by"})
-_TEXT_RULES = (
+# What a run reads and how: the words "key: x" in there hide nothing.
+_ANY_WORDS = frozenset({"prompt", "prompts", "columns", "where", "label_map", "holdout_by"})
+_CREDENTIALS = (
     # scheme://user:password@host
     (re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^/\s@]+@", re.IGNORECASE), rf"\g<1>{REDACTED}@"),
+    # what the hub, GitHub and others issue
+    (re.compile(r"\b(?:hf_|gh[pous]_|github_pat_|sk-|AKIA)[A-Za-z0-9_-]{12,}"), REDACTED),
+)
+_NAMED = (
     # name=value and name: value, in addresses, options and inline JSON
     (
         re.compile(
@@ -25,8 +29,6 @@ _TEXT_RULES = (
         ),
         rf"\g<1>{REDACTED}",
     ),
-    # what the hub, GitHub and others issue
-    (re.compile(r"\b(?:hf_|gh[pous]_|github_pat_|sk-|AKIA)[A-Za-z0-9_-]{12,}"), REDACTED),
 )
 
 
@@ -36,11 +38,20 @@ def is_secret_name(name: str) -> bool:
 
 
 def redact_text(text: str) -> str:
-    """The text without credentials in addresses, known tokens and values of secret environment variables."""
+    """The text without credentials in addresses, known tokens, values of secret environment variables, and what stands
+    behind a secret name (``token=...``)."""
+    text = _without_known(text)
+    for pattern, replacement in _NAMED:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def _without_known(text: str) -> str:
+    """The text without what is a secret whatever stands before it."""
     for name, value in os.environ.items():
         if len(value) >= 8 and is_secret_name(name):
             text = text.replace(value, REDACTED)
-    for pattern, replacement in _TEXT_RULES:
+    for pattern, replacement in _CREDENTIALS:
         text = pattern.sub(replacement, text)
     return text
 
@@ -48,10 +59,11 @@ def redact_text(text: str) -> str:
 def redact(value: Any, name: str = "") -> Any:
     """A copy of a config without its secrets; numbers stay unless their name says password or secret.
 
-    Prompts, and columns and values of the data, stay as they are: they say what the run is, and hold no secret.
+    Of prompts, and of columns and values of the data, only what is a secret by itself is taken out: the export and a
+    resume read them again, whatever words are in them.
     """
-    if name in _NO_SECRETS:
-        return value
+    if name in _ANY_WORDS:
+        return _redact_known(value)
     if isinstance(value, Mapping):
         return {key: redact(item, str(key)) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -61,6 +73,14 @@ def redact(value: Any, name: str = "") -> Any:
     if isinstance(value, int | float):
         return REDACTED if re.search("secret|passw", name, re.IGNORECASE) else value
     return REDACTED if is_secret_name(name) else redact_text(str(value))
+
+
+def _redact_known(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _redact_known(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_redact_known(item) for item in value]
+    return _without_known(value) if isinstance(value, str) else value
 
 
 def redact_arguments(arguments: Sequence[str]) -> list[str]:
