@@ -71,7 +71,8 @@ class System:
         score: a model and the rows of tune or dev -> the metric, higher is better.
         metric: its name.
         published, best: the loss of sentence-transformers.
-        epochs: where not those of the config.
+        epochs, learning_rate: where not those of the config; the rate of ours and best-st alone.
+        peer_epochs: of best-st, where an epoch of ours leaves out rows of the larger class: as many rows in all.
         allow: what `trainer check` may find in the stand-in that the published set did not have.
     """
 
@@ -83,12 +84,17 @@ class System:
     best: Callable[[SentenceTransformer], nn.Module]
     sampler: str = "no_duplicates"
     epochs: int | None = None
+    learning_rate: float | None = None
+    peer_epochs: int | None = None
     allow: tuple[str, ...] = ()
 
     def settings(self, variant: str) -> dict[str, Any]:
         """The config that a variant follows."""
         folder = CONFIGS / "published" if variant.startswith("published") else CONFIGS
-        return dict(yaml.safe_load((folder / f"{self.config}.yaml").read_text(encoding="utf-8")))
+        config = dict(yaml.safe_load((folder / f"{self.config}.yaml").read_text(encoding="utf-8")))
+        if self.learning_rate and not variant.startswith("published"):
+            config["model"]["learning_rate"] = self.learning_rate
+        return config
 
 
 def shuffled(rows: list[Row]) -> list[Row]:
@@ -235,7 +241,7 @@ SYSTEMS: dict[str, System] = {
         peer_losses.MultipleNegativesRankingLoss,
         partial(both_ways, scale=10.0),
     ),
-    "korean-nutrition": System(rows=intents(81, ("question", "command")), **_BY_LABEL),
+    "korean-nutrition": System(rows=intents(81, ("question", "command")), peer_epochs=10, **_BY_LABEL),
     "korean-nutrition, 3,200 texts": System(rows=intents(3200), epochs=1, **_BY_LABEL),
     "korean-nutrition, Hebrew": System(rows=sentiments, epochs=1, **_BY_LABEL),
     "hebrew-nli": System(
@@ -247,7 +253,7 @@ SYSTEMS: dict[str, System] = {
         peer_losses.MultipleNegativesRankingLoss,
     ),
     "korean-terms": System(rows=terms(7), **_TERMS),
-    "korean-terms, 120 pairs": System(rows=terms(120), epochs=10, **_TERMS),
+    "korean-terms, 120 pairs": System(rows=terms(120), epochs=10, learning_rate=2e-5, **_TERMS),
 }
 
 
@@ -320,6 +326,7 @@ def train_ours(system: System, job: Job, path: Path, tune: list[Row]) -> tuple[S
     flags = {
         "seed_everything": job.seed,
         "model.encoder.backbone": BACKBONE,
+        "model.learning_rate": config["model"]["learning_rate"],
         "data.train.path": path,
         "data.cache_dir": job.cache,
         "trainer.default_root_dir": folder / "run",
@@ -358,6 +365,8 @@ def train_theirs(system: System, job: Job, path: Path) -> tuple[SentenceTransfor
     rows = load(Source(**chosen), Path(job.cache)).to_list()
     batch_size = config["data"]["batch_size"]
     epochs = system.epochs or config["trainer"]["max_epochs"]
+    if job.variant == "best-st" and system.peer_epochs:
+        epochs = system.peer_epochs
     sampler = {} if job.variant == "published-st" else {"batch_sampler": system.sampler}
     times: list[float] = []
     fit = Fit(
