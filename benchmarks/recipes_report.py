@@ -103,7 +103,7 @@ _STAND_INS = {
 _NOTES = {
     "korean-nutrition": "Of 81 texts ours leaves out a tenth, to watch itself; the best of ST trains on all.",
     "korean-nutrition, Hebrew": "Without the trainer of ST: it pads these long comments, and had not ended the first "
-    "seed after 13 minutes of a core, where ours takes 4.",
+    "seed after 13 minutes of a core, where ours takes 3.",
     "korean-terms": "Seven pairs teach no others: what ours does better is to spoil nothing.",
 }
 _THE = {"published": "the published recipe", "base": "the untouched base", "best-st": "the best of ST"}
