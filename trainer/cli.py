@@ -202,7 +202,8 @@ def _sentence(error: BaseException) -> str:
     if isinstance(error, RuntimeError):  # before the watch was set up; the rank that failed says why
         return f"error{rank}: another rank has ended, so this one stops"
     if isinstance(error, OSError):
-        return f"error{rank}: {error.filename}: {error.strerror}; name another place, or mend this one"
+        place = f"{error.filename}: {error.strerror}"
+        return f"error{rank}: {place}; name another place, or mend this one (--debug shows where)"
     text = str(error)
     if "\nOriginal Traceback" in text:  # a worker of a loader: its traceback is in the text
         text = re.split(r"\n[\w.]+: ", text.strip())[-1]
