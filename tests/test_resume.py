@@ -109,10 +109,10 @@ def undisturbed(config: Path) -> Undisturbed:
     ("ranks", "workers", "kills"),
     [
         pytest.param(1, 0, [16], id="1-rank-workers-0", marks=SLOW),
-        pytest.param(1, 2, [13], id="1-rank-workers-2"),
+        pytest.param(1, 2, [13], id="1-rank-workers-2", marks=SLOW),
         pytest.param(1, 2, [7, 13], id="1-rank-workers-2-twice", marks=SLOW),
-        pytest.param(2, 0, [16], id="2-ranks-workers-0"),
-        pytest.param(2, 2, [13], id="2-ranks-workers-2", marks=SLOW),
+        pytest.param(2, 0, [16], id="2-ranks-workers-0", marks=SLOW),
+        pytest.param(2, 2, [13], id="2-ranks-workers-2"),
     ],
 )
 def test_killed_run_ends_bitwise_equal(

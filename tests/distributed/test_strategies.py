@@ -367,7 +367,7 @@ def test_bf16(result_of: Any, folder: Path, stage: int) -> None:
     assert weight_error(result, expected) < 1e-2
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_offload(result_of: Any, folder: Path, stage: int) -> None:
     expected, result = (result_of(Run(str(folder), stage=stage, offload=offload)) for offload in (False, True))
     assert result.norms == pytest.approx(expected.norms, rel=1e-5)
