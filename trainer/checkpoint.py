@@ -6,7 +6,6 @@ All are written at a step boundary, in ``on_train_batch_end``: the one place fro
 import logging
 import math
 import shutil
-from collections.abc import Collection
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, Optional
@@ -17,9 +16,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from trainer import manifest
-from trainer.data.files import did_you_mean
 from trainer.distributed import gather
-from trainer.evaluation.runner import Evaluation
+from trainer.evaluation.runner import Evaluation, not_measured
 from trainer.tracking.metrics import MetricsLog
 
 logger = logging.getLogger(__name__)
@@ -94,7 +92,7 @@ class Checkpoints(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         measured = self._evaluation(trainer).last_metrics
         if trainer.global_step == 0 and self.monitor and measured and self.monitor not in measured:
-            raise ValueError(self._not_measured(measured))
+            raise not_measured("checkpoint.monitor", self.monitor, measured)
         if trainer.is_global_zero:
             self._leave_later_steps(trainer.global_step)
         ranks = gather.world_size()
@@ -166,7 +164,7 @@ class Checkpoints(Checkpoint):
             return False
         metrics = evaluation.last_metrics
         if self.monitor not in metrics:
-            raise ValueError(self._not_measured(metrics))
+            raise not_measured("checkpoint.monitor", self.monitor, metrics)
         value = metrics[self.monitor]
         if not math.isfinite(value):
             return False
@@ -174,10 +172,6 @@ class Checkpoints(Checkpoint):
         if better:
             self.best_value, self.best_step = value, trainer.global_step
         return better
-
-    def _not_measured(self, metrics: Collection[str]) -> str:
-        guess = did_you_mean(str(self.monitor), list(metrics))
-        return f"checkpoint.monitor '{self.monitor}' was not measured; there are: {', '.join(sorted(metrics))}.{guess}"
 
     def _drop_old(self) -> None:
         if self.keep > 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -23,6 +23,12 @@ from trainer.module import EmbeddingModule
 from trainer.tracking.metrics import MetricsLog
 
 __all__ = ["Evaluation", "evaluate", "is_due"]
+
+
+def not_measured(key: str, name: str, metrics: Collection[str]) -> ValueError:
+    """The error about a metric that a setting asks for, and no set gives."""
+    guess = did_you_mean(name, list(metrics))
+    return ValueError(f"{key} '{name}' was not measured; there are: {', '.join(sorted(metrics))}.{guess}")
 
 
 @contextmanager
@@ -93,11 +99,7 @@ class Evaluation(Callback):
             self._evaluate_step(trainer, pl_module)
             for callback in trainer.early_stopping_callbacks:
                 if self.last_metrics and callback.strict and callback.monitor not in trainer.callback_metrics:
-                    raise ValueError(
-                        f"EarlyStopping: monitor '{callback.monitor}' was not measured; there are: "
-                        f"{', '.join(sorted(self.last_metrics))}."
-                        f"{did_you_mean(callback.monitor, list(self.last_metrics))}"
-                    )
+                    raise not_measured("EarlyStopping: monitor", callback.monitor, self.last_metrics)
             return
         trainer.callback_metrics.update(_as_tensors(self.last_metrics))
         if any(callback.wait_count >= callback.patience for callback in trainer.early_stopping_callbacks):
