@@ -19,16 +19,11 @@ _CREDENTIALS = (
     # what the hub, GitHub and others issue
     (re.compile(r"\b(?:hf_|gh[pous]_|github_pat_|sk-|AKIA)[A-Za-z0-9_-]{12,}"), REDACTED),
 )
-_NAMED = (
-    # name=value and name: value, in addresses, options and inline JSON
-    (
-        re.compile(
-            r"""((?:secret|passw\w*|credential|(?<![a-z])key|api_?key|token|signature|(?<![a-z])sig)["']?\s*[=:]\s*["']?)"""
-            r"""[^\s"'&,}]+""",
-            re.IGNORECASE,
-        ),
-        rf"\g<1>{REDACTED}",
-    ),
+# name=value and name: value, in addresses, options and inline JSON
+_NAMED = re.compile(
+    r"""((?:secret|passw\w*|credential|(?<![a-z])key|api_?key|token|signature|(?<![a-z])sig)["']?\s*[=:]\s*["']?)"""
+    r"""[^\s"'&,}]+""",
+    re.IGNORECASE,
 )
 
 
@@ -40,10 +35,7 @@ def is_secret_name(name: str) -> bool:
 def redact_text(text: str) -> str:
     """The text without credentials in addresses, known tokens, values of secret environment variables, and what stands
     behind a secret name (``token=...``)."""
-    text = _without_known(text)
-    for pattern, replacement in _NAMED:
-        text = pattern.sub(replacement, text)
-    return text
+    return _NAMED.sub(rf"\g<1>{REDACTED}", _without_known(text))
 
 
 def _without_known(text: str) -> str:
