@@ -54,6 +54,7 @@ def write_checkpoint(content: Mapping[str, Any], folder: Path, about: Mapping[st
             file.flush()
             os.fsync(file.fileno())
         if reason := _unreadable(partial / STATE):
+            shutil.rmtree(partial)
             raise ValueError(
                 f"checkpoint {folder} would not be read again: {reason}; let state_dict() of your callbacks hold "
                 "tensors, numbers, strings, lists and dicts alone"
