@@ -134,12 +134,19 @@ def test_scaled_embeddings_are_scaled_and_exported(scaled_encoder: Path, demo_te
     assert_close(compact.encoder.embed(pack_texts(compact.encoder.text(demo_texts[:40]))), trained)
 
 
-def test_an_embedding_of_another_kind_stays_whole(tiny_encoder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    class Odd(nn.Embedding):
+@pytest.mark.parametrize("base", [nn.Embedding, nn.Module])
+def test_an_embedding_of_another_kind_stays_whole(
+    tiny_encoder: Path, caplog: pytest.LogCaptureFixture, base: type[nn.Module]
+) -> None:
+    class Odd(base):  # type: ignore[misc, valid-type]
         """Does who knows what."""
 
+        def forward(self, input_ids: Tensor) -> Tensor:
+            return self.weight[input_ids]
+
     encoder = _load(tiny_encoder)
-    odd = Odd.from_pretrained(_matrix(encoder).detach(), freeze=False)
+    odd = Odd(*_matrix(encoder).shape) if base is nn.Embedding else Odd()
+    odd.weight = nn.Parameter(_matrix(encoder).detach())
     encoder.backbone.set_input_embeddings(odd)
     encoder.compact_vocabulary(torch.arange(10))
     assert encoder.vocabulary is None

@@ -156,18 +156,18 @@ class Encoder(nn.Module):
             full, padding_id, scale = vocabulary.frozen_VH, vocabulary.padding_id, vocabulary.scale
         else:
             embedding = self.backbone.get_input_embeddings()
-            assert isinstance(embedding, nn.Embedding)
-            full, padding_id, scale = embedding.weight, embedding.padding_idx, getattr(embedding, "embed_scale", None)
+            assert isinstance(embedding.weight, Tensor)
+            full, scale = embedding.weight, getattr(embedding, "embed_scale", None)
             if not full.requires_grad:
                 return
-            if type(embedding) is not nn.Embedding and scale is None:
+            if not isinstance(embedding, nn.Embedding) or (type(embedding) is not nn.Embedding and scale is None):
                 gather.warn(
                     logger,
                     f"compact_vocabulary: the {type(embedding).__name__} of this backbone is more than a table of "
                     "rows, so all of it is trained",
                 )
                 return
-            self._embedding = (embedding,)
+            padding_id, self._embedding = embedding.padding_idx, (embedding,)
             embedding.weight = nn.Parameter(full.new_empty(0), requires_grad=False)  # the compact one has the rows
         special = torch.tensor(self.text.tokenizer.all_special_ids, dtype=torch.int64)
         used_ids = torch.unique(torch.cat([used_ids.to("cpu", torch.int64), special]))
