@@ -19,8 +19,8 @@ MODULES = {
 # 4 the roof, 3 Lightning, 2 pure things, 1 the ground. A folder's __init__ stands on the floor of its files.
 FLOORS = {
     4: """trainer.__main__ trainer.cli trainer.lightning_cli trainer.help_text trainer.run_dir trainer.run_lock
-          trainer.preflight trainer.prepare trainer.config_errors trainer.config_files trainer.config_migration
-          trainer.config_values
+          trainer.checkpoint_path trainer.preflight trainer.prepare trainer.config_errors trainer.config_files
+          trainer.config_migration trainer.config_values
           trainer.cache_command trainer.check.command trainer.compare trainer.compare.*
           trainer.demo trainer.demo_data trainer.demo_encoder
           trainer.export trainer.export.* trainer.mine.columns trainer.mine.command trainer.predict.command

@@ -24,6 +24,7 @@ from trainer import interruption
 from trainer.check.callback import Check
 from trainer.check.rules import refuse_unknown
 from trainer.checkpoint import Checkpoints, DirectoryCheckpointIO
+from trainer.checkpoint_path import find_checkpoint
 from trainer.config_errors import check_written, explain
 from trainer.config_files import ConfigError, Written, replaced_lists
 from trainer.data.loading import fingerprint
@@ -33,9 +34,9 @@ from trainer.distributed.watch import Watch
 from trainer.encoder.spec import EncoderSpec
 from trainer.evaluation.runner import Evaluation
 from trainer.identity import Resume, differences, identity, refuse_differences, split_names
-from trainer.manifest import best, newest, newest_valid, problem, read_manifest
+from trainer.manifest import best, newest, read_manifest
 from trainer.module import EmbeddingModule
-from trainer.run_dir import is_first_rank, name_run, refuse_used, write_config
+from trainer.run_dir import is_first_rank, name_run, write_config
 from trainer.run_lock import release_lock, take_lock
 from trainer.tracking.metrics import MetricsLog, run_id_in
 from trainer.tracking.progress import Progress
@@ -190,7 +191,9 @@ class TrainerCLI(LightningCLI):
                 print(f"note: {note}")
         if self.subcommand != "fit":
             self._refuse_nothing_to_evaluate()
-        self._resolve_checkpoint()
+        self.options.ckpt_path = find_checkpoint(
+            self.options.ckpt_path, self.config.subcommand, self.run_dir, os.environ
+        )
 
     def _refuse_nothing_to_evaluate(self) -> None:
         """An evaluation of nothing would replace the file of a real one."""
@@ -206,58 +209,6 @@ class TrainerCLI(LightningCLI):
                 f"{self.written.place(f'trainer.{key}')}: trainer.{key} is 0: trainer {self.subcommand} has nothing to "
                 "evaluate; leave it out"
             )
-
-    def _resolve_checkpoint(self) -> None:
-        """``auto``, the default under Slurm, becomes the newest valid checkpoint of the run directory, ``best`` the one
-        with the best metric; elsewhere a fresh fit needs a fresh directory."""
-        wanted, first = self.options.ckpt_path, is_first_rank(os.environ)
-        if wanted is None and self.subcommand == "fit" and "SLURM_JOB_ID" in os.environ:
-            wanted = "auto"
-        if wanted is None:
-            if first and self.subcommand == "fit":  # only here: to the ranks it starts, the directory is in use
-                refuse_used(self.run_dir)
-        elif wanted == "auto":
-            found = self._newest_valid(first)
-            if found is None and self.subcommand != "fit":
-                raise ConfigError(f"--ckpt_path auto: there is no checkpoint in {self.run_dir}")
-            if first:
-                print(f"checkpoint: {found}" if found else f"no checkpoint in {self.run_dir}: starting fresh")
-            self.options.ckpt_path = str(found) if found else None
-        else:
-            path = self._best() if wanted == "best" else Path(wanted)
-            if not path.is_dir():
-                raise ConfigError(
-                    f"--ckpt_path {wanted}: no such checkpoint (a folder); auto takes the newest of {self.run_dir}"
-                )
-            if reason := problem(path):
-                name = f"{wanted} ({path})" if wanted == "best" else wanted
-                raise ConfigError(f"--ckpt_path {name}: {reason}; auto takes the newest valid one of {self.run_dir}")
-            if first and wanted == "best":
-                print(f"checkpoint: {path}")
-            self.options.ckpt_path = str(path)
-
-    def _best(self) -> Path:
-        found = best(self.run_dir)
-        if found is None and newest(self.run_dir) is None:
-            raise ConfigError(f"--ckpt_path best: there is no checkpoint in {self.run_dir}")
-        if found is None:
-            raise ConfigError(
-                f"--ckpt_path best: no checkpoint of {self.run_dir} is marked as the best (checkpoint.monitor watched "
-                "nothing there); auto takes the newest"
-            )
-        return found
-
-    def _newest_valid(self, first: bool) -> Path | None:
-        found, damaged = newest_valid(self.run_dir)
-        if damaged and found is None:
-            listed = "; ".join(f"{path.name}: {reason}" for path, reason in damaged.items())
-            raise ConfigError(
-                f"no checkpoint of {self.run_dir} can be trusted: {listed}\n  restore one of them, or start anew: "
-                f"--trainer.default_root_dir {self.run_dir}-2"
-            )
-        for path, reason in damaged.items() if first else ():
-            print(f"checkpoint {path} is left out: {reason}")
-        return found
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         plugins = self._get(self.config_init, "trainer").plugins or []

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from trainer.checkpoint_path import find_checkpoint
+from trainer.config_files import ConfigError
+from trainer.manifest import STATE, mark_best, write_checkpoint
+
+FIRST, SECOND_RANK, SLURM = {}, {"LOCAL_RANK": "1"}, {"SLURM_JOB_ID": "7"}
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """Checkpoints of steps 1, 2 and 3; the second one is the best."""
+    for step in (1, 2, 3):
+        write_checkpoint({"w": torch.ones(1)}, tmp_path / f"checkpoints/step-{step:08}", {"step": step})
+    mark_best(tmp_path, 2)
+    return tmp_path
+
+
+def _step(found: str | None) -> int | None:
+    return None if found is None else int(found[-8:])
+
+
+def test_words_for_checkpoints(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("fit", "validate", "test"):
+        assert _step(find_checkpoint("auto", command, run_dir, FIRST)) == 3
+        assert _step(find_checkpoint("best", command, run_dir, FIRST)) == 2
+        path = run_dir / "checkpoints/step-00000001"
+        assert find_checkpoint(str(path), command, run_dir, FIRST) == str(path)
+    assert find_checkpoint(None, "validate", run_dir, SLURM) is None
+    assert _step(find_checkpoint(None, "fit", run_dir, SLURM)) == 3
+    capsys.readouterr()
+    assert _step(find_checkpoint("best", "test", run_dir, SECOND_RANK)) == 2
+    assert capsys.readouterr().out == "", "one rank says it"
+
+
+def test_what_is_damaged_is_never_taken(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    states = [run_dir / f"checkpoints/step-{step:08}" / STATE for step in (1, 2, 3)]
+    for state in states[1:]:
+        state.write_bytes(state.read_bytes()[:-1])
+    assert _step(find_checkpoint("auto", "fit", run_dir, FIRST)) == 1
+    assert capsys.readouterr().out.count("is left out: ") == 2
+    with pytest.raises(ConfigError, match=r"--ckpt_path best \(.*step-00000002\): .*; auto takes the newest valid one"):
+        find_checkpoint("best", "test", run_dir, FIRST)
+    states[0].unlink()
+    with pytest.raises(ConfigError, match=r"no checkpoint of .* can be trusted: "):
+        find_checkpoint("auto", "fit", run_dir, FIRST)
+
+
+def test_a_fresh_fit_wants_a_fresh_directory(run_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="already holds a run"):
+        find_checkpoint(None, "fit", run_dir, FIRST)
+    assert find_checkpoint(None, "fit", run_dir, SECOND_RANK) is None, "the first rank has begun to write there"
+    assert find_checkpoint(None, "fit", tmp_path / "fresh", FIRST) is None
+    assert find_checkpoint("auto", "fit", tmp_path / "fresh", FIRST) is None
+    for word in ("auto", "best"):
+        with pytest.raises(ConfigError, match=f"--ckpt_path {word}: there is no checkpoint in "):
+            find_checkpoint(word, "test", tmp_path / "fresh", FIRST)

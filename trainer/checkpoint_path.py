@@ -1,0 +1,77 @@
+"""Which checkpoint `--ckpt_path` means."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from trainer.config_files import ConfigError
+from trainer.manifest import best, newest, newest_valid, problem
+from trainer.run_dir import is_first_rank, refuse_used
+
+
+def find_checkpoint(wanted: str | None, command: str, run_dir: Path, environ: Mapping[str, str]) -> str | None:
+    """The checkpoint to go on from, or to evaluate; the first rank says which one it is.
+
+    Args:
+        wanted: ``auto``, the default of a fit under Slurm: the newest valid one of the run directory, and a fresh fit
+            where there is none; ``best``: the one with the best metric; else a folder.
+        command: fit, validate or test.
+        run_dir: of the run; elsewhere than under Slurm, a fresh fit needs a fresh one.
+        environ: of the process.
+
+    Returns:
+        Its folder; None: a fresh start.
+
+    Raises:
+        ConfigError: there is no such checkpoint, it is damaged, or a fresh fit would write into a used directory.
+    """
+    is_first = is_first_rank(environ)
+    if wanted is None and command == "fit":
+        if "SLURM_JOB_ID" in environ:
+            wanted = "auto"
+        elif is_first:  # only here: to the ranks it starts, the directory is in use
+            refuse_used(run_dir)
+    if wanted is None:
+        return None
+    if wanted == "auto":
+        found = _newest_valid(run_dir, is_first)
+        if found is None and command != "fit":
+            raise ConfigError(f"--ckpt_path auto: there is no checkpoint in {run_dir}")
+        if is_first:
+            print(f"checkpoint: {found}" if found else f"no checkpoint in {run_dir}: starting fresh")
+        return str(found) if found else None
+    path = _best(run_dir) if wanted == "best" else Path(wanted)
+    if not path.is_dir():
+        raise ConfigError(f"--ckpt_path {wanted}: no such checkpoint (a folder); auto takes the newest of {run_dir}")
+    if reason := problem(path):
+        name = f"{wanted} ({path})" if wanted == "best" else wanted
+        raise ConfigError(f"--ckpt_path {name}: {reason}; auto takes the newest valid one of {run_dir}")
+    if is_first and wanted == "best":
+        print(f"checkpoint: {path}")
+    return str(path)
+
+
+def _best(run_dir: Path) -> Path:
+    found = best(run_dir)
+    if found is None and newest(run_dir) is None:
+        raise ConfigError(f"--ckpt_path best: there is no checkpoint in {run_dir}")
+    if found is None:
+        raise ConfigError(
+            f"--ckpt_path best: no checkpoint of {run_dir} is marked as the best (checkpoint.monitor watched nothing "
+            "there); auto takes the newest"
+        )
+    return found
+
+
+def _newest_valid(run_dir: Path, is_first: bool) -> Path | None:
+    found, damaged = newest_valid(run_dir)
+    if damaged and found is None:
+        listed = "; ".join(f"{path.name}: {reason}" for path, reason in damaged.items())
+        raise ConfigError(
+            f"no checkpoint of {run_dir} can be trusted: {listed}\n  restore one of them, or start anew: "
+            f"--trainer.default_root_dir {run_dir}-2"
+        )
+    for path, reason in damaged.items() if is_first else ():
+        print(f"checkpoint {path} is left out: {reason}")
+    return found
