@@ -168,9 +168,10 @@ def test_a_run_that_stops_is_evaluated_and_goes_on(tmp_path: Path, tiny_encoder:
     assert resumed.seen == whole.seen[7:]
 
 
-def test_a_time_as_interval_is_refused(tmp_path: Path, tiny_encoder: Path, rows: list[Path]) -> None:
+@pytest.mark.parametrize("num_sets", [0, 1])
+def test_a_time_as_interval_is_refused(tmp_path: Path, tiny_encoder: Path, rows: list[Path], num_sets: int) -> None:
     with pytest.raises(ValueError, match=r"val_check_interval is a time, .* Give a number of steps"):
-        fit(tmp_path, tiny_encoder, rows, val_check_interval="00:00:01:00")
+        fit(tmp_path, tiny_encoder, rows[: 1 + num_sets], val_check_interval="00:00:01:00")
 
 
 def fit_all_kinds(run_dir: Path, encoder: Path, rows: list[Path], folder: Path) -> list[dict[str, float]]:

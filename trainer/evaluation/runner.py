@@ -66,16 +66,16 @@ class Evaluation(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
+            if not hasattr(trainer, "val_check_interval"):  # Lightning has made a time of it
+                raise ValueError(
+                    "trainer.val_check_interval is a time, but clocks differ between ranks. "
+                    "Give a number of steps (500) or a fraction of an epoch (0.5)."
+                )
             self._limit_val_batches = trainer.limit_val_batches
             trainer.limit_val_batches = 0
         if self._limit_val_batches == 0 or self.sets:
             return
         self.sets = [tokenize_set(one) for one in trainer.datamodule.validation_sets]  # type: ignore[attr-defined]
-        if stage == "fit" and self.sets and not hasattr(trainer, "val_check_interval"):
-            raise ValueError(
-                "trainer.val_check_interval is a time, but clocks differ between ranks. "
-                "Give a number of steps (500) or a fraction of an epoch (0.5)."
-            )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and self._limit_val_batches is not None:
