@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from trainer.encoder.host_attention import HostBucket, attend_on_host
+from trainer.encoder.host_attention import HostBucket, attend_on_host, within
 
 PACKED_ATTENTION = "packed_segments"
 
@@ -53,17 +53,12 @@ class Bucket:
     host: HostBucket | None = None
 
     def window(self, size: int, is_causal: bool, device: torch.device) -> Tensor:
-        """(num or 1, 1, L, L) True where a query sees a key: less than ``size`` places away, and not behind it."""
+        """(num or 1, 1, L, L) True where a query sees a key: less than ``size`` places away, and not behind it. Kept
+        for the layers behind the one that asks."""
         if (size, is_causal) not in self.windows:
-            place_L = torch.arange(self.longest, device=device)
-            distance_LL = place_L[:, None] - place_L
-            seen = (distance_LL.abs() < size)[None, None]
-            if is_causal:  # a token sees no padding, which stands behind it
-                seen = seen & (distance_LL >= 0)
-            elif self.mask is not None:
-                # The softmax of padding that sees nothing would be NaN, and so would the gradient of all keys.
-                seen = (seen & self.mask) | (distance_LL == 0)
-            self.windows[size, is_causal] = seen
+            every = torch.ones((1, 1, 1, self.longest), dtype=torch.bool, device=device)
+            is_key = every if self.mask is None else self.mask
+            self.windows[size, is_causal] = within(is_key, self.longest, size, is_causal)
         return self.windows[size, is_causal]
 
 

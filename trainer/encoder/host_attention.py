@@ -93,16 +93,33 @@ class HostBucket:
             key_K = torch.arange(self.num_keys(dtype))
             seen = (key_K < self.lengths_S[:, None])[:, None, None]
             if window is not None or is_causal:
-                distance_LK = torch.arange(self.num_queries)[:, None] - key_K
-                if window is not None:
-                    seen = seen & (distance_LK.abs() < window)
-                if is_causal:
-                    seen = seen & (distance_LK >= 0)
-                # The softmax of padding that sees nothing would be NaN, and so would the gradient of all keys.
-                seen = seen | (distance_LK == 0)
+                seen = within(seen, self.num_queries, window, is_causal)
             bias = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -torch.inf)
             self._biases[window, is_causal, dtype] = bias
         return self._biases[window, is_causal, dtype]
+
+
+def within(is_key_S11K: Tensor, num_queries: int, window: int | None, is_causal: bool) -> Tensor:
+    """Which keys a query sees.
+
+    Args:
+        is_key_S11K: (S, 1, 1, K) False where a slot for keys holds no token.
+        num_queries: L.
+        window: sees those less than so many places away; None: any.
+        is_causal: does not see those behind it.
+
+    Returns:
+        (S, 1, L, K) bool.
+    """
+    place_L = torch.arange(num_queries, device=is_key_S11K.device)
+    distance_LK = place_L[:, None] - torch.arange(is_key_S11K.shape[-1], device=is_key_S11K.device)
+    seen = is_key_S11K
+    if window is not None:
+        seen = seen & (distance_LK.abs() < window)
+    if is_causal:
+        seen = seen & (distance_LK >= 0)
+    # The softmax of padding that sees nothing would be NaN, and so would the gradient of all keys.
+    return seen | (distance_LK == 0)
 
 
 def attend_on_host(
