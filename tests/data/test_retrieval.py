@@ -178,16 +178,18 @@ def test_prompts_and_parts_of_a_set(tmp_path: Path) -> None:
 def test_missing_documents_and_ids_that_stand_twice_are_listed(tmp_path: Path) -> None:
     """Fault 12: the first five, with file and line; skip leaves them out."""
     folder = write_beir(tmp_path / "set", [*JUDGED, *(("q0", f"x{i}", 1) for i in range(7)), ("q9", "d0", 1)])
-    write_lines(folder / "corpus.jsonl", [*CORPUS, CORPUS[2], {"_id": "blank", "title": "", "text": " "}])
-    with pytest.raises(ValueError, match="10 bad rows; mend them, or set on_bad_row: skip") as refusal:
+    blank, unnamed = {"_id": "blank", "title": "", "text": " "}, {"_id": 1.5, "title": "", "text": "a text"}
+    write_lines(folder / "corpus.jsonl", [*CORPUS, CORPUS[2], blank, unnamed])
+    with pytest.raises(ValueError, match="11 bad rows; mend them, or set on_bad_row: skip") as refusal:
         load_one(tmp_path, path=str(folder))
     lines = str(refusal.value).splitlines()
     assert len(lines) == 6
     assert lines[0].endswith(f"corpus.jsonl:9: the id 'd2' stands at {folder}/corpus.jsonl:3 too")
     assert lines[1].endswith("corpus.jsonl:10: is blank") or lines[1].endswith("corpus.jsonl:10: is empty")
-    assert lines[2].endswith("test.tsv:7: judges document 'x0', not in the corpus")
+    assert lines[2].endswith("corpus.jsonl:11: column '_id' is '1.5', which is no id")
+    assert lines[3].endswith("test.tsv:7: judges document 'x0', not in the corpus")
     assert load_one(tmp_path, path=str(folder), on_bad_row="skip") == EXPECTED
-    with pytest.raises(ValueError, match="10 bad rows, over max_bad_rows 9"):
+    with pytest.raises(ValueError, match="11 bad rows, over max_bad_rows 9"):
         load_one(tmp_path, path=str(folder), on_bad_row="skip", max_bad_rows=9)
 
 

@@ -28,7 +28,7 @@ from trainer.data.layouts import HubTable, Part, Parts, find_parts
 from trainer.data.loading import content_hash, file_rows, hub_rows
 from trainer.data.rows import Record, Rows, table_rows, text_blocks
 from trainer.data.sources import EvalSource
-from trainer.data.values import BadValueError, check_text, to_number
+from trainer.data.values import BadValueError, check_id, check_text, to_number
 from trainer.evaluation.search import Collection
 
 _VERSION = 1  # of the cached sets: raise it when the same files and spec give other ones
@@ -175,7 +175,7 @@ def _texts(
             place = rows.place(number)
             try:
                 cells = _cells(row, columns)
-                row_id = _check_id(cells[id_name], columns[id_name])
+                row_id = _id(cells[id_name], columns[id_name])
                 text = _joined([cells[name] for name in text_names if cells[name] is not None])
             except BadValueError as error:
                 bad.add(f"{place}: {error}")
@@ -204,13 +204,13 @@ def _judgements(source: EvalSource, part: Part, bad: BadRows) -> Iterator[tuple[
             place = rows.place(number)
             try:
                 cells = _cells(row, columns)
-                query_id = _check_id(cells["judged_query"], columns["judged_query"])
+                query_id = _id(cells["judged_query"], columns["judged_query"])
                 relevance = to_number(cells["relevance"]) if columns["relevance"] else 1.0
                 if not relevance.is_integer():
                     raise BadValueError(f"column '{columns['relevance']}' is {relevance:g}, not a whole number")
                 listed = cells["judged_document"]
                 for document in listed if isinstance(listed, list) else [listed]:
-                    yield place, query_id, _check_id(document, columns["judged_document"]), int(relevance)
+                    yield place, query_id, _id(document, columns["judged_document"]), int(relevance)
             except BadValueError as error:
                 bad.add(f"{place}: {error}")
 
@@ -239,10 +239,11 @@ def _cells(row: dict[str, Any] | str, columns: dict[str, Optional[Column]]) -> d
         raise BadValueError(f"column {error} is missing") from error
 
 
-def _check_id(value: object, column: Optional[Column]) -> str:
-    if isinstance(value, bool) or not isinstance(value, (str, int)) or not str(value).strip():
-        raise BadValueError(f"column '{column}' is '{value!s:.40}', which is no id")
-    return str(value)
+def _id(value: object, column: Optional[Column]) -> str:
+    try:
+        return check_id(value)
+    except BadValueError as error:
+        raise BadValueError(f"column '{column}' {error}") from None
 
 
 def _open(part: Part, read_other: Optional[Callable[[Path], Rows]] = None) -> Iterator[Rows]:

@@ -48,31 +48,24 @@ def _without_known(text: str) -> str:
     return text
 
 
-def redact(value: Any, name: str = "") -> Any:
+def redact(value: Any, name: str = "", any_words: bool = False) -> Any:
     """A copy of a config without its secrets; numbers stay unless their name says password or secret.
 
-    Of prompts, and of columns and values of the data, only what is a secret by itself is taken out: the export and a
-    resume read them again, whatever words are in them.
+    Of prompts, and of columns and values of the data (``any_words``), only what is a secret by itself is taken out: the
+    export and a resume read them again, whatever words are in them.
     """
-    if name in _ANY_WORDS:
-        return _redact_known(value)
+    any_words = any_words or name in _ANY_WORDS
     if isinstance(value, Mapping):
-        return {key: redact(item, str(key)) for key, item in value.items()}
+        return {key: redact(item, str(key), any_words) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [redact(item, name) for item in value]
+        return [redact(item, name, any_words) for item in value]
+    if any_words:
+        return _without_known(value) if isinstance(value, str) else value
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, int | float):
         return REDACTED if re.search("secret|passw", name, re.IGNORECASE) else value
     return REDACTED if is_secret_name(name) else redact_text(str(value))
-
-
-def _redact_known(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _redact_known(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_redact_known(item) for item in value]
-    return _without_known(value) if isinstance(value, str) else value
 
 
 def redact_arguments(arguments: Sequence[str]) -> list[str]:
