@@ -461,13 +461,26 @@ def test_run_name_depends_on_the_overrides_the_seed_and_the_job() -> None:
     assert name_run(config, flags[::-1], 7, {"SLURM_JOB_ID": "99", **ranks}) == name
 
 
+def test_run_name_tells_files_by_their_own_names() -> None:
+    flags = [
+        Flag("data.train.path", "/data/set/a.jsonl.gz"),
+        Flag("data.validation.path", "b.jsonl"),
+        Flag("model.encoder.backbone", "sentence-transformers/all-MiniLM-L6-v2/"),
+    ]
+    name = name_run(["a.yaml"], flags, 1, {}).name
+    said = "train.path=a.jsonl.gz_validation.path=b.jsonl_backbone=all-MiniLM-L6-v2"
+    assert re.fullmatch(rf"{re.escape(said)}-[0-9a-f]{{8}}_seed=1", name)
+    flags[0] = Flag("data.train.path", "/other/a.jsonl.gz")
+    assert name_run(["a.yaml"], flags, 1, {}).name != name
+
+
 def test_run_name_holds_no_secret() -> None:
     """It goes wherever the run is watched. Two that differ only there are two."""
     texts = [f"https://me:SECRET{i}@host/x.parquet?token=SECRET{i}" for i in range(2)]
     flags = [[Flag("data.train.path", text), Flag("x.api_key", "SECRET3")] for text in texts]
     names = [str(name_run(["a.yaml"], each, 1, {})) for each in flags]
     assert "SECRET" not in "".join(names)
-    assert "path=https---" in names[0]
+    assert "path=x.parquet" in names[0]
     assert names[0] != names[1]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +28,29 @@ def name_run(configs: Sequence[str], flags: Sequence[Flag], seed: int, environ: 
     """``runs/<recipe>/<overrides>_seed=<seed>[_job=<id>]``; a requeued job keeps its id, so its folder."""
     recipe = _recipe(Path(configs[0]).stem) if configs else "run"
     overrides = {flag.key: flag.text or "" for flag in flags if not _NOT_IN_NAME.fullmatch(flag.key)}
-    said = [f"{key.rpartition('.')[2]}={overrides[key]}" for key in sorted(overrides)]
+    said = [f"{_short_key(key, overrides)}={overrides[key]}" for key in sorted(overrides)]
     # Redacted as options of a command line, for the name of a run goes wherever the run is watched.
-    whole, safe = "_".join(said), "_".join(word[2:] for word in redact_arguments([f"--{word}" for word in said]))
-    short = _sanitise(safe)[:_MAX_NAME] if whole else ""
+    safe = [word[2:] for word in redact_arguments([f"--{word}" for word in said])]
+    whole, told = "_".join(said), "_".join(_last_part(word) for word in safe)
+    short = _sanitise(told)[:_MAX_NAME] if whole else ""
     if short != whole:  # something was cut or replaced: two different runs must not share a name
         short += "-" + hashlib.sha256(repr(sorted(overrides.items())).encode()).hexdigest()[:8]
     job = environ.get("SLURM_JOB_ID")
     parts = [short, f"seed={seed}", f"job={_sanitise(job)}" if job else ""]
     return Path("runs") / recipe / "_".join(part for part in parts if part)
+
+
+def _short_key(key: str, keys: Iterable[str]) -> str:
+    """The last names of a dotted key, as many as tell it from the other keys."""
+    names = key.split(".")
+    ends = (".".join(names[-count:]) for count in range(1, len(names)))
+    return next((end for end in ends if sum(f".{other}".endswith(f".{end}") for other in keys) == 1), key)
+
+
+def _last_part(word: str) -> str:
+    """``key=folder/name`` without the folder."""
+    key, _, value = word.partition("=")
+    return f"{key}={value.rstrip('/').rpartition('/')[2]}"
 
 
 def _recipe(stem: str) -> str:
