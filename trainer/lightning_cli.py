@@ -348,6 +348,7 @@ def _quieten() -> None:
     """Leaves out what libraries say that the user cannot act on."""
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
     warnings.filterwarnings("ignore", message=".*`srun` command is available.*")
+    logging.getLogger("DeepSpeed").addFilter(_is_wanted)  # accelerate imports it for a model card
     for handler in logging.getLogger("lightning.pytorch").handlers:
         handler.addFilter(_is_wanted)  # twice is once
     if not sys.stderr.isatty():
@@ -355,5 +356,5 @@ def _quieten() -> None:
 
 
 def _is_wanted(record: logging.LogRecord) -> bool:
-    noise = ("litlogger", "TPU available", "`weights_only` was not")
+    noise = ("litlogger", "TPU available", "`weights_only` was not", "Setting accelerator to CPU")
     return not any(part in record.getMessage() for part in noise)

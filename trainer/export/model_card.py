@@ -9,7 +9,9 @@ import json
 import logging
 import random
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr
 from importlib.metadata import PackageNotFoundError, version
+from io import StringIO
 from pathlib import Path
 from textwrap import indent
 from typing import Any
@@ -201,12 +203,13 @@ def _set_citations(card: SentenceTransformerModelCardData, losses: Sequence[Loss
 
 
 def _set_examples(card: SentenceTransformerModelCardData, candidates: Sequence[Dataset]) -> None:
-    """Texts of the data for the usage snippet: the same at every export."""
+    """Texts of the data for the usage snippet: the same at every export, and without a bar for so short a work."""
     if not candidates:
         return
     state = random.getstate()  # a fit may go on after this export
     random.seed(0)
     try:
-        card.set_widget_examples(candidates[0])
+        with redirect_stderr(StringIO()):
+            card.set_widget_examples(candidates[0])
     finally:
         random.setstate(state)
