@@ -35,6 +35,12 @@ def test_what_a_run_reads_stays() -> None:
         "data": {"train": [{"where": {"key": "a", "token": ["b"]}, "columns": {"anchor": "password"}}]},
     }
     assert redact(config) == config
+    for place in ("models/sk-sentence-encoder-base", "hf_sentence_encoders/x", "data/key=5/part.parquet"):
+        assert redact({"backbone": place, "train": [{"path": [place]}]}) == {
+            "backbone": place,
+            "train": [{"path": [place]}],
+        }
+        assert redact_arguments([f"--data.train.path={place}"]) == [f"--data.train.path={place}"]
     assert redact({"prompts": {"anchor": "hf_SECRETSECRETSECRET to "}}) == {"prompts": {"anchor": "[redacted] to "}}
 
 
@@ -50,6 +56,25 @@ def test_what_a_run_reads_stays() -> None:
 )
 def test_texts(argument: str) -> None:
     assert "SECRET" not in redact_text(argument)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "https://user:SECRET@more@host/x.jsonl",
+        "s3://bucket/x?X-Amz-Signature=SECRET&X-Amz-Date=1",
+        "https://host/x.jsonl?access_token=SECRET",
+        "glpat-SECRET1234567890abcd",
+        "xoxb-SECRET-1234567890",
+        "Authorization: Bearer SECRET.SECRET.SECRET",
+        "sk-proj-SECRET_1234567890abc",
+        "sk-SECRETSECRETSECRETSECRET",
+        "AKIASECRET1234567890",
+    ],
+)
+def test_credentials_go_from_places_too(text: str) -> None:
+    assert "SECRET" not in str(redact({"path": text}))
+    assert "more" not in str(redact({"path": text}))
 
 
 def test_values_of_secret_environment_variables(monkeypatch: pytest.MonkeyPatch) -> None:
