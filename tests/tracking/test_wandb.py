@@ -48,12 +48,16 @@ def run(first, last, end):
     if end == "requeued":
         logger.interrupt(85)
         sys.exit(85)
+    if end == "failed":
+        logger.finalize("failed")
+        raise SystemExit(1)  # the launcher calls sys.exit as it was before W&B took its place
     logger.finalize("success")
     sys.exit()
 
 # One behind the other, as a requeued job runs.
 for first, last, end, status in (
-    (0, 5, "killed", -9), (3, 8, "requeued", 85), (8, 10, "requeued", 85), (10, 12, "finished", 0)
+    (0, 5, "killed", -9), (3, 8, "requeued", 85), (8, 10, "requeued", 85), (10, 11, "failed", 1),
+    (11, 12, "finished", 0)
 ):
     child = os.fork()
     if child == 0:
@@ -143,7 +147,7 @@ def test_offline_runs_of_one_directory_are_one_run(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
     fragments = sorted(run_dir.glob("wandb/offline-run-*/*.wandb"))
-    assert len(fragments) == 4
+    assert len(fragments) == 5
     run_id = (run_dir / "wandb_id").read_text().strip()
     steps, exits, preempted = [], [], []
     for fragment in fragments:
@@ -169,12 +173,12 @@ def test_offline_runs_of_one_directory_are_one_run(tmp_path: Path) -> None:
         assert [item["train/loss"] for item in history] == [1.0 / (step + 1) for step in steps[-1]]
         exits.append([record["exit"].get("exit_code", 0) for record in found if "exit" in record])
         preempted.append(any("preempting" in record for record in found))
-    assert steps == [[0, 1, 2, 3, 4], [3, 4, 5, 6, 7], [8, 9], [10, 11]]
+    assert steps == [[0, 1, 2, 3, 4], [3, 4, 5, 6, 7], [8, 9], [10], [11]]
     (run,) = read_offline([fragment.parent for fragment in fragments])
     assert [row["step"] for row in run.rows] == list(range(12))
     assert (run.name, run.about["ranks"]) == ("my run", 1)
-    assert exits == [[], [85], [85], [0]]
-    assert preempted == [False, True, True, False]
+    assert exits == [[], [85], [85], [1], [0]]
+    assert preempted == [False, True, True, False, False]
     summary = json.loads(inspect(fragments[-1], "--summary"))["summary"]
     assert summary["eval/dev/spearman_cosine"] == {"max": 0.9, "last": pytest.approx(0.45)}
     assert summary["train/loss"] == {"min": 1 / 12, "last": 1 / 12}

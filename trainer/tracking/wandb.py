@@ -114,6 +114,7 @@ class RunLogger(WandbLogger):
     """
 
     _defined: frozenset[str] = frozenset()
+    _has_ended = False
 
     @property
     @rank_zero_experiment
@@ -194,9 +195,8 @@ class RunLogger(WandbLogger):
     def interrupt(self, code: int) -> None:
         """End the run as one that was stopped and may come back, not as finished."""
         if self._experiment is not None:
-            self._finish_summary(self._rows())
             self._experiment.mark_preempting()
-            self._experiment.finish(exit_code=code)
+            self._end(code)
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
@@ -205,9 +205,16 @@ class RunLogger(WandbLogger):
             rows = self._rows()
             self._log_evaluations(rows)
             self._finish_summary(rows)
+        if self._experiment is not None and status == "failed" and not self._has_ended:
+            self._end(1)  # W&B takes an exit status that sys.exit was not told for 0
         if self._experiment is not None and self._experiment.settings._offline:
             fragments = shlex.quote(str(Path(self._wandb_init["dir"]) / "wandb"))  # a requeue has left several
             print(f"tracked offline; send it from a machine with a network: wandb sync {fragments}/offline-run-*")
+
+    def _end(self, code: int) -> None:
+        self._has_ended = True
+        self._finish_summary(self._rows())
+        self.experiment.finish(exit_code=code)
 
     def _read_config(self) -> Mapping[str, Any]:
         config, file = self._wandb_init["config"], Path(self._wandb_init["dir"]) / "config.yaml"
