@@ -15,10 +15,11 @@ FIRST, SECOND_RANK, SLURM = {}, {"LOCAL_RANK": "1"}, {"SLURM_JOB_ID": "7"}
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
     """Checkpoints of steps 1, 2 and 3; the second one is the best."""
+    folder = tmp_path / "runs" / "a"
     for step in (1, 2, 3):
-        write_checkpoint({"w": torch.ones(1)}, tmp_path / f"checkpoints/step-{step:08}", {"step": step})
-    mark_best(tmp_path, 2)
-    return tmp_path
+        write_checkpoint({"w": torch.ones(1)}, folder / f"checkpoints/step-{step:08}", {"step": step})
+    mark_best(folder, 2)
+    return folder
 
 
 def _step(found: str | None) -> int | None:
@@ -51,12 +52,19 @@ def test_what_is_damaged_is_never_taken(run_dir: Path, capsys: pytest.CaptureFix
         find_checkpoint("auto", "fit", run_dir, FIRST)
 
 
-def test_a_fresh_fit_wants_a_fresh_directory(run_dir: Path, tmp_path: Path) -> None:
+def test_a_fresh_fit_wants_a_fresh_directory(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError, match="already holds a run"):
         find_checkpoint(None, "fit", run_dir, FIRST)
     assert find_checkpoint(None, "fit", run_dir, SECOND_RANK) is None, "the first rank has begun to write there"
     assert find_checkpoint(None, "fit", tmp_path / "fresh", FIRST) is None
     assert find_checkpoint("auto", "fit", tmp_path / "fresh", FIRST) is None
+    # Its flags, which make the name of a run, were others: a fit that is to go on does not start anew.
+    other = f"; {run_dir} has one: --trainer.default_root_dir {run_dir}"
+    with pytest.raises(ConfigError) as refusal:
+        find_checkpoint("auto", "fit", run_dir.parent / "x", FIRST, allows=True)
+    assert str(refusal.value) == f"--resume.allow: there is no checkpoint in {run_dir.parent / 'x'}{other}"
+    assert find_checkpoint("auto", "fit", run_dir.parent / "x", FIRST) is None
+    assert capsys.readouterr().out.endswith(f"starting fresh{other}\n")
     for word in ("auto", "best"):
         with pytest.raises(ConfigError, match=f"--ckpt_path {word}: there is no checkpoint in "):
             find_checkpoint(word, "test", tmp_path / "fresh", FIRST)

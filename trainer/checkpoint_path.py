@@ -10,7 +10,9 @@ from trainer.manifest import best, newest, newest_valid, problem
 from trainer.run_dir import is_first_rank, refuse_used
 
 
-def find_checkpoint(wanted: str | None, command: str, run_dir: Path, environ: Mapping[str, str]) -> str | None:
+def find_checkpoint(
+    wanted: str | None, command: str, run_dir: Path, environ: Mapping[str, str], allows: bool = False
+) -> str | None:
     """The checkpoint to go on from, or to evaluate; the first rank says which one it is.
 
     Args:
@@ -19,6 +21,7 @@ def find_checkpoint(wanted: str | None, command: str, run_dir: Path, environ: Ma
         command: fit, validate or test.
         run_dir: of the run; elsewhere than under Slurm, a fresh fit needs a fresh one.
         environ: of the process.
+        allows: the command line has resume.allow, so a fresh start is not what is meant.
 
     Returns:
         Its folder; None: a fresh start.
@@ -36,10 +39,11 @@ def find_checkpoint(wanted: str | None, command: str, run_dir: Path, environ: Ma
         return None
     if wanted == "auto":
         found = _newest_valid(run_dir, is_first)
-        if found is None and command != "fit":
-            raise ConfigError(f"--ckpt_path auto: there is no checkpoint in {run_dir}")
+        if found is None and (command != "fit" or allows):
+            asked = "--resume.allow" if command == "fit" else "--ckpt_path auto"
+            raise ConfigError(f"{asked}: there is no checkpoint in {run_dir}{_others(run_dir)}")
         if is_first:
-            print(f"checkpoint: {found}" if found else f"no checkpoint in {run_dir}: starting fresh")
+            print(f"checkpoint: {found}" if found else f"no checkpoint in {run_dir}: starting fresh{_others(run_dir)}")
         return str(found) if found else None
     path = _best(run_dir) if wanted == "best" else Path(wanted)
     if not path.is_dir():
@@ -52,10 +56,18 @@ def find_checkpoint(wanted: str | None, command: str, run_dir: Path, environ: Ma
     return str(path)
 
 
+def _others(run_dir: Path) -> str:
+    """Runs beside it that could be meant: their flags, which make the names, were others."""
+    beside = run_dir.parent.iterdir() if run_dir.parent.is_dir() else ()
+    found = {folder: newest(folder) for folder in beside if folder != run_dir}
+    last = max((path for path in found.values() if path), key=lambda path: path.stat().st_mtime, default=None)
+    return f"; {last.parents[1]} has one: --trainer.default_root_dir {last.parents[1]}" if last else ""
+
+
 def _best(run_dir: Path) -> Path:
     found = best(run_dir)
     if found is None and newest(run_dir) is None:
-        raise ConfigError(f"--ckpt_path best: there is no checkpoint in {run_dir}")
+        raise ConfigError(f"--ckpt_path best: there is no checkpoint in {run_dir}{_others(run_dir)}")
     if found is None:
         raise ConfigError(
             f"--ckpt_path best: no checkpoint of {run_dir} is marked as the best (checkpoint.monitor watched nothing "

@@ -178,7 +178,12 @@ class TrainerCLI(LightningCLI):
             folder = name_run(self.written.paths, self.written.flags, seed, os.environ)
             self.options.trainer.default_root_dir = str(folder)
         limits = self.options.trainer
-        if limits.max_epochs is None and limits.max_steps == -1 and limits.max_time is None:
+        if limits.max_epochs is None and limits.max_steps == -1:
+            if limits.max_time is not None:
+                raise ConfigError(
+                    f"{self.written.place('trainer.max_time')}: trainer.max_time alone does not say how long the "
+                    "schedule of the learning rate is: give trainer.max_epochs or trainer.max_steps too"
+                )
             limits.max_epochs = 1  # Lightning would take 1000
         try:
             refuse_unknown(split_names(self.options.check.allow))
@@ -191,8 +196,9 @@ class TrainerCLI(LightningCLI):
                 print(f"note: {note}")
         if self.subcommand != "fit":
             self._refuse_nothing_to_evaluate()
+        allows = any(flag.key == "resume.allow" for flag in self.written.flags)
         self.options.ckpt_path = find_checkpoint(
-            self.options.ckpt_path, self.config.subcommand, self.run_dir, os.environ
+            self.options.ckpt_path, self.config.subcommand, self.run_dir, os.environ, allows
         )
 
     def _refuse_nothing_to_evaluate(self) -> None:

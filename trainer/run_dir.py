@@ -15,10 +15,12 @@ from trainer.files import write_whole
 from trainer.tracking.redact import redact_arguments
 from trainer.tracking.runs import METRICS_FILE
 
-# These say where a run is and how it is watched, not what it computes: on other hardware it keeps its name.
+# These say where a run is, how it is watched and how it goes on, not what it computes: on other hardware, and by the
+# words that a refusal tells, it keeps its name.
 _NOT_IN_NAME = re.compile(
-    r"ckpt_path|weights_only|seed_everything|tracking(\..*)?|(watch|check)\..*|data\.(num_workers|cache_dir)"
-    r"|trainer\.(default_root_dir|devices|num_nodes|accelerator|strategy(\..*)?|logger(\..*)?|enable_.*)"
+    r"ckpt_path|weights_only|seed_everything|tracking(\..*)?|(watch|check|resume|checkpoint)\..*"
+    r"|data\.(num_workers|cache_dir|stream_cache_gib)|model\.(max_tokens|print_first_batch)"
+    r"|trainer\.(default_root_dir|devices|num_nodes|accelerator|strategy(\..*)?|logger(\..*)?|enable_.*|log_every_n_steps)"
 )
 _MAX_NAME = 100
 _RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
