@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import platform
 import resource
@@ -41,8 +42,8 @@ def names_of_sources(trainer: Trainer) -> list[str]:
     names: list[str] = []
     for source in sources if len(sources) > 1 else ():
         name = Path(source.path.rstrip("/")).name.partition(".")[0] or "source"
-        same = sum(one == name or one.startswith(f"{name}-") for one in names)
-        names.append(f"{name}-{same + 1}" if same else name)
+        others = (f"{name}-{number}" for number in itertools.count(2))
+        names.append(next(one for one in itertools.chain([name], others) if one not in names))
     return names
 
 
