@@ -322,6 +322,8 @@ BAD_FLAGS = {
     "--trainer.logger CSVLogger": "trainer.logger: Problem with given class_path "
     "'lightning.pytorch.loggers.CSVLogger': the following arguments are required: save_dir",
     "y.yaml": "'y.yaml' belongs to no flag; did you mean --config y.yaml?",
+    "--trainer.max_epochs null --trainer.max_time 00:00:01:00": "flag --trainer.max_time: trainer.max_time alone does not say how long the "
+    "schedule of the learning rate is: give trainer.max_epochs or trainer.max_steps too",
     "--ckpt_path runs/x": "--ckpt_path runs/x: no such checkpoint (a folder); auto takes the newest of run",
 }
 
@@ -499,6 +501,10 @@ def test_run_name_is_kept_on_other_hardware_and_when_resumed() -> None:
         Flag("ckpt_path", "auto"),
         Flag("tracking.wandb", "off"),
         Flag("seed_everything", "42"),
+        # as the refusals say
+        Flag("resume.allow", "learning_rate"),
+        Flag("model.max_tokens", "8192"),
+        Flag("checkpoint.keep", "2"),
     ]
     assert name_run(["a/b.yaml"], same, 42, {}) == Path("runs/b/seed=42")
 
@@ -677,6 +683,29 @@ def test_auto_starts_fresh_where_there_is_no_checkpoint(recipe: Path, capsys: py
     """Also for a job that Slurm has requeued before its first checkpoint: nobody types the flag there."""
     assert main(["fit", "--config", str(recipe), "--ckpt_path", "auto", "--trainer.max_steps", "1"]) == 0
     assert "no checkpoint in runs/tiny/max_steps=1_seed=42: starting fresh" in capsys.readouterr().out
+
+
+def test_a_full_disk_is_one_sentence(recipe: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Which file, how much room, what now; a real file system of 32 KiB."""
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", small], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting needs root")
+    try:
+        (small / "filler").write_bytes(bytes(28 << 10))
+        said = refused(capsys, ["fit", "--config", str(recipe), "--trainer.default_root_dir", str(small / "r")], code=1)
+    finally:
+        subprocess.run(["umount", small], timeout=20, check=True)
+    assert re.search(r"error: \S+: No space left on device \([\d,]+ bytes free in \S+\); make room; a fit", said)
+    assert "--ckpt_path auto" in said
+
+
+def test_errors_hold_no_credentials(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = "https://bob:SECRET1@host/x.jsonl?token=SECRET2"
+    said = refused(capsys, ["fit", "--config", str(recipe), "--data.train.path", place], code=1)
+    assert "host/x.jsonl" in said
+    assert "SECRET" not in said
 
 
 def test_requeued_job_goes_on(

@@ -6,6 +6,7 @@ import difflib
 import errno
 import os
 import re
+import shutil
 import sys
 import traceback
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 from trainer import interruption
 from trainer.config_files import ConfigError, read_command
 from trainer.run_dir import is_first_rank, rank_name
+from trainer.tracking.redact import redact_credentials
 
 COMMANDS = (
     *("fit", "validate", "test", "predict", "mine", "export", "compare"),
@@ -41,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         if debug:
             raise
         if is_first_rank(os.environ):  # every rank reads the same files
-            print(error, file=sys.stderr)
+            print(redact_credentials(str(error)), file=sys.stderr)
         return 2
     except interruption.Interrupted as stop:
         return int(stop.code or 1)
@@ -59,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         if debug or user_error is None:
             raise
         if not _is_said(user_error):
-            print(_sentence(user_error), file=sys.stderr)
+            print(redact_credentials(_sentence(user_error)), file=sys.stderr)
         return 1
 
 
@@ -156,15 +158,14 @@ def _check(args: list[str]) -> int:
 
 _PLACE_ERRORS = (
     errno.EACCES,
-    errno.EDQUOT,
     errno.EEXIST,
     errno.EISDIR,
     errno.ENOENT,
-    errno.ENOSPC,
     errno.ENOTDIR,
     errno.EPERM,
     errno.EROFS,
 )
+_FULL = (errno.EDQUOT, errno.ENOSPC)
 
 
 def _user_error(error: BaseException | None) -> BaseException | None:
@@ -178,7 +179,7 @@ def _user_error(error: BaseException | None) -> BaseException | None:
             return error
         if isinstance(error, RuntimeError) and _is_lost_rank(error):
             return error
-        if isinstance(error, OSError) and error.filename and error.errno in _PLACE_ERRORS:
+        if isinstance(error, OSError) and (error.errno in _FULL or (error.filename and error.errno in _PLACE_ERRORS)):
             return error
         error = error.__cause__
     return None
@@ -196,13 +197,21 @@ def _is_said(error: BaseException) -> bool:
     return type(error).__name__ == "SharedError" and not is_first_rank(os.environ)
 
 
+def _free(filename: str | None) -> str:
+    """How much room there is where a file was to be written; a quota may be narrower."""
+    folder = Path(filename).parent if filename else Path()
+    return f" ({shutil.disk_usage(folder).free:,} bytes free in {folder})" if folder.is_dir() else ""
+
+
 def _sentence(error: BaseException) -> str:
     """``error: cause and remedy``; where a library raised it, also in which line."""
     rank = "" if is_first_rank(os.environ) else f" (rank {rank_name(os.environ)})"
     if isinstance(error, RuntimeError):  # before the watch was set up; the rank that failed says why
         return f"error{rank}: another rank has ended, so this one stops"
     if isinstance(error, OSError):
-        place = f"{error.filename}: {error.strerror}"
+        place = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
+        if error.errno in _FULL:
+            return f"error{rank}: {place}{_free(error.filename)}; make room; a fit goes on by --ckpt_path auto"
         return f"error{rank}: {place}; name another place, or mend this one (--debug shows where)"
     text = str(error)
     if "\nOriginal Traceback" in text:  # a worker of a loader: its traceback is in the text

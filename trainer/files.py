@@ -10,6 +10,17 @@ from pathlib import Path
 from typing import IO
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Let an error of writing name the file; that of a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write beside ``path``, flush to the disk, then rename over it; parents are made."""
     with whole_file(path) as file:
@@ -22,7 +33,7 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with open(partial, "wb") as file:
+        with writing(path), open(partial, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -19,7 +19,7 @@ from trainer.batch import PackedBatch
 from trainer.distributed import gather
 from trainer.encoder.flops import Arithmetic, count_arithmetic
 from trainer.encoder.size import UNCOUNTED
-from trainer.files import write_whole
+from trainer.files import write_whole, writing
 from trainer.manifest import read_state
 from trainer.tracking.about import names_of_sources, peak_memory, write_about
 from trainer.tracking.runs import METRICS_FILE
@@ -119,7 +119,7 @@ class MetricsLog(Callback):
         row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         path = _path(trainer)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a", encoding="utf-8") as file:
+        with writing(path), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **row, **histograms}) + "\n")
         for logger in trainer.loggers:
             if isinstance(logger, RunLogger):
