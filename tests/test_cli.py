@@ -322,8 +322,8 @@ BAD_FLAGS = {
     "--trainer.logger CSVLogger": "trainer.logger: Problem with given class_path "
     "'lightning.pytorch.loggers.CSVLogger': the following arguments are required: save_dir",
     "y.yaml": "'y.yaml' belongs to no flag; did you mean --config y.yaml?",
-    "--trainer.max_epochs null --trainer.max_time 00:00:01:00": "flag --trainer.max_time: trainer.max_time alone does not say how long the "
-    "schedule of the learning rate is: give trainer.max_epochs or trainer.max_steps too",
+    "--trainer.max_epochs null --trainer.max_time 00:00:01:00": "flag --trainer.max_time: trainer.max_time alone does "
+    "not say how long the schedule of the learning rate is: give trainer.max_epochs or trainer.max_steps too",
     "--ckpt_path runs/x": "--ckpt_path runs/x: no such checkpoint (a folder); auto takes the newest of run",
 }
 

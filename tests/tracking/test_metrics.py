@@ -131,8 +131,10 @@ def test_the_loss_of_each_of_several_sources(tmp_path: Path, tiny_encoder: Path,
     """Over the steps of that source, beside the loss of all; files of one name are told apart."""
     (tmp_path / "other").mkdir()
     files = [write_rows(tmp_path, demo_texts), write_rows(tmp_path / "other", demo_texts)]
-    module, data = make_parts(tiny_encoder, files[0])
-    data.train_sources.append(Source(str(files[1]), COLUMNS))
+    files.append(files[0].rename(files[0].with_name(files[0].name.replace("rows22", "rows22-2"))))
+    files[0] = write_rows(tmp_path, demo_texts)
+    module, data = make_parts(tiny_encoder, files.pop())
+    data.train_sources += [Source(str(file), COLUMNS) for file in files]
     seen = []
 
     class Note(Recorder):
@@ -143,8 +145,8 @@ def test_the_loss_of_each_of_several_sources(tmp_path: Path, tiny_encoder: Path,
     recorder = Note()
     make_trainer(tmp_path, [recorder, MetricsLog()], max_epochs=1, log_every_n_steps=100).fit(module, data)
     (row,) = read_metrics(tmp_path)
-    assert set(seen) == {0, 1}
-    for number, name in enumerate(("rows22", "rows22-2")):
+    assert set(seen) == {0, 1, 2}
+    for number, name in enumerate(("rows22-2", "rows22", "rows22-3")):
         losses = [step["loss"] for step, source in zip(recorder.steps, seen, strict=True) if source == number]
         assert row[f"train/loss/{name}"] == pytest.approx(np.mean(losses))
 
