@@ -23,11 +23,11 @@ from tests.compare.made_runs import make_run
 from trainer import evaluation, losses
 from trainer.cli import main
 from trainer.config_errors import _dotted_keys
-from trainer.config_files import Flag
+from trainer.config_files import Flag, read_command
 from trainer.config_migration import CLASS_HERE, KEY_HERE, class_here
 from trainer.demo_data import write_pairs
 from trainer.help_text import live_parsers
-from trainer.lightning_cli import GROUPS
+from trainer.lightning_cli import GROUPS, run
 from trainer.manifest import read_manifest, read_state, write_checkpoint
 from trainer.run_dir import is_first_rank, name_run, rank_name
 
@@ -809,6 +809,39 @@ def test_later_list_replaces_the_earlier_and_says_so(recipe: Path, capsys: pytes
     args = ["validate", "--config", str(recipe), "--config", "a.yaml", "--config", "b.yaml"]
     assert main([*args, "--trainer.default_root_dir", "run"]) == 0
     assert "note: b.yaml:3: 'trainer.callbacks' replaces the list of a.yaml:2" in capsys.readouterr().out
+
+
+def test_nothing_of_a_replaced_list_is_left(recipe: Path, tmp_path: Path) -> None:
+    """Of the same length as the new one; its entries have keys that those of the new one leave to the default."""
+    columns = {"anchor": "a", "positive": "b", "score": "c"}
+    old = {
+        "path": "old.jsonl",
+        "columns": columns,
+        "max_rows": 5,
+        "prompts": {"anchor": "x "},
+        "score_range": None,
+    }
+    new = {"path": "new.jsonl", "columns": columns}
+    Path("old.yaml").write_text(yaml.safe_dump({"data": {"train": [old], "validation": [old | {"name": "dev"}]}}))
+    Path("new.yaml").write_text(yaml.safe_dump({"data": {"train": [new], "validation": [new | {"name": "dev"}]}}))
+    alone = ["--config", str(recipe), "--config", "new.yaml"]
+    as_files = [*alone[:2], "--config", "old.yaml", *alone[2:]]
+    as_flags = [
+        *as_files[:4],
+        f"--data.train={json.dumps([new])}",
+        "--data.validation",
+        json.dumps([new | {"name": "dev"}]),
+    ]
+    built = [
+        run(["fit", *args], read_command(args), execute=False).options.data for args in (alone, as_files, as_flags)
+    ]
+    assert built[0].train[0].path == "new.jsonl"
+    assert built[0].train[0].max_rows is None
+    assert built[1:] == built[:1] * 2
+    # Single keys of an entry are still set in place.
+    args = [*as_files[:4], "--data.train.path", "new.jsonl"]
+    (one,) = run(["fit", *args], read_command(args), execute=False).options.data.train
+    assert (one.path, one.max_rows) == ("new.jsonl", 5)
 
 
 def test_error_of_our_own_is_one_line(

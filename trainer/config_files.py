@@ -176,6 +176,36 @@ def replaced_lists(files: Sequence[yaml.MappingNode]) -> list[str]:
     return notes
 
 
+def clear_replaced_lists(args: Sequence[str]) -> list[str]:
+    """The words behind the subcommand, with an empty list before each list that takes the place of one with keys.
+
+    jsonargparse would fill what the entries of the new list leave out with what the entries of the old one say, where
+    there are as many of them.
+    """
+    words: list[str] = []
+    with_keys: set[str] = set()
+    for flag in _split_flags(args):
+        lists: dict[str, yaml.Node | None] = {flag.key: _composed(flag.text or "")}
+        if flag.key == "config" and flag.text and "://" not in flag.text:
+            lists = {path: value for path, _, value in walk_keys(read_config(Path(flag.text)))}
+        for path, value in lists.items():
+            if isinstance(value, yaml.SequenceNode):
+                if path in with_keys:
+                    words.append(f"--{path}=[]")
+                if any(isinstance(item, yaml.MappingNode) for item in value.value):
+                    with_keys.add(path)
+        words.append(f"--{flag.key}" if flag.text is None else f"--{flag.key}={flag.text}")
+    return words
+
+
+def _composed(text: str) -> yaml.Node | None:
+    try:
+        node: yaml.Node | None = yaml.compose(text, yaml.SafeLoader)
+    except yaml.YAMLError:
+        return None
+    return node
+
+
 def place_of(node: yaml.Node) -> str:
     """``file:line``, or the flag that a node was made from."""
     name = str(node.start_mark.name)

@@ -26,7 +26,7 @@ from trainer.check.rules import refuse_unknown
 from trainer.checkpoint import Checkpoints, DirectoryCheckpointIO
 from trainer.checkpoint_path import find_checkpoint
 from trainer.config_errors import check_written, explain
-from trainer.config_files import ConfigError, Written, replaced_lists
+from trainer.config_files import ConfigError, Written, clear_replaced_lists, replaced_lists
 from trainer.data.loading import fingerprint
 from trainer.data.module import PairData
 from trainer.distributed.preemption import Preemption
@@ -113,7 +113,7 @@ class TrainerCLI(LightningCLI):
             trainer_defaults={**TRAINER_DEFAULTS, "callbacks": [MetricsLog(), Progress(), Evaluation(), Preemption()]},
             seed_everything_default=42,
             parser_kwargs={"prog": "trainer", **quiet, **{name: dict(quiet) for name in self.subcommands()}},
-            args=args,
+            args=[*args[:1], *clear_replaced_lists(args[1:])],
             auto_configure_optimizers=False,
         )
 
