@@ -659,11 +659,14 @@ def test_fit_repeat_resume_and_validate(
     # The score of another set, under its name, stands beside that of the set that chose the checkpoint.
     validated = Path("again/metrics.json").read_text()
     args = ["test", "--config", "again/config.yaml", "--ckpt_path", "auto", "--data.validation.name", "held_out"]
+    args += ["--data.validation.max_rows", "9"]
     assert main([*args, "--data.validation.path", config["data"]["train"][0]["path"]]) == 0
     assert Path("again/metrics.json").read_text() == validated
     tested = json.loads(Path("again/test.json").read_text())
     assert "eval/held_out/spearman_cosine" in tested["metrics"]
-    assert "held_out" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "held_out" in printed
+    assert "note: held_out: 9 rows are scored at most (max_rows); all: --data.validation.max_rows null" in printed
 
 
 def test_a_logger_in_the_place_of_tracking_is_said(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -67,6 +67,10 @@ def test_best_is_a_name_not_a_copy(run_dir: Path) -> None:
     assert best(run_dir) is None
     mark_best(run_dir, 6)
     assert best(run_dir) == folder_of(run_dir, 6)
+    for text in ("{broken", "{}", "[]"):
+        (run_dir / "checkpoints" / "best.json").write_text(text)
+        with pytest.raises(ValueError, match=r"best.json can't be read: .*; remove it, and the newest checkpoint is"):
+            best(run_dir)
 
 
 def truncate(path: Path) -> None:

@@ -196,6 +196,7 @@ class TrainerCLI(LightningCLI):
                 print(f"note: {note}")
         if self.subcommand != "fit":
             self._refuse_nothing_to_evaluate()
+            self._say_what_is_drawn()
         allows = any(flag.key == "resume.allow" for flag in self.written.flags)
         self.options.ckpt_path = find_checkpoint(
             self.options.ckpt_path, self.config.subcommand, self.run_dir, os.environ, allows
@@ -215,6 +216,13 @@ class TrainerCLI(LightningCLI):
                 f"{self.written.place(f'trainer.{key}')}: trainer.{key} is 0: trainer {self.subcommand} has nothing to "
                 "evaluate; leave it out"
             )
+
+    def _say_what_is_drawn(self) -> None:
+        """A figure of a part of a set is none of the whole: searching fewer documents is easier."""
+        for one in self.options.data.validation if is_first_rank(os.environ) else ():
+            for key, what in (("corpus_size", "documents are searched"), ("max_rows", "rows are scored")):
+                if one[key] is not None:
+                    print(f"note: {one.name}: {one[key]:,} {what} at most ({key}); all: --data.validation.{key} null")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         plugins = self._get(self.config_init, "trainer").plugins or []

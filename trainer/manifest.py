@@ -218,11 +218,18 @@ def mark_best(run_dir: Path, step: int | None) -> None:
 
 
 def best(run_dir: Path) -> Path | None:
-    """The checkpoint with the best monitored metric, None where nothing was monitored."""
+    """The checkpoint with the best monitored metric, None where nothing was monitored.
+
+    Raises:
+        ValueError: the file that says so can't be read.
+    """
+    path = run_dir / "checkpoints" / BEST
     try:
-        step = json.loads((run_dir / "checkpoints" / BEST).read_text(encoding="utf-8"))["step"]
+        step = json.loads(path.read_text(encoding="utf-8"))["step"]
     except FileNotFoundError:
         return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} can't be read: {error}; remove it, and the newest checkpoint is taken") from error
     return steps(run_dir).get(step)
 
 

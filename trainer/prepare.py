@@ -17,6 +17,7 @@ def prepare(args: Sequence[str]) -> int:
     import torch
 
     from trainer.check.report import read_facts
+    from trainer.data.files import is_hub_id
     from trainer.data.loading import load
     from trainer.data.retrieval import load_collections
     from trainer.data.tokens import tokenize
@@ -57,6 +58,9 @@ def prepare(args: Sequence[str]) -> int:
             continue
         rows = load(source, data.cache_dir)
         _say("validation", source.name, f"{len(rows):,} rows", Path(rows.cache_files[0]["filename"]).parent)
+    if online := [source.path for source in data.train_sources if source.streaming and is_hub_id(source.path)]:
+        print(f"{online[0]} is streamed from the hub: it needs the network while it trains")
+        return 0
     print(
         "from here on, without a network: HF_HUB_OFFLINE=1 trainer fit (or sbatch slurm/train.sh) with the same flags"
     )

@@ -191,11 +191,13 @@ def test_one_run_and_many(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     ("words", "status", "text"),
     [
         ([], 2, "runs are needed: trainer compare RUN [RUN...] [--out report.html]"),
-        (["x", "--output", "y"], 2, "'--output' is not understood here; see trainer compare --help"),
+        (["x", "--output", "y"], 2, "'--output' is no flag of trainer compare; see trainer compare --help"),
+        (["x", "--out"], 2, "--out: expected one argument; see trainer compare --help"),
         (["x", "--out", "y.pdf"], 2, "--out y.pdf: the report is a page; give it a name that ends in .html"),
         (["nothing"], 1, "there is no run nothing: name a run directory, a folder of them, or an offline W&B folder"),
         (["empty"], 1, "empty holds no run: neither metrics.jsonl nor an offline-run-* of W&B"),
         (["young"], 1, "young holds no metrics yet: metrics.jsonl is empty; leave it out, or wait for its steps"),
+        (["damaged"], 1, "damaged holds no metrics yet: metrics.jsonl is empty; leave it out, or wait for its steps"),
         (["wandb:x"], 1, "wandb:x: write wandb:entity/project or wandb:entity/project/group"),
     ],
 )
@@ -207,5 +209,7 @@ def test_refused(
     Path("empty").mkdir()
     Path("young").mkdir()
     Path("young/metrics.jsonl").touch()
+    Path("damaged").mkdir()
+    Path("damaged/metrics.jsonl").write_bytes(b'{"train/loss": 1.0}\n{"step": 1, "train/loss": 1.0\n{"step": "\xff"}\n')
     assert main(["compare", *words]) == status
     assert text in capsys.readouterr().err

@@ -187,6 +187,11 @@ def test_the_longest_text_and_one_piece_more(tiny_encoders: dict[str, Path], kin
     message = rf"model.encoder.max_length is 129, but '.*{kind}' has 128 positions; set max_length to 128 or less"
     with pytest.raises(ValueError, match=message):
         _load(tiny_encoders[kind], max_length=129)
+    shortest = encoder.text.shortest
+    with pytest.raises(ValueError, match=f"but {shortest} pieces of every text are special; set max_length to "):
+        _load(tiny_encoders[kind], max_length=shortest)
+    encoder = _load(tiny_encoders[kind], max_length=shortest + 1)
+    assert [len(ids) for ids in encoder.text(long_text)] == [shortest + 1]
 
 
 def test_a_backbone_that_is_nowhere() -> None:

@@ -16,6 +16,7 @@ from tests.export.test_model_card import export, section
 from trainer.compare.plots import WIDTH
 from trainer.export.account import _public
 from trainer.export.curves import FILE, training_curves
+from trainer.export.record import read_findings
 from trainer.manifest import read_state, write_checkpoint
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -50,6 +51,13 @@ def exported(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     write_files(run.folder, **{"data.train.0.rows": "0123abcd", "data.batch_size": "16"})
     out = tmp_path_factory.mktemp("account") / "model"
     return out, export(run, out)
+
+
+@pytest.mark.parametrize("text", ["{}", '{"findings": [', "[]"])
+def test_a_damaged_check_is_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "check.json").write_text(text)
+    with pytest.raises(ValueError, match=r"check.json can't be read: .*; remove it"):
+        read_findings(tmp_path / "check.json")
 
 
 def table(text: str) -> list[list[str]]:

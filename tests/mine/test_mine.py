@@ -343,6 +343,7 @@ def test_rules_that_leave_nothing_are_an_error(
         (["--model", "m", "--corpus", "c.jsonl"], 2, "--corpus and --text go together: a file, and the column"),
         (["--model", "m", "--out", "mined.csv"], 2, "--out is mined.csv; its name must end in .jsonl or .jsonl.gz"),
         (["--model", "m", "--num-negative", "3"], 2, "is no flag of trainer mine. Did you mean '--num-negatives'?"),
+        (["--model", "m", "--margin", "nan"], 2, "--margin: is 'nan'; it must be a number"),
         (["--model", "m", "--positive", "aa"], 1, "no column 'aa' (columns.positive); found: q, a."),
         (["--model", "m"], 1, "--model 'm' is neither a model folder nor a reachable hub id"),
         (["--model", "TINY", "--range-min", "9", "--range-max", "10"], 1, "ranks 9 to 10 hold 1 candidates; raise"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,14 +13,15 @@ from trainer.compare.report import render_report
 from trainer.compare.table import print_comparison
 from trainer.config_files import ConfigError
 from trainer.files import write_whole
+from trainer.predict.flags import Flags
 from trainer.tracking.runs import METRICS_FILE, RunRecord, read_run_dir
 from trainer.tracking.wandb_runs import ONLINE, offline_folders, read_offline, read_online
 
 _DEPTH = 3  # folders below a named one in which runs are looked for: runs/<recipe>/<run>
 
 
-def flags() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="trainer compare", add_help=False, allow_abbrev=False)
+def flags() -> Flags:
+    parser = Flags("compare")
     parser.add_argument("--out", metavar="FILE", help="also a report: one HTML file, to open in a browser")
     return parser
 
@@ -37,7 +37,7 @@ def compare(args: Sequence[str]) -> int:
     named, rest = parser.parse_known_args(list(args))
     for word in rest:
         if word.startswith("-"):
-            raise ConfigError(f"'{word}' is not understood here; see trainer compare --help")
+            raise ConfigError(f"'{word}' is no flag of trainer compare; see trainer compare --help")
     if not rest:
         raise ConfigError("runs are needed: trainer compare RUN [RUN...] [--out report.html]")
     if named.out is not None and Path(named.out).suffix not in (".html", ".htm"):

@@ -160,6 +160,12 @@ def load_text_preparation(spec: EncoderSpec) -> TextPreparation:
             f"model.encoder.max_length is {max_length}, but '{spec.backbone}' has {positions} positions; "
             f"set max_length to {positions} or less"
         )
+    shortest = tokenizer.num_special_tokens_to_add(pair=False)
+    if max_length <= shortest:
+        raise ValueError(
+            f"model.encoder.max_length is {max_length}, but {shortest} pieces of every text are special; set "
+            f"max_length to {shortest + 1} or more"
+        )
     prompt = spec.prompt
     if prompt is None:
         prompts = model.get("prompts") or {}

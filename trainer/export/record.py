@@ -66,7 +66,10 @@ def read_findings(path: Path) -> list[dict[str, Any]]:
     """What a check.json says of the data; those that check.allow let pass are marked. None without such a file."""
     if not path.is_file():
         return []
-    return list(json.loads(path.read_text(encoding="utf-8"))["findings"])
+    try:
+        return list(json.loads(path.read_text(encoding="utf-8"))["findings"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} can't be read: {error!r}; remove it, and the card says nothing of it") from error
 
 
 def fingerprints(identity: Mapping[str, Any]) -> list[str]:

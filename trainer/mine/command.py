@@ -25,7 +25,7 @@ from trainer.predict.command import (
     said_when_stopped,
     start,
 )
-from trainer.predict.flags import Flags, add_encoder, add_place, add_reading, at_least
+from trainer.predict.flags import Flags, add_encoder, add_place, add_reading, at_least, finite
 from trainer.run_lock import take_lock
 
 if TYPE_CHECKING:
@@ -55,10 +55,10 @@ def flags() -> Flags:
     add("--seed", type=at_least(0), default=42, help="of the draw")
     add("--range-min", type=at_least(0), default=0, help="pass over so many of the nearest")
     add("--range-max", type=at_least(1), help="look at no more (enough for the rest)")
-    add("--margin", type=float, help="so much less similar than the positive")
-    add("--relative-margin", type=float, help="the same as a share (0.05 is usual)")
-    add("--min-score", type=float, help="lowest similarity of a negative")
-    add("--max-score", type=float, help="highest similarity of a negative")
+    add("--margin", type=finite, help="so much less similar than the positive")
+    add("--relative-margin", type=finite, help="the same as a share (0.05 is usual)")
+    add("--min-score", type=finite, help="lowest similarity of a negative")
+    add("--max-score", type=finite, help="highest similarity of a negative")
     for kind, task in _TASKS.items():
         add(f"--{kind}-prompt", help=f"before {'anchors' if kind == 'query' else 'documents'}")
         add(f"--{kind}-prompt-name", help=f"the same by its name in the model ({task})")

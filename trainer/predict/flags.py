@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,6 +62,17 @@ def at_least(lowest: int) -> Any:
         return int(text)
 
     return whole
+
+
+def finite(text: str) -> float:
+    """The type of a number that a similarity can be compared with."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"is '{text}'; it must be a number")
+    return number
 
 
 def add_reading(flags: Flags) -> None:

@@ -44,14 +44,14 @@ class RunRecord:
 
 
 def read_log(path: Path) -> list[Row]:
-    """Rows of a metrics.jsonl; a last line that a kill has cut is left out, a missing file has none."""
+    """Rows of a metrics.jsonl; what a kill has cut, or a disk has damaged, is left out, a missing file has none."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except ValueError:
             continue
-        if isinstance(row, dict):
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
             rows.append(row)
     return rows
 
