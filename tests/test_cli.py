@@ -688,6 +688,18 @@ def test_auto_starts_fresh_where_there_is_no_checkpoint(recipe: Path, capsys: py
     assert "no checkpoint in runs/tiny/max_steps=1_seed=42: starting fresh" in capsys.readouterr().out
 
 
+def test_denormal_numbers_are_flushed_on_every_thread(recipe: Path) -> None:
+    script = (
+        "import sys, torch; from trainer.config_files import read_command; from trainer.lightning_cli import run\n"
+        "args = ['--config', sys.argv[1]]; run(['fit', *args], read_command(args), execute=False)\n"
+        "assert torch.get_num_threads() == 2\n"
+        "assert not (torch.full((4_000_000,), 1e-39) * 1.0).any()"
+    )
+    environ = {**os.environ, "OMP_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", script, str(recipe)], capture_output=True, text=True, env=environ)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_a_full_disk_is_one_sentence(recipe: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Which file, how much room, what now; a real file system of 32 KiB."""
     small = tmp_path / "small"
