@@ -324,6 +324,10 @@ BAD_FLAGS = {
     "y.yaml": "'y.yaml' belongs to no flag; did you mean --config y.yaml?",
     "--trainer.max_epochs null --trainer.max_time 00:00:01:00": "flag --trainer.max_time: trainer.max_time alone does "
     "not say how long the schedule of the learning rate is: give trainer.max_epochs or trainer.max_steps too",
+    '--data.train [{"path":"a","colums":{}}]': "flag --data.train: unknown key 'data.train[0].colums'; did you mean "
+    "'data.train[0].columns'?",
+    '--model.loss {"class_path":"InfoNCE","init_args":{"scale":"x"}}': "flag --model.loss: model.loss.init_args.scale "
+    "must be a number, found 'x' (text)",
     "--ckpt_path runs/x": "--ckpt_path runs/x: no such checkpoint (a folder); auto takes the newest of run",
 }
 

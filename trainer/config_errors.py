@@ -18,7 +18,7 @@ from typing import Any, Union
 
 import yaml
 
-from trainer.config_files import ConfigError, Flag, Written, describe, place_of
+from trainer.config_files import ConfigError, Flag, Written, compose_flag, describe, place_of
 from trainer.config_migration import class_here, name_here
 from trainer.config_values import FlagText, fits, must
 
@@ -90,7 +90,7 @@ def said_of_union(message: str) -> str:
 def _as_node(flag: Flag) -> yaml.MappingNode:
     """``--a.b text`` as the tree {a: {b: text}} whose place is the flag."""
     mark = yaml.Mark(f"flag --{flag.key}", 0, 0, 0, None, 0)
-    node: yaml.Node = FlagText("tag:yaml.org,2002:str", flag.text or "", mark, mark)
+    node = compose_flag(flag) or FlagText("tag:yaml.org,2002:str", flag.text or "", mark, mark)
     for part in reversed(flag.key.removesuffix("+").split(".")):
         key = yaml.ScalarNode("tag:yaml.org,2002:str", part, mark, mark)
         node = yaml.MappingNode("tag:yaml.org,2002:map", [(key, node)], mark, mark)

@@ -185,7 +185,7 @@ def clear_replaced_lists(args: Sequence[str]) -> list[str]:
     words: list[str] = []
     with_keys: set[str] = set()
     for flag in _split_flags(args):
-        lists: dict[str, yaml.Node | None] = {flag.key: _composed(flag.text or "")}
+        lists: dict[str, yaml.Node | None] = {flag.key: compose_flag(flag)}
         if flag.key == "config" and flag.text and "://" not in flag.text:
             lists = {path: value for path, _, value in walk_keys(read_config(Path(flag.text)))}
         for path, value in lists.items():
@@ -198,12 +198,15 @@ def clear_replaced_lists(args: Sequence[str]) -> list[str]:
     return words
 
 
-def _composed(text: str) -> yaml.Node | None:
+def compose_flag(flag: Flag) -> yaml.Node | None:
+    """The list or the keys that a flag holds as YAML; None where it is a plain value."""
+    loader = yaml.SafeLoader(flag.text or "")
+    loader.name = f"flag --{flag.key}"
     try:
-        node: yaml.Node | None = yaml.compose(text, yaml.SafeLoader)
+        node = loader.get_single_node()
     except yaml.YAMLError:
         return None
-    return node
+    return None if isinstance(node, yaml.ScalarNode) else node
 
 
 def place_of(node: yaml.Node) -> str:
