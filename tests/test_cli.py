@@ -617,7 +617,7 @@ def test_fit_repeat_resume_and_validate(
     monkeypatch.setenv("WANDB_API_KEY", secret)
     flags = ["--model.learning_rate", "1e-3", "--checkpoint.save_every_steps", "2"]
     assert main(["fit", "--config", str(recipe), *flags, "--tracking.name", secret]) == 0
-    first = Path("runs/tiny/save_every_steps=2_learning_rate=1e-3_seed=42")
+    first = Path("runs/tiny/learning_rate=1e-3_seed=42")
     assert logged_steps(first) == [1, 2, 3]
     assert (first / "model" / "modules.json").is_file()
     text = (first / "config.yaml").read_text()
