@@ -20,6 +20,11 @@ refuse() {
     exit 2
 }
 
+# Splits and unquotes a line as a shell does, but expands nothing; one word a line.
+words_of() {
+    xargs -r printf '%s\n' <<<"$1"
+}
+
 usage="sbatch --array=0-2 slurm/sweep.sh configs/X.yaml --seeds 1,2,3 (or --overrides FILE) [--key value ...]"
 [[ -n ${SLURM_ARRAY_TASK_ID:-} ]] || refuse "submit it as a job array: $usage"
 cd "$SLURM_SUBMIT_DIR"
@@ -33,6 +38,9 @@ while (($#)); do
             [[ -f $2 ]] || refuse "there is no file of overrides $2 in $PWD"
             mapfile -t lines < <(grep -vE '^[[:space:]]*(#|$)' "$2")
             ((${#lines[@]})) || refuse "$2 holds no line of overrides"
+            for line in "${lines[@]}"; do # all of them in every task, before any of them trains
+                words_of "$line" &>/dev/null || refuse "$2: a quote has no end in this line: $line"
+            done
             shift ;;
         *.yaml | *.yml) if ((${#rest[@]})); then rest+=("$1"); else configs+=("$1"); fi ;;
         *) rest+=("$1") ;;
@@ -49,7 +57,7 @@ if ((task == SLURM_ARRAY_TASK_MAX && task < num_runs - 1)); then
     echo "sweep.sh: runs $((task + 1)) to $((num_runs - 1)) have no task; all of them: --array=0-$((num_runs - 1))" >&2
 fi
 line=${lines[task / ${#seeds[@]}]} seed=${seeds[task % ${#seeds[@]}]}
-mapfile -t overrides < <(xargs -r printf '%s\n' <<<"$line") # splits and unquotes as a shell does, but expands nothing
+mapfile -t overrides < <(words_of "$line")
 if [[ -n $seed ]]; then overrides+=(--seed_everything "$seed"); fi
 
 # sbatch runs a copy of this file from its spool folder: Slurm knows where the original and train.sh lie.

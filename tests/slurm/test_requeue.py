@@ -120,3 +120,15 @@ def test_a_sweep_says_what_its_array_misses(slurm: Slurm, tmp_path: Path) -> Non
     assert refused["ExitCode"] == "2:0"
     assert "task 3 of the array has no run: there are 3 (1 x 3); --array=0-2" in refused.log
     assert "runs 2 to 2 have no task; all of them: --array=0-2" in slurm.finished(short[0]).log
+
+
+def test_a_sweep_with_an_open_quote_trains_nothing(slurm: Slurm, tmp_path: Path) -> None:
+    """Nor the runs of its other lines."""
+    python = stand_in(tmp_path, "echo trained")
+    sweep = tmp_path / "sweep.txt"
+    sweep.write_text("--data.batch_size 8\n--tracking.name=today's --data.batch_size 64\n")
+    array = slurm.submit("--array=0-1", ["configs/pairs.yaml", "--overrides", str(sweep)], python, "sweep.sh")
+    for job in map(slurm.finished, slurm.numbers(array)):
+        assert job["ExitCode"] == "2:0", job.log
+        sentence = "a quote has no end in this line: --tracking.name=today's --data.batch_size 64"
+        assert job.log == f"sweep.sh: {sweep}: {sentence}\n"
