@@ -49,7 +49,24 @@ while (($#)); do
 done
 ((${#configs[@]})) || refuse "no config file given; usage: $usage"
 
+# sbatch runs a copy of this file from its spool folder: Slurm knows where the original and train.sh lie.
+job=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=//p')
+train=${job%%/sweep.sh*}/train.sh
+
 num_runs=$((${#lines[@]} * ${#seeds[@]}))
+
+# The second run in a folder would find the first one finished, and end as if it had trained.
+declare -A taken=()
+for line in "${lines[@]}"; do
+    mapfile -t overrides < <(words_of "$line")
+    folder=$("$train" directory "${configs[@]}" "${overrides[@]}" "${rest[@]}")
+    if [[ -n $folder && (${#seeds[@]} -gt 1 || -n ${taken[$folder]:-}) ]]; then
+        refuse "several of the $num_runs runs have trainer.default_root_dir $folder, which holds one:" \
+            "leave it out, and each gets a folder of its own"
+    fi
+    [[ -z $folder ]] || taken[$folder]=1
+done
+
 task=$SLURM_ARRAY_TASK_ID
 ((task < num_runs)) ||
     refuse "task $task of the array has no run: there are $num_runs (${#lines[@]} x ${#seeds[@]}); --array=0-$((num_runs - 1))"
@@ -60,7 +77,5 @@ line=${lines[task / ${#seeds[@]}]} seed=${seeds[task % ${#seeds[@]}]}
 mapfile -t overrides < <(words_of "$line")
 if [[ -n $seed ]]; then overrides+=(--seed_everything "$seed"); fi
 
-# sbatch runs a copy of this file from its spool folder: Slurm knows where the original and train.sh lie.
-job=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=//p')
 recipe=$(basename "${configs[0]}")
-exec "${job%%/sweep.sh*}/train.sh" "${configs[@]}" --tracking.group "${recipe%.y*ml}" "${overrides[@]}" "${rest[@]}"
+exec "$train" "${configs[@]}" --tracking.group "${recipe%.y*ml}" "${overrides[@]}" "${rest[@]}"

@@ -36,7 +36,8 @@ cd "$SLURM_SUBMIT_DIR" # sbatch runs a copy of this file from its spool folder, 
 # ------------------------------------------------------------------------------------------- what to run
 
 command=fit
-if [[ ${1:-} == predict || ${1:-} == mine ]]; then # these take no config, and go on by what they find in --out
+# predict and mine take no config, and go on by what they find in --out; directory prints that of a fit, for sweep.sh
+if [[ ${1:-} == predict || ${1:-} == mine || ${1:-} == directory ]]; then
     command=$1
     shift
 fi
@@ -49,6 +50,37 @@ done
 [[ $# -eq 0 || $1 == --* ]] || refuse "'$1' is neither a .yaml file nor a --key; usage: $usage"
 [[ $command != fit || ${#configs[@]} -gt 0 || " $* " == *" --config"[\ =]* ]] || refuse "no config file given; usage: $usage"
 arguments=("${configs[@]}" "$@")
+
+# The values that the words give to a flag, a line each.
+values_of() {
+    local word previous=""
+    for word in "${arguments[@]}"; do
+        [[ $previous != "$1" ]] || echo "$word"
+        [[ $word != "$1="* ]] || echo "${word#*=}"
+        previous=$word
+    done
+}
+
+# The run directory as the program has it: the flag, else the last config file that says it, else what directory_of_job
+# finds.
+directory_of_flag() {
+    values_of --trainer.default_root_dir | tail -n 1
+}
+
+directory_of_configs() {
+    local file found="" said
+    while read -r file; do
+        said=$(sed -n 's/^[^#]*default_root_dir: *["'\'']\{0,1\}\([^"'\'',} ]*\).*/\1/p' "$file" | tail -n 1) || true
+        [[ ${said:-null} == null ]] || found=$said
+    done < <(values_of --config)
+    echo "$found"
+}
+
+if [[ $command == directory ]]; then
+    found=$(directory_of_flag)
+    echo "${found:-$(directory_of_configs)}"
+    exit
+fi
 
 # ------------------------------------------------------------------------------------------- where Python lives
 
@@ -144,29 +176,6 @@ else
 fi
 
 # ------------------------------------------------------------------------------------------- its run directory
-
-# These agree with the program: the flag, else the last config file that says it, else a name that holds the job id.
-directory_of_flag() {
-    local word previous="" found=""
-    for word in "${arguments[@]}"; do
-        [[ $previous != --trainer.default_root_dir ]] || found=$word
-        [[ $word != --trainer.default_root_dir=* ]] || found=${word#*=}
-        previous=$word
-    done
-    echo "$found"
-}
-
-directory_of_configs() {
-    local word previous="" found="" said
-    for word in "${arguments[@]}"; do
-        if [[ $previous == --config ]]; then
-            said=$(sed -n 's/^[^#]*default_root_dir: *["'\'']\{0,1\}\([^"'\'',} ]*\).*/\1/p' "$word" | tail -n 1)
-            [[ ${said:-null} == null ]] || found=$said
-        fi
-        previous=$word
-    done
-    echo "$found"
-}
 
 directory_of_job() {
     compgen -G "runs/*/*job=$SLURM_JOB_ID" | head -n 1 || true

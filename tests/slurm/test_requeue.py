@@ -132,3 +132,48 @@ def test_a_sweep_with_an_open_quote_trains_nothing(slurm: Slurm, tmp_path: Path)
         assert job["ExitCode"] == "2:0", job.log
         sentence = "a quote has no end in this line: --tracking.name=today's --data.batch_size 64"
         assert job.log == f"sweep.sh: {sweep}: {sentence}\n"
+
+
+NAMED = "--trainer.default_root_dir"
+
+
+@pytest.mark.parametrize(
+    ("lines", "seeds", "config", "flags"),
+    [
+        ([], "1,2", "", [NAMED, "runs/one"]),
+        ([], "1,2", "trainer: {default_root_dir: runs/one}", []),
+        (["--data.batch_size 8", "--data.batch_size 9"], "1", "trainer: {default_root_dir: runs/one}", []),
+        (["--data.batch_size 8", "--data.batch_size 9"], "1", "", ["--config=configs/more.yaml"]),
+        ([f"{NAMED} runs/one", f"{NAMED}=runs/one --data.batch_size 9"], "1", "", []),
+        ([f"{NAMED} runs/one", f"{NAMED} runs/two"], "1,2", "", []),
+    ],
+)
+def test_a_sweep_whose_runs_would_share_a_folder_is_refused(
+    slurm: Slurm, tmp_path: Path, lines: list[str], seeds: str, config: str, flags: list[str]
+) -> None:
+    """The second would find the first one finished, and end with 0 untrained."""
+    python = stand_in(tmp_path, "echo trained")
+    (slurm.folder / "configs/more.yaml").write_text("trainer:\n  default_root_dir: 'runs/one'\n")
+    (slurm.folder / "configs/base.yaml").write_text(f"{config}\n")
+    (tmp_path / "sweep.txt").write_text("\n".join(lines))
+    overrides = ["--overrides", str(tmp_path / "sweep.txt")] if lines else []
+    arguments = ["configs/base.yaml", *overrides, "--seeds", seeds, *flags]
+    number = max(1, len(lines)) * len(seeds.split(","))
+    for job in map(slurm.finished, slurm.numbers(slurm.submit("--array=0-1", arguments, python, "sweep.sh"))):
+        assert job["ExitCode"] == "2:0", job.log
+        assert job.log == (
+            f"sweep.sh: several of the {number} runs have trainer.default_root_dir runs/one, which holds one: leave it "
+            "out, and each gets a folder of its own\n"
+        )
+
+
+def test_a_sweep_may_name_a_folder_for_each_run(slurm: Slurm, tmp_path: Path) -> None:
+    """In place of the one that the config has for all."""
+    python = stand_in(tmp_path, 'echo "trained $*"')
+    (slurm.folder / "configs/base.yaml").write_text("trainer: {default_root_dir: runs/one}\n")
+    (tmp_path / "sweep.txt").write_text(f"{NAMED} runs/first\n{NAMED}=runs/second\n")
+    arguments = ["configs/base.yaml", "--overrides", str(tmp_path / "sweep.txt"), "--data.batch_size", "8"]
+    numbers = slurm.numbers(slurm.submit("--array=0-1", arguments, python, "sweep.sh"))
+    for job, flag in zip(map(slurm.finished, numbers), (f"{NAMED} runs/first", f"{NAMED}=runs/second"), strict=True):
+        assert job["ExitCode"] == "0:0", job.log
+        assert f"{flag} --data.batch_size 8\n" in job.log
