@@ -62,7 +62,8 @@ class Slurm:
         """Waits for the end of a job."""
         log, deadline = self.log(number), time.monotonic() + timeout_s
         while True:
-            record = self.output(["scontrol", "show", "job", number])
+            records = self.output(["scontrol", "show", "job", number]).split("\n\n")  # of an array, that of each task
+            record = next(record for record in records if record.startswith(f"JobId={number} "))
             if re.search(r"JobState=(COMPLETED|FAILED|CANCELLED|TIMEOUT|NODE_FAIL)", record):
                 return Job(record, log.read_text())
             assert time.monotonic() < deadline, f"{record}\n{log.read_text() if log.exists() else 'no log'}"
