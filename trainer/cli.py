@@ -151,9 +151,11 @@ def _check(args: list[str]) -> int:
     args = [arg for arg in args if arg != "--exact"]
     written = read_command(args)
     from trainer.distributed.exact import check_exact
+    from trainer.distributed.launch import slurm_flags
     from trainer.lightning_cli import run
 
-    return check_exact(run(["fit", *args], written, execute=False))
+    args += slurm_flags({flag.key for flag in written.flags})
+    return check_exact(run(["fit", *args], read_command(args), execute=False))
 
 
 _PLACE_ERRORS = (

@@ -55,6 +55,18 @@ def test_two_nodes_give_the_weights_of_two_local_ranks(slurm: Slurm) -> None:
     assert (first == second).all()
 
 
+def test_the_exactness_check_has_the_ranks_of_its_step(slurm: Slurm) -> None:
+    """As the page of the cluster writes it; the devices of a hardware file give way, as they do to train.sh."""
+    (slurm.folder / "configs/two.yaml").write_text("trainer: {accelerator: cpu, devices: 2}\n")
+    step = ["srun", "--nodes", "2", "--ntasks-per-node", "1", sys.executable, "-m", "trainer", "check", "--exact"]
+    said = slurm.output(
+        [*step, "--config", "configs/pairs.yaml", "--config", "configs/two.yaml"],
+        MASTER_ADDR="127.0.0.1",  # no DNS knows these nodes
+    )
+    assert "2 ranks against 1 process: CosineSimilarity, 15 rows a step" in said
+    assert "exact: pass" in said
+
+
 def test_an_error_of_the_program_fails_the_job_with_its_code(slurm: Slurm) -> None:
     job = slurm.run("--nodes 2", ["configs/pairs.yaml", "--model.learning_rat", "0.1"])
     assert (job["JobState"], job["ExitCode"]) == ("FAILED", "2:0"), job.log

@@ -181,7 +181,7 @@ def check_exact(cli: Any) -> int:
     if trainer.world_size == 1:
         raise ValueError(
             "check --exact compares several ranks with one process, but this config has one rank: add "
-            "--config configs/hardware/cpu2.yaml, or --trainer.devices 2, or run it under srun"
+            "--config configs/hardware/cpu2.yaml, or --trainer.devices 2, or run it as several tasks of srun"
         )
     trainer.callbacks = [check]
     trainer.loggers = []

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import timedelta
 from subprocess import Popen
 from typing import Any, Literal
@@ -81,6 +81,23 @@ def slurm_shape(environ: Mapping[str, str], devices: int | None, nodes: int | No
         if given is not None and given != there:
             raise ValueError(f"{flag} is {given}, but Slurm has started {there}: leave the flag out under srun")
     return found
+
+
+def slurm_flags(given: Collection[str]) -> list[str]:
+    """Devices and nodes of a Trainer in this Slurm step, as the flags that slurm/train.sh gives a fit; none without
+    Slurm.
+
+    Args:
+        given: keys that have a flag already, which wins.
+
+    Raises:
+        ValueError: as `slurm_shape`.
+    """
+    if not SLURMEnvironment.detect():
+        return []
+    devices, nodes = slurm_shape(os.environ, None, None)
+    found = {"trainer.devices": devices, "trainer.num_nodes": nodes}
+    return [f"--{key}={number}" for key, number in found.items() if key not in given]
 
 
 def _take_children(children: Sequence[Popen[bytes]]) -> None:
