@@ -124,10 +124,12 @@ def check_run_directory(parts: Parts) -> str:
 
 def check_backbone(parts: Parts) -> str:
     from trainer.encoder.folder import backbone_folder
+    from trainer.encoder.weights import refuse_broken_weights
 
     teachers = [source.teacher for source in parts.datamodule.validation_sources if source.teacher is not None]
     for spec in (*parts.model.encoder_specs, *teachers):
         if backbone_folder(spec) is not None:
+            refuse_broken_weights(spec)
             continue
         if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
             raise ValueError(

@@ -14,6 +14,7 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ from trainer.encoder.spec import EncoderSpec
 from trainer.encoder.text import TextPreparation, load_text_preparation, position_offset
 from trainer.encoder.trainable import blocks, merged_adapters, restrict
 from trainer.encoder.vocabulary import CompactEmbedding
+from trainer.encoder.weights import refuse_broken_weights
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +66,10 @@ class Encoder(nn.Module):
                 trust_remote_code=spec.trust_remote_code,
                 model_kwargs={"dtype": torch.float32},
             )
-        except pickle.UnpicklingError as error:
+        except (SafetensorError, pickle.UnpicklingError) as error:
+            refuse_broken_weights(spec)
+            if isinstance(error, SafetensorError):
+                raise
             raise ValueError(
                 f"model.encoder.backbone '{spec.backbone}': its weights are a pickle that holds more than tensors, "
                 "which could run code; take a copy in safetensors from someone you trust"

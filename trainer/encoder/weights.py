@@ -1,0 +1,63 @@
+"""The weight files of a backbone's folder: which of them are loaded, and whether they are weights at all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+
+from trainer.encoder.folder import backbone_folder, read_modules
+from trainer.encoder.spec import EncoderSpec
+
+_POINTER = b"version https://git-lfs"
+
+
+def weight_files(spec: EncoderSpec) -> list[list[Path]]:
+    """Files that are loaded for each module of the encoder, the backbone first: of several formats the one that
+    transformers takes. Empty where a module has none, or nothing is here yet."""
+    folder = backbone_folder(spec)
+    return [] if folder is None else [_files_of(folder / module["path"]) for module in read_modules(spec)]
+
+
+def _files_of(folder: Path) -> list[Path]:
+    for whole, index in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
+        if (folder / whole).is_file():
+            return [folder / whole]
+        if (folder / index).is_file():
+            names = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()
+            return [folder / name for name in dict.fromkeys(names)]
+    return []
+
+
+def refuse_broken_weights(spec: EncoderSpec) -> None:
+    """Reads the first bytes of each weight file.
+
+    Raises:
+        ValueError: one is a git-lfs pointer, or was cut short.
+    """
+    for path in (path for files in weight_files(spec) for path in files):
+        if cause := _broken(path):
+            remedy = (
+                "run git lfs pull there, or copy it again"
+                if Path(spec.backbone).is_dir()
+                else f"remove {path.resolve()}, and fetch it again with trainer prepare"
+            )
+            raise ValueError(f"{path} is no weight file ({path.stat().st_size:,} bytes, {cause}); {remedy}")
+
+
+def _broken(path: Path) -> str | None:
+    """What is wrong with a file; None where nothing is, or where transformers says it well."""
+    if not path.is_file():
+        return None
+    with open(path, "rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            return "a git-lfs pointer"
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, "numpy"):
+                pass
+        except SafetensorError:
+            return "cut short or damaged"
+    return None
