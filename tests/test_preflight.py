@@ -10,12 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Dense
 
+from trainer.cli import main
 from trainer.config_files import read_command
 from trainer.demo_data import write_pairs
 from trainer.lightning_cli import Parts
-from trainer.preflight import check_devices, check_space, count_parameters, preflight
+from trainer.manifest import newest, num_bytes, read_state
+from trainer.preflight import check_devices, check_space, preflight
 
 CONFIG = """\
 model:
@@ -111,26 +115,80 @@ def test_a_small_disk(config: str, tmp_path: Path, tiny_encoder: Path) -> None:
     try:
         args = ["--config", config, "--trainer.default_root_dir", str(small / "run")]
         parts = Parts(["fit", *args], read_command(args), execute=False)
+        pooler = 32 * 32 + 32  # saved, but not trained: without moments
         number = sum(tensor.numel() for tensor in load_file(tiny_encoder / "model.safetensors").values())
         with pytest.raises(ValueError) as refused:
             check_space(parts)
         text = str(refused.value)
         assert text.startswith(f"{small} has {shutil.disk_usage(small).free:,} bytes free, ")
-        assert f"of {number:,} parameters need {28 * number:,}; free them" in text
+        saved = 3 * number - 2 * pooler
+        assert f"two checkpoints of {saved:,} numbers and the export of {number:,} need " in text
+        assert f" need {4 * (2 * saved + number):,}; free them" in text
     finally:
         subprocess.run(["umount", small], timeout=20, check=True)
 
 
-def test_parameters_are_counted_in_any_precision_and_format(tmp_path: Path, tiny_encoder: Path) -> None:
-    weights = load_file(tiny_encoder / "model.safetensors")
-    number = sum(tensor.numel() for tensor in weights.values())
-    assert count_parameters(tiny_encoder) == number
-    torch.save(weights, tmp_path / "pytorch_model.bin")
-    assert number <= count_parameters(tmp_path) < 1.5 * number  # a pickle also holds names
-    from safetensors.torch import save_file
+def with_head(encoder: Path, folder: Path) -> str:
+    model = SentenceTransformer(str(encoder), device="cpu")
+    model.append(Dense(32, 16))
+    model.save(str(folder))
+    return str(folder)
 
-    save_file({name: tensor.half() for name, tensor in weights.items()}, tmp_path / "model.safetensors")
-    assert count_parameters(tmp_path) == number
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--model.optimizer", "sgd"],
+        ["--model.encoder.freeze", "1"],
+        ["--model.encoder.lora.r", "4"],
+        ["--model.encoder.backbone", "head", "--model.encoder.lora.r", "4", "--model.encoder.freeze", "1"],
+    ],
+)
+def test_the_space_is_that_of_what_a_fit_writes(
+    config: str, tmp_path: Path, tiny_encoder: Path, flags: list[str]
+) -> None:
+    """Weights and moments of a real checkpoint, and the export, to the number."""
+    with_head(tiny_encoder, tmp_path / "head")
+    args = ["--config", config, "--trainer.devices", "1", "--model.encoder.compact_vocabulary", "off", *flags]
+    parts = Parts(["fit", *args], read_command(args), execute=False)
+    said = check_space(parts)
+    assert main(["fit", *args]) == 0
+    checkpoint = newest(Path("run"))
+    assert checkpoint is not None
+    state = read_state(checkpoint)
+    moments = [[one[name] for name in one if name != "step"] for one in state["optimizer_states"][0]["state"].values()]
+    exported = [load_file(path) for path in Path("run/model").rglob("*.safetensors")]
+    needed = 2 * num_bytes([state["state_dict"], moments]) + num_bytes(exported)
+    headers = 200 if "head" in flags else 0  # the head is counted by its file
+    assert abs(int(said.split()[-2].replace(",", "")) - needed) <= 7 * headers
+
+
+def test_other_variants_of_the_weights_take_no_space(config: str, tmp_path: Path, tiny_encoder: Path) -> None:
+    folder = with_head(tiny_encoder, tmp_path / "head")
+    args = ["--config", config, "--model.encoder.backbone", folder]
+    parts = Parts(["fit", *args], read_command(args), execute=False)
+    needed = [check_space(parts).partition(", ")[2]]
+    for path in sorted((tmp_path / "head").rglob("model.safetensors")):
+        weights = load_file(path)
+        save_file({name: tensor.half() for name, tensor in weights.items()}, path.with_suffix(".fp16.safetensors"))
+        torch.save(weights, path.with_name("pytorch_model.bin"))
+        needed.append(check_space(parts).partition(", ")[2])
+    assert len(needed) == 3
+    assert set(needed) == {needed[0]}
+
+
+def test_a_backbone_that_was_not_fetched_whole(
+    config: str, tiny_encoder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tiny_encoder, "cut")
+    Path("cut/model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    code, said = run(capsys, "--config", config, "--model.encoder.backbone", "cut")
+    assert code == 2
+    assert [name for name, line in said.items() if " FAILED: " in line] == ["backbone"]
+    assert said["backbone"].startswith(
+        "backbone FAILED: cut/model.safetensors is no weight file (42 bytes, a git-lfs pointer); run git lfs pull"
+    )
 
 
 def test_a_library_that_is_not_there(config: str, tmp_path: Path) -> None:

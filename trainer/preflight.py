@@ -13,18 +13,17 @@ import socket
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer.config_files import ConfigError, read_command
 from trainer.run_dir import is_first_rank
 
 if TYPE_CHECKING:
+    from trainer.encoder.spec import EncoderSpec
     from trainer.lightning_cli import Parts
 
 LIBRARIES = ("torch", "lightning", "transformers", "sentence_transformers", "datasets")
-# Of a parameter: the weight and AdamW's two moments, in float32; the export holds the weight alone.
-CHECKPOINT_BYTES, EXPORT_BYTES = 12, 4
+BYTES = 4  # of a weight or a moment: all are float32
 
 
 def preflight(args: Sequence[str]) -> int:
@@ -144,18 +143,22 @@ def check_space(parts: Parts) -> str:
     """Two checkpoints, since the older one goes when the newer one is whole, and the export."""
     from trainer.encoder.folder import backbone_folder
 
-    folders = {backbone_folder(spec) for spec in parts.model.encoder_specs}  # two routes may be of one
-    counted = [count_parameters(folder) if folder else 0 for folder in folders]
-    num_parameters = sum(counted)
-    if not all(counted):
+    specs = parts.model.encoder_specs
+    if not all(map(backbone_folder, specs)):
         return "not known before the backbone is here"
-    needed = (2 * CHECKPOINT_BYTES + EXPORT_BYTES) * num_parameters
+    num_moments = 2 if parts.model.optimizer_name == "adamw" else 0
+    try:
+        written = [count_written(spec, num_moments) for spec in specs]
+    except (AttributeError, RuntimeError):
+        return "not known for this architecture"
+    in_checkpoint, in_export = map(sum, zip(*written, strict=True))
+    needed = BYTES * (2 * in_checkpoint + in_export)
     place = next(path for path in (parts.run_dir, *parts.run_dir.absolute().parents) if path.exists())
     free = shutil.disk_usage(place).free
     if free < needed:
         raise ValueError(
-            f"{place} has {free:,} bytes free, two checkpoints and the export of {num_parameters:,} parameters need "
-            f"{needed:,}; free them, or name another place: --trainer.default_root_dir"
+            f"{place} has {free:,} bytes free, two checkpoints of {in_checkpoint:,} numbers and the export of "
+            f"{in_export:,} need {needed:,}; free them, or name another place: --trainer.default_root_dir"
         )
     return f"{free:,} bytes free in {place}, {needed:,} needed"
 
@@ -189,18 +192,23 @@ def check_data(parts: Parts) -> str:
     return f"{num_files} files of {num_bytes:,} bytes{hub}"
 
 
-def count_parameters(folder: Path) -> int:
-    """Parameters in the weight files of a model folder, without reading the weights."""
-    from safetensors import safe_open
+def count_written(spec: EncoderSpec, num_moments: int) -> tuple[int, int]:
+    """Numbers in a checkpoint and in the export, counted without weights. What of the embedding matrix no text uses is
+    counted too, for that takes the data.
 
-    total = 0
-    for path in folder.rglob("*.safetensors"):
-        with safe_open(path, "numpy") as file:
-            for name in file.keys():  # noqa: SIM118 - no mapping
-                size = 1
-                for length in file.get_slice(name).get_shape():
-                    size *= length
-                total += size
-    if total:
-        return total
-    return sum(path.stat().st_size for path in folder.rglob("pytorch_model*.bin")) // 4  # float32, as most were saved
+    Raises:
+        ValueError: transformers has no such architecture, or not the layers that ``spec`` names.
+        AttributeError, RuntimeError: the architecture can't be built without weights.
+    """
+    from trainer.encoder.size import meta_backbone
+    from trainer.encoder.weights import weight_files
+
+    parameters = list(meta_backbone(spec).parameters())
+    num_trained = sum(p.numel() for p in parameters if p.requires_grad)
+    num_all = sum(p.numel() for p in parameters)
+    num_adapters = num_trained if spec.lora is not None else 0  # added to the weights that stay
+    # As BaseWeights: what stays as the folder has it is not saved.
+    num_saved = num_all if spec.lora is None and spec.freeze is None else num_trained
+    heads = (path for files in weight_files(spec)[1:] for path in files)
+    num_head = sum(path.stat().st_size for path in heads) // BYTES
+    return num_saved + num_moments * num_trained + (1 + num_moments) * num_head, num_all - num_adapters + num_head
