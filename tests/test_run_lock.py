@@ -1,11 +1,13 @@
 """Two processes never share a run directory; a dead one is no obstacle. Real processes die here."""
 
+import errno
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -106,3 +108,84 @@ def test_slurm_is_asked_about_a_job(
     else:
         with pytest.raises(ConfigError, match="Slurm job 78; wait for it"):
             take_lock(run_dir, {})
+
+
+# No file system without hard links can be mounted everywhere: the call is refused as such a one does.
+WITHOUT_LINKS = """
+def refuse(*_):
+    raise OSError(int(sys.argv[2]), "no hard links")
+os.link = refuse
+"""
+CONTEST = f"""
+import os, sys
+from pathlib import Path
+from trainer.config_files import ConfigError
+from trainer.run_lock import take_lock
+{WITHOUT_LINKS}
+print("ready", flush=True)
+sys.stdin.readline()
+try:
+    take_lock(Path(sys.argv[1]), {{}})
+    print("held", flush=True)
+except ConfigError as error:
+    print(error, flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.mark.timeout(100)
+@pytest.mark.parametrize("code", [errno.ENOTSUP, errno.ENOSYS, errno.EPERM])
+def test_without_hard_links_one_of_many_gets_it(tmp_path: Path, code: int) -> None:
+    """All start at once; the others name the one who has it, whatever they read of its lock."""
+    command = [sys.executable, "-c", CONTEST, str(tmp_path), str(code)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(command, **pipes) for _ in range(4)]  # type: ignore[call-overload]
+    try:
+        assert [process.stdout.readline() for process in processes] == ["ready\n"] * 4
+        for process in processes:
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        said = [process.stdout.readline() for process in processes]
+        assert said.count("held\n") == 1, said
+        holder = processes[said.index("held\n")].pid
+        assert (
+            sum(f"is in use by process {holder} on {socket.gethostname()}; wait for it" in line for line in said) == 3
+        )
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait(10)
+    said_of_dead = take_lock(tmp_path, {})
+    assert said_of_dead is not None
+    assert f"taken over from process {holder} on" in said_of_dead
+    assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
+    release_lock(tmp_path, {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_error_of_a_link_is_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr(os, "link", refuse)
+    with pytest.raises(OSError, match="quota"):
+        take_lock(tmp_path, {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_that_is_being_written_is_waited_for(tmp_path: Path) -> None:
+    lock_of(tmp_path)
+    lock = tmp_path / FILE_NAME
+    text = lock.read_text()
+    lock.write_text(text[:20])
+    writer = threading.Timer(0.5, lock.write_text, [text])
+    writer.start()
+    with pytest.raises(ConfigError, match="is in use by process 1 on elsewhere"):
+        take_lock(tmp_path, {})
+    writer.join()
+
+
+def test_a_lock_that_nobody_finishes_is_left_to_the_user(tmp_path: Path) -> None:
+    (tmp_path / FILE_NAME).touch()
+    with pytest.raises(ConfigError, match=r"nobody here can tell .* if it has ended, remove .*run.lock"):
+        take_lock(tmp_path, {})

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
 import subprocess
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from trainer.config_files import ConfigError
 FILE_NAME = "run.lock"
 # Of a Slurm job that has ended, or that waits to start again.
 _NOT_RUNNING = {"PENDING", "REQUEUED", "SPECIAL_EXIT", "REQUEUE_HOLD", "REQUEUE_FED"}
+# What a file system says that has no hard links: vfat, many of FUSE, some network mounts.
+_NO_LINKS = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM}
 
 
 def take_lock(run_dir: Path, environ: Mapping[str, str]) -> str | None:
@@ -32,7 +36,7 @@ def take_lock(run_dir: Path, environ: Mapping[str, str]) -> str | None:
         own = run_dir / f".{FILE_NAME}.{mine['host']}.{os.getpid()}"
         own.write_text(json.dumps(mine), encoding="utf-8")
         try:
-            os.link(own, lock)  # whole at once, and only where there is none; on NFS too
+            _put(own, lock)
         except FileExistsError:
             holder = _read(lock)
             if holder is None:
@@ -62,6 +66,17 @@ def release_lock(run_dir: Path, environ: Mapping[str, str]) -> None:
         lock.unlink(missing_ok=True)
 
 
+def _put(own: Path, lock: Path) -> None:
+    """Make ``lock`` hold what ``own`` holds; raises FileExistsError where there is one."""
+    try:
+        os.link(own, lock)  # whole at once; on NFS too
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        with open(lock, "xb") as file:  # there at once, and written a moment later: _read waits for it
+            file.write(own.read_bytes())
+
+
 def _describe(environ: Mapping[str, str]) -> dict[str, Any]:
     job = environ.get("SLURM_JOB_ID")
     restart = int(environ.get("SLURM_RESTART_COUNT") or 0)
@@ -79,12 +94,16 @@ def _start_time(pid: int) -> str | None:
 
 
 def _read(lock: Path) -> dict[str, Any] | None:
-    try:
-        return dict(json.loads(lock.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError):
-        return {"host": "?", "pid": 0, "started": None, "job": None, "restart": 0}
+    for wait_s in (0.1, 0.3, 1.0, 3.0, 0.0):  # it may be half written where there are no links
+        try:
+            return dict(json.loads(lock.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+        except OSError:
+            break
+        except ValueError:
+            time.sleep(wait_s)
+    return {"host": "?", "pid": 0, "started": None, "job": None, "restart": 0}
 
 
 def _is_alive(holder: Mapping[str, Any], mine: Mapping[str, Any]) -> bool | None:
