@@ -96,6 +96,15 @@ def test_what_is_wrong_is_named(
     assert sentence in failed[check]
 
 
+def test_a_path_with_credentials(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    place = "https://bob:SECRET1@host/x.jsonl?token=SECRET2"
+    code = preflight(["--config", config, "--data.train.path", place])
+    said = capsys.readouterr().out
+    assert code == 2
+    assert "data FAILED: https://[redacted]@host/x.jsonl" in said
+    assert "SECRET" not in said
+
+
 def test_tasks_and_devices_differ(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = Parts(["fit", "--config", config], read_command(["--config", config]), execute=False)
     monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "4")

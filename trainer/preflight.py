@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from trainer.config_files import ConfigError, read_command
 from trainer.run_dir import is_first_rank
+from trainer.tracking.redact import redact_arguments, redact_credentials
 
 if TYPE_CHECKING:
     from trainer.encoder.spec import EncoderSpec
@@ -30,8 +31,6 @@ def preflight(args: Sequence[str]) -> int:
     """Checks this node for ``trainer fit ARGS`` and prints a line per check; 0, or 2 where one failed."""
     node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     if is_first_rank(os.environ):
-        from trainer.tracking.redact import redact_arguments
-
         print(f"preflight {node}: {shlex.join(['trainer', 'fit', *redact_arguments(args)])}", flush=True)
     if not _report(node, "imports", _check_imports):
         return 2
@@ -55,7 +54,7 @@ def _report(node: str, name: str, check: Callable[[], str]) -> bool:
         verdict, passed = f"ok: {check()}", True
     except (ConfigError, ValueError) as error:
         verdict, passed = f"FAILED: {error}", False
-    print(f"preflight {node}: {name} {verdict}", flush=True)
+    print(f"preflight {node}: {name} {redact_credentials(verdict)}", flush=True)
     return passed
 
 
