@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from trainer import run_lock
 from trainer.config_files import ConfigError
 from trainer.run_lock import FILE_NAME, release_lock, take_lock
 
@@ -47,6 +48,28 @@ def test_second_is_refused_and_a_dead_one_is_taken_over(tmp_path: Path) -> None:
     assert take_lock(tmp_path, {}) is None  # the same process once more
     assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
     (tmp_path / FILE_NAME).unlink()
+
+
+def test_a_lock_that_another_has_taken_over_meanwhile_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both have read that the old holder is dead; a real process holds it by the time that this one moves it away."""
+    lock_of(tmp_path, host=socket.gethostname(), pid=2**22 + 1)
+    others: list[subprocess.Popen] = []
+    judge = run_lock._is_alive
+
+    def judge_slowly(*args: dict) -> bool | None:
+        verdict = judge(*args)
+        if not others:
+            others.append(hold(tmp_path))
+        return verdict
+
+    monkeypatch.setattr(run_lock, "_is_alive", judge_slowly)
+    try:
+        with pytest.raises(ConfigError, match=r"is in use by process"):
+            take_lock(tmp_path, {})
+        assert json.loads((tmp_path / FILE_NAME).read_text())["pid"] == others[0].pid
+    finally:
+        others[0].kill()
+        others[0].wait(10)
 
 
 def test_only_the_holder_releases(tmp_path: Path) -> None:
@@ -119,6 +142,7 @@ os.link = refuse
 CONTEST = f"""
 import os, sys
 from pathlib import Path
+from trainer import run_lock
 from trainer.config_files import ConfigError
 from trainer.run_lock import take_lock
 {WITHOUT_LINKS}

@@ -51,6 +51,9 @@ def take_lock(run_dir: Path, environ: Mapping[str, str]) -> str | None:
                 os.replace(lock, aside)  # of two who try, one succeeds
             except FileNotFoundError:
                 continue
+            if _read(aside) != holder:  # another has taken it over since it was read, and lives
+                os.replace(aside, lock)
+                continue
             aside.unlink()
             said = f"{lock}: taken over from {_who(holder)}, which has ended"
         else:
