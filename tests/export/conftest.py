@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +41,25 @@ LOG = [
     },
     {"step": 4, "train/loss": 0.25, "train/lr": 1e-3},
 ]
+
+
+# sentence-transformers 5 with what it imports, where that is another version than ours or is not installed.
+VERSION_5 = [
+    "sentence-transformers==5.1.2",
+    "transformers==4.57.1",
+    "tokenizers==0.22.1",
+    "datasets==3.6.0",
+    "huggingface_hub==0.36.2",
+    "fsspec==2025.3.0",
+    "pillow==13.0.0",
+]
+
+
+def install(site: Path, packages: list[str]) -> Path:
+    """Packages without what they need, in a folder for PYTHONPATH."""
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(site)]
+    subprocess.run([*command, *packages], check=True, timeout=200)
+    return site
 
 
 @dataclass

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
 
-from tests.export.conftest import TEXTS, Bench
+from tests.export.conftest import TEXTS, VERSION_5, Bench, install
 from trainer.cli import main
 from trainer.export.legacy import rewrite_as_legacy
 
@@ -59,10 +59,7 @@ def test_this_version_loads_it(legacy: tuple[Path, np.ndarray]) -> None:
 @pytest.mark.slow
 def test_version_5_loads_it(legacy: tuple[Path, np.ndarray], tmp_path: Path) -> None:
     """The real one, with the transformers, datasets and hub client of its time, in a process of its own."""
-    site = tmp_path / "site"
-    packages = ["sentence-transformers==5.1.2", "transformers==4.57.1", "tokenizers==0.22.1", "datasets==3.6.0"]
-    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(site)]
-    subprocess.run([*command, *packages, "huggingface_hub==0.36.2", "fsspec==2025.3.0"], check=True, timeout=200)
+    site = install(tmp_path / "site", VERSION_5)
     folder, embeddings = legacy
     code = (
         "import json, sys, sentence_transformers as st; m = st.SentenceTransformer(sys.argv[1], device='cpu');"

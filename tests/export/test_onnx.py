@@ -17,7 +17,7 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 
-from tests.export.conftest import TEXTS, Bench
+from tests.export.conftest import TEXTS, VERSION_5, Bench, install
 from trainer.cli import main
 from trainer.demo_data import read_pairs
 from trainer.demo_encoder import write_encoder
@@ -116,11 +116,7 @@ def test_other_backbones(bench: Bench, tmp_path: Path, kind: Any) -> None:
 @pytest.mark.slow
 def test_version_5_runs_the_graph(exported: tuple[Path, np.ndarray], tmp_path: Path) -> None:
     """``SentenceTransformer(folder, backend="onnx")``: the newest generation that optimum-onnx 0.1.0 fits."""
-    site = tmp_path / "site"
-    packages = ["sentence-transformers==5.1.2", "transformers==4.57.1", "tokenizers==0.22.1", "datasets==3.6.0"]
-    packages += ["huggingface_hub==0.36.2", "fsspec==2025.3.0", "optimum==2.1.0", "optimum-onnx==0.1.0"]
-    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(site)]
-    subprocess.run([*command, *packages], check=True, timeout=200)
+    site = install(tmp_path / "site", [*VERSION_5, "optimum==2.1.0", "optimum-onnx==0.1.0"])
     folder, embeddings = exported
     (folder / "model.safetensors").rename(folder / "not-read")  # so that the graph must be what runs
     code = (
