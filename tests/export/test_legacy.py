@@ -7,13 +7,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from sentence_transformers import SentenceTransformer
+from transformers import AutoConfig, PretrainedConfig
 
 from tests.export.conftest import TEXTS, VERSION_5, Bench, install
 from trainer.cli import main
+from trainer.demo_encoder import write_encoder
 from trainer.export.legacy import rewrite_as_legacy
 
 # As sentence-transformers 5.1.2 writes them for all-MiniLM-L6-v2.
@@ -56,11 +60,74 @@ def test_this_version_loads_it(legacy: tuple[Path, np.ndarray]) -> None:
     np.testing.assert_allclose(model.encode(TEXTS), embeddings, atol=1e-5)
 
 
-@pytest.mark.slow
-def test_version_5_loads_it(legacy: tuple[Path, np.ndarray], tmp_path: Path) -> None:
-    """The real one, with the transformers, datasets and hub client of its time, in a process of its own."""
-    site = install(tmp_path / "site", VERSION_5)
-    folder, embeddings = legacy
+ROTARY: dict[str, dict[str, Any]] = {
+    "qwen3": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+    "modernbert": {
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 500.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+        },
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        *ROTARY.items(),
+        ("qwen3", {"rope_parameters": {"rope_type": "linear", "rope_theta": 2e4, "factor": 4.0}}),
+        ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 2e4, "partial_rotary_factor": 0.5}}),
+        ("gemma3_text", {"rope_parameters": ROTARY["modernbert"]["rope_parameters"]}),
+        ("bert", {}),
+    ],
+)
+def test_rotary_positions_stand_in_the_older_keys(tmp_path: Path, kind: str, settings: dict[str, Any]) -> None:
+    """transformers 5 reads them where the newer ones, which 4 does not know, are missing."""
+    wanted = AutoConfig.for_model(kind, num_hidden_layers=3, **settings)
+    config = as_legacy(tmp_path, wanted)
+    assert getattr(AutoConfig.from_pretrained(tmp_path), "rope_parameters", None) == config.get("rope_parameters")
+    newer = {"rope_parameters", *(["layer_types"] if kind == "modernbert" else [])}
+    (tmp_path / "config.json").write_text(json.dumps({key: config[key] for key in config.keys() - newer}))
+    found = AutoConfig.from_pretrained(tmp_path)
+    for name in newer:
+        assert getattr(found, name, None) == getattr(wanted, name, None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "told"),
+    [
+        ("modernbert", {"layer_types": ["sliding_attention", "full_attention"]}, r"lets each n-th layer .*\['slid"),
+        ("olmo3", {"rope_parameters": ROTARY["modernbert"]["rope_parameters"]}, r"rotary positions of this 'olmo3', "),
+    ],
+)
+def test_what_transformers_4_cannot_be_told_is_refused(
+    tmp_path: Path, kind: str, settings: dict[str, Any], told: str
+) -> None:
+    config = AutoConfig.for_model(kind, num_hidden_layers=2, **settings)
+    with pytest.raises(ValueError, match=rf"--legacy: transformers 4, .*{told}.*; export without it"):
+        as_legacy(tmp_path, config)
+
+
+def as_legacy(folder: Path, config: PretrainedConfig) -> dict[str, Any]:
+    """Its config.json, in the older layout; no weights."""
+    module = {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.base.modules.transformer.Transformer"}
+    contents = {"modules.json": [module], "sentence_bert_config.json": {}, "tokenizer_config.json": {}}
+    for name, content in contents.items():
+        (folder / name).write_text(json.dumps(content))
+    config.save_pretrained(folder)
+    rewrite_as_legacy(folder, 10)
+    return json.loads((folder / "config.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """sentence-transformers 5, with the transformers, datasets and hub client of its time."""
+    return install(tmp_path_factory.mktemp("site"), VERSION_5)
+
+
+def encode_by(site: Path, folder: Path) -> tuple[str, np.ndarray]:
+    """Version and longest text, and the embeddings of TEXTS, in a process of its own."""
     code = (
         "import json, sys, sentence_transformers as st; m = st.SentenceTransformer(sys.argv[1], device='cpu');"
         "print(st.__version__, m.max_seq_length); print(json.dumps(m.encode(json.loads(sys.argv[2])).tolist()))"
@@ -74,8 +141,34 @@ def test_version_5_loads_it(legacy: tuple[Path, np.ndarray], tmp_path: Path) -> 
         timeout=200,
     )
     *_, version, found = done.stdout.splitlines()
+    return version, np.array(json.loads(found))
+
+
+@pytest.mark.slow
+def test_version_5_loads_it(legacy: tuple[Path, np.ndarray], site: Path) -> None:
+    folder, embeddings = legacy
+    version, found = encode_by(site, folder)
     assert version == "5.1.2 24"
-    np.testing.assert_allclose(json.loads(found), embeddings, atol=1e-5)
+    np.testing.assert_allclose(found, embeddings, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ROTARY)
+def test_version_5_finds_the_rotary_positions(bench: Bench, tmp_path: Path, site: Path, kind: Any) -> None:
+    """With weights so large that a piece attends to few others: where it attends to all alike, no position matters."""
+    texts = [pair.sentence1 for pair in bench.pairs] + TEXTS
+    backbone = write_encoder(tmp_path / "base", texts, hidden=32, layers=3, kind=kind)
+    path = backbone / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | ROTARY[kind]))
+    model: Any = SentenceTransformer(str(backbone), device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4.0 if parameter.dim() > 1 else 1.0)
+    model.save_pretrained(str(backbone))
+    run = bench.write_run(f"rotary-{kind}", {"backbone": str(backbone)})
+    assert main(["export", str(run.folder), str(tmp_path / "model"), "--legacy"]) == 0
+    _, found = encode_by(site, tmp_path / "model")
+    np.testing.assert_allclose(found, run.embed(TEXTS).numpy(), atol=1e-4)
 
 
 def test_what_older_versions_do_not_have_is_refused(tmp_path: Path) -> None:

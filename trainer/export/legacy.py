@@ -1,4 +1,5 @@
-"""The layout of folders that sentence-transformers 3 to 5 load: 6 moved its modules and renamed their settings."""
+"""The layout of folders that sentence-transformers 3 to 5 load: 6 moved its modules and renamed their settings, and
+transformers 5, which it needs, renamed some of the backbone's and the tokenizer's."""
 
 from __future__ import annotations
 
@@ -19,6 +20,11 @@ _POOLING_MODES = {
 _DENSE = ("in_features", "out_features", "bias", "activation_function")
 # transformers 4 has no class of this name; both read tokenizer.json alone.
 _TOKENIZER_CLASSES = {"TokenizersBackend": "PreTrainedTokenizerFast"}
+# Where rotary positions differ by type of layer: transformers 4's names of their bases. Elsewhere it is rope_theta.
+_ROPE_BASES = {
+    "modernbert": {"full_attention": "global_rope_theta", "sliding_attention": "local_rope_theta"},
+    "gemma3_text": {"full_attention": "rope_theta", "sliding_attention": "rope_local_base_freq"},
+}
 
 
 def rewrite_as_legacy(folder: Path, max_length: int, flag: str = "--legacy") -> None:
@@ -29,7 +35,8 @@ def rewrite_as_legacy(folder: Path, max_length: int, flag: str = "--legacy") -> 
         flag: what asked for it.
 
     Raises:
-        ValueError: it has a module that older versions do not have, or settings that they do not know.
+        ValueError: it has a module that older versions do not have, or settings that they or transformers 4 do not
+            know.
     """
     modules = _read(folder / "modules.json")
     for module in modules:
@@ -43,6 +50,8 @@ def rewrite_as_legacy(folder: Path, max_length: int, flag: str = "--legacy") -> 
         if name == "Transformer":
             lowers = bool(_read(own / "sentence_bert_config.json").get("do_lower_case"))
             _write(own / "sentence_bert_config.json", {"max_seq_length": max_length, "do_lower_case": lowers})
+            config = _read(own / "config.json")
+            _write(own / "config.json", config | _rotary(config, flag) | _window_pattern(config, flag))
             _rewrite_tokenizer(own / "tokenizer_config.json")
         elif name == "Pooling":
             _write(own / "config.json", _pooling(_read(own / "config.json")))
@@ -62,6 +71,39 @@ def _pooling(config: dict[str, Any]) -> dict[str, Any]:
         **{key: mode in chosen for mode, key in _POOLING_MODES.items()},
         "include_prompt": config["include_prompt"],
     }
+
+
+def _rotary(config: dict[str, Any], flag: str) -> dict[str, Any]:
+    """What rope_parameters says in the keys of transformers 4, which takes its defaults where it finds none of them."""
+    rope = config.get("rope_parameters") or {}
+    by_layer = {layer: one for layer, one in rope.items() if isinstance(one, dict)}
+    if by_layer:
+        kind = config["model_type"]
+        names = _ROPE_BASES.get(kind, {})
+        if by_layer.keys() != names.keys() or any(one["rope_type"] != "default" for one in by_layer.values()):
+            raise ValueError(
+                f"{flag}: transformers 4, which sentence-transformers 3 to 5 need, can't be told the rotary positions "
+                f"of this '{kind}', {rope}; export without it"
+            )
+        return {names[layer]: one["rope_theta"] for layer, one in by_layer.items()}
+    found = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+    if rope.get("rope_type", "default") != "default":
+        found["rope_scaling"] = {key: value for key, value in rope.items() if key not in found}
+    return found
+
+
+def _window_pattern(config: dict[str, Any], flag: str) -> dict[str, Any]:
+    """Which layers of a ModernBERT see the whole text; transformers 4 knows no layer_types of it, only each n-th."""
+    if config["model_type"] != "modernbert":
+        return {}
+    sees_all = [layer == "full_attention" for layer in config["layer_types"]]
+    every = next((i for i, whole in enumerate(sees_all) if i and whole), len(sees_all))
+    if sees_all != [i % every == 0 for i in range(len(sees_all))]:
+        raise ValueError(
+            f"{flag}: transformers 4, which sentence-transformers 3 to 5 need, lets each n-th layer of a 'modernbert' "
+            f"see the whole text, and of this one others do: {config['layer_types']}; export without it"
+        )
+    return {"global_attn_every_n_layers": every}
 
 
 def _rewrite_tokenizer(path: Path) -> None:
