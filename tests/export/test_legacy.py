@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from tests.export.conftest import TEXTS, VERSION_5, Bench, install
 from trainer.cli import main
@@ -31,13 +32,18 @@ POOLING_KEYS = {
     "pooling_mode_lasttoken",
     "include_prompt",
 }
+SPECIAL = ["doctor", "car"]  # pieces of the vocabulary, so that they have rows
 TYPES = [f"sentence_transformers.models.{name}" for name in ("Transformer", "Pooling", "Normalize")]
 
 
 @pytest.fixture(scope="module")
 def legacy(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray]:
-    """A folder, and the embeddings it must give."""
-    run, out = bench.write_run("legacy", {"normalize": True, "max_length": 24}), tmp_path_factory.mktemp("out")
+    """A folder, and the embeddings it must give; its tokenizer has special tokens beside the named ones."""
+    out = tmp_path_factory.mktemp("out")
+    tokenizer = AutoTokenizer.from_pretrained(shutil.copytree(bench.backbone, out / "base"))
+    tokenizer.add_special_tokens({"extra_special_tokens": SPECIAL})
+    tokenizer.save_pretrained(out / "base")
+    run = bench.write_run("legacy", {"backbone": str(out / "base"), "normalize": True, "max_length": 24})
     assert main(["export", str(run.folder), str(out / "model"), "--legacy"]) == 0
     return out / "model", run.embed(TEXTS).numpy()
 
@@ -51,12 +57,16 @@ def test_the_folder_is_as_older_versions_write_it(legacy: tuple[Path, np.ndarray
     assert pooling.keys() == POOLING_KEYS
     assert [key for key, value in pooling.items() if value is True] == ["pooling_mode_mean_tokens", "include_prompt"]
     assert pooling["word_embedding_dimension"] == embeddings.shape[1]
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    assert tokenizer["additional_special_tokens"] == SPECIAL
+    assert "extra_special_tokens" not in tokenizer
 
 
 def test_this_version_loads_it(legacy: tuple[Path, np.ndarray]) -> None:
     folder, embeddings = legacy
     model = SentenceTransformer(str(folder), device="cpu")
     assert model.max_seq_length == 24
+    assert model.tokenizer.extra_special_tokens == SPECIAL
     np.testing.assert_allclose(model.encode(TEXTS), embeddings, atol=1e-5)
 
 

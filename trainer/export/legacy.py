@@ -109,7 +109,11 @@ def _window_pattern(config: dict[str, Any], flag: str) -> dict[str, Any]:
 def _rewrite_tokenizer(path: Path) -> None:
     config = _read(path)
     name = config.get("tokenizer_class")
-    _write(path, config | {"tokenizer_class": _TOKENIZER_CLASSES.get(name, name)})
+    config["tokenizer_class"] = _TOKENIZER_CLASSES.get(name, name)
+    # transformers 4 has another thing of this name, tokens by their attributes, and fails at a list.
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    _write(path, config)
 
 
 def _read(path: Path) -> Any:
