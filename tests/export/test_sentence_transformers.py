@@ -82,7 +82,7 @@ def test_dense_module_is_trained_and_kept(bench: Any, tmp_path: Path) -> None:
 def test_prompt_of_the_config_becomes_the_default(bench: Any, tmp_path: Path, include_prompt: bool) -> None:
     base = SentenceTransformer(str(bench.backbone), device="cpu")
     base.set_pooling_include_prompt(include_prompt)
-    base.prompts = {"query": "", "old": "At the hotel: "}
+    base.prompts = {"query": "the doctor ", "document": "", "old": "At the hotel: "}
     base.default_prompt_name = "old"
     base.save_pretrained(str(tmp_path / "base"), create_model_card=False)
     spec = {"backbone": str(tmp_path / "base"), "prompt": "the teacher: "}
@@ -98,13 +98,21 @@ def test_prompt_of_the_config_becomes_the_default(bench: Any, tmp_path: Path, in
 
 
 def test_prompt_of_the_folder_is_kept_or_switched_off(bench: Any, tmp_path: Path) -> None:
+    """Its default goes before queries and documents too, as in training; without one its other prompts stay."""
     base = SentenceTransformer(str(bench.backbone), device="cpu")
-    base.prompts, base.default_prompt_name = {"query": "at night: ", "document": ""}, "query"
-    base.save_pretrained(str(tmp_path / "base"), create_model_card=False)
-    for name, prompt, default in (("kept", None, "query"), ("off", "", None)):
-        run = bench.write_run(f"folder-prompt-{name}", {"backbone": str(tmp_path / "base"), "prompt": prompt})
+    for folder, default in (("with", "query"), ("without", None)):
+        base.prompts, base.default_prompt_name = {"query": "at night: ", "document": ""}, default
+        base.save_pretrained(str(tmp_path / folder), create_model_card=False)
+    for name, folder, prompt, expected in (
+        ("kept", "with", None, ["at night: "] * 3),
+        ("off", "with", "", ["", "", ""]),
+        ("unset", "without", None, ["", "at night: ", ""]),
+    ):
+        run = bench.write_run(f"folder-prompt-{name}", {"backbone": str(tmp_path / folder), "prompt": prompt})
         export_run(run.folder, tmp_path / name)
-        assert assert_same_embeddings(run, tmp_path / name).default_prompt_name == default
+        model = assert_same_embeddings(run, tmp_path / name)
+        for encode, put in zip((model.encode, model.encode_query, model.encode_document), expected, strict=True):
+            np.testing.assert_array_equal(encode(TEXTS), model.encode(TEXTS, prompt=put))
 
 
 def test_prompts_of_columns_become_those_of_queries_and_documents(bench: Any, tmp_path: Path) -> None:

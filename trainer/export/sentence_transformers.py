@@ -85,7 +85,9 @@ def export_run(source: Path, out: Path, legacy: bool = False, onnx: bool = False
     )
     with module.encoder.as_sentence_transformer() as model:
         if isinstance(module.encoder, Encoder):  # towers have set theirs
-            _set_prompt(model, module.encoder_spec.prompt)
+            prompt = module.encoder.text.prompt
+            if prompt or module.encoder_spec.prompt is not None:  # else nobody chose one, and the folder's stay
+                _set_prompt(model, prompt)
         parts = list(module.encoder.parts.values())
         before = {"query": parts[0].text.prompt, "document": parts[-1].text.prompt}
         _set_column_prompts(model, before, data.train_sources)
@@ -200,17 +202,11 @@ def _reason(chosen: str, checkpoint: dict[str, Any], config: dict[str, Any]) -> 
 # -- writing the folder -----------------------------------------------------------------------------------
 
 
-def _set_prompt(model: SentenceTransformer, prompt: str | None) -> None:
-    """Make the prompt that training put before every text the default; None keeps what the backbone said."""
-    if prompt is None:
-        return
-    if not prompt:
-        model.default_prompt_name = None
-        return
+def _set_prompt(model: SentenceTransformer, prompt: str) -> None:
+    """Make what training put before every text that of queries, documents and all other texts."""
     # encode_query and encode_document take their own entry even if it is empty, never the default.
-    empty = {name: prompt for name in ("query", "document") if not model.prompts.get(name)}
-    model.prompts = {**model.prompts, **empty, "default": prompt}
-    model.default_prompt_name = "default"
+    model.prompts |= {"query": prompt, "document": prompt} | ({"default": prompt} if prompt else {})
+    model.default_prompt_name = "default" if prompt else None
 
 
 def _set_column_prompts(model: SentenceTransformer, before: Mapping[str, str], sources: Sequence[Source]) -> None:
