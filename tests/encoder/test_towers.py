@@ -125,6 +125,19 @@ def test_a_route_as_a_model_of_its_own_keeps_its_prompt(folder: Path, demo_texts
         assert_close(torch.tensor(encode(demo_texts[:4])), torch.tensor(expected), rtol=0.0, atol=1e-5)
 
 
+def test_a_route_takes_the_prompt_of_its_own_name_alone(folder: Path, demo_texts: list[str], tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    path = tmp_path / "model" / "config_sentence_transformers.json"
+    prompts = {"prompts": {"passage": "at night "}, "default_prompt_name": "passage"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | prompts))
+    peer = SentenceTransformer(str(tmp_path / "model"), device="cpu")
+    for route, encode in (("query", peer.encode_query), ("document", peer.encode_document)):
+        alone = Encoder(EncoderSpec(str(tmp_path / "model"), route=route), WHOLE).eval()
+        with torch.no_grad():
+            ours = alone.embed(pack_texts(alone.text(demo_texts[:4])))
+        assert_close(ours, torch.tensor(encode(demo_texts[:4])), rtol=0.0, atol=1e-5)
+
+
 def test_texts_of_two_tokenizers_are_never_equal(specs: tuple[EncoderSpec, EncoderSpec]) -> None:
     """By their pieces they could be: numbers of two vocabularies. With one tokenizer and prompt they are compared."""
     text = load_texts(*specs)

@@ -113,6 +113,25 @@ def test_a_task_is_a_tower_or_a_prompt(
     assert "holds the embeddings of another run" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("prompts", "default"),
+    [({"find": "At night: "}, "find"), ({"query": "find: ", "passage": "At night: "}, None)],
+    ids=["default", "passage"],
+)
+def test_a_task_takes_the_prompt_of_its_own_name_alone(
+    tiny_encoder: Path, corpus: Path, tmp_path: Path, prompts: dict[str, str], default: str | None
+) -> None:
+    folder = shutil.copytree(tiny_encoder, tmp_path / "model")
+    config = json.loads((folder / "config_sentence_transformers.json").read_text())
+    config |= {"prompts": prompts, "default_prompt_name": default}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(config))
+    peer, texts = SentenceTransformer(str(folder), device="cpu"), texts_of(corpus)
+    for task, encode in (("query", peer.encode_query), ("document", peer.encode_document), (None, peer.encode)):
+        out, flags = tmp_path / f"out-{task}", ["--task", task] if task else []
+        assert run(folder, corpus, out, *flags, "--format", "npy") == 0
+        assert_allclose(np.concatenate(list(open_shards(out)[0].pieces())), encode(texts), atol=1e-5)
+
+
 def embed_here(model: str, corpus: str, out: str, cache: str) -> int:
     """One rank's part of a corpus, into npy shards of 30 rows."""
     rows = load(Source(corpus, {"text": "body"}), Path(cache))

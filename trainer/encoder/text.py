@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -23,8 +23,7 @@ _OFFSET_MODEL_TYPES = frozenset({"roberta", "xlm-roberta", "camembert", "mpnet"}
 # A tokenizer holds the length it truncates to, and columns, sources and threads share one.
 _one_at_a_time = threading.Lock()
 
-# Task -> names that models give its prompt, as encode_query and encode_document look for them.
-TASK_PROMPTS = {"query": ("query",), "document": ("document", "passage", "corpus")}
+TASKS = ("query", "document")
 
 
 @dataclass
@@ -169,11 +168,19 @@ def load_text_preparation(spec: EncoderSpec) -> TextPreparation:
     prompt = spec.prompt
     if prompt is None:
         prompts = model.get("prompts") or {}
-        named = next((name for name in TASK_PROMPTS.get(spec.route or "", ()) if name in prompts), None)
-        prompt = prompts.get(named or model.get("default_prompt_name") or "") or ""
+        if spec.route in TASKS:
+            prompt = task_prompt(prompts, spec.route)
+        else:
+            prompt = prompts.get(model.get("default_prompt_name") or "") or ""
     if transformer.get("do_lower_case"):
         _lower_first(tokenizer)
     return TextPreparation(tokenizer, max_length, prompt)
+
+
+def task_prompt(prompts: Mapping[str, str | None], task: str) -> str:
+    """What encode_query or encode_document puts before a text: a loaded model has a prompt of just that name, empty
+    where its folder names none, so neither its default nor another name (passage, corpus) is ever taken."""
+    return prompts.get(task) or ""
 
 
 def _refuse_code(spec: EncoderSpec, subfolder: str, module_types: Sequence[str]) -> None:

@@ -156,21 +156,22 @@ def encoder_spec(options: argparse.Namespace, task: str | None) -> EncoderSpec:
 
 
 def choose_prompt(spec: EncoderSpec, prompt: str | None, name: str | None, task: str | None) -> EncoderSpec:
-    """The encoder with the prompt that the flags name; without any, with that of the task, else the model's default.
+    """The encoder with the prompt that the flags name; without any, with that of the task, and without a task
+    with the model's default.
 
     Raises:
         ValueError: the model has no prompt of that name, or both were given.
     """
     from trainer.data.files import did_you_mean
     from trainer.encoder.folder import read_prompts
-    from trainer.encoder.text import TASK_PROMPTS
+    from trainer.encoder.text import task_prompt
 
     if prompt is not None and name is not None:
         raise ValueError("--prompt and --prompt-name were both given; give one of them")
     prompts = read_prompts(spec)
-    if name is None and prompt is None and task is not None:
-        name = next((one for one in TASK_PROMPTS[task] if one in prompts), None)
     if name is None:
+        if prompt is None and task is not None:
+            prompt = task_prompt(prompts, task)
         return replace(spec, prompt=prompt)
     if name not in prompts:
         raise ValueError(
