@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Dense, LayerNorm, Normalize, Pooling
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -153,6 +154,21 @@ def test_overrides_are_said(tiny_encoder: Path, minilm: Path, caplog: pytest.Log
     expected = _peer_embed(_peer(minilm)).detach()
     assert_close(nn.functional.normalize(unnormalized, dim=1), expected, rtol=0.0, atol=1e-5)
     assert float((unnormalized.norm(dim=1) - 1.0).abs().min()) > 1e-3
+
+
+@pytest.mark.parametrize("behind", [Dense(64, 12), LayerNorm(64)], ids=["Dense", "LayerNorm"])
+def test_a_pooling_that_no_longer_fits_is_refused(tiny_encoder: Path, tmp_path: Path, behind: Any) -> None:
+    """With a layer of another width behind it; one of the same width is taken, and any where no layer has one."""
+    backbone, (wide, narrow) = _peer(tiny_encoder)[0], (Pooling(32, ("mean", "max")), Pooling(32, "mean"))
+    for name, modules in (("wide", [wide, behind]), ("free", [wide, Normalize()]), ("narrow", [narrow, Dense(32, 32)])):
+        SentenceTransformer(modules=[backbone, *modules], device="cpu").save_pretrained(str(tmp_path / name))
+    told = (
+        rf"gives 32 numbers, but the {type(behind).__name__} behind .* takes 64 \(mean and max\): set pooling to auto"
+    )
+    with pytest.raises(ValueError, match=rf"^model\.encoder\.pooling is cls, which {told}$"):
+        _load(tmp_path / "wide", pooling="cls")
+    for name in ("free", "narrow"):
+        assert _embed(_load(tmp_path / name, pooling="cls").eval()).shape == (len(TEXTS), 32)
 
 
 def test_padded_backbones_say_so_once(tiny_encoders: dict[str, Path], caplog: pytest.LogCaptureFixture) -> None:

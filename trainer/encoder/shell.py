@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+from torch import nn
 
 from trainer.distributed import gather
 from trainer.encoder.spec import EncoderSpec
@@ -53,8 +54,13 @@ def take_route(shell: SentenceTransformer, route: str, prompt: str) -> SentenceT
 
 
 def override_modules(shell: SentenceTransformer, spec: EncoderSpec) -> None:
-    """Apply pooling and normalize of the spec to the folder's modules, and say what was overridden."""
-    for name, module in list(shell.named_children()):
+    """Apply pooling and normalize of the spec to the folder's modules, and say what was overridden.
+
+    Raises:
+        ValueError: weights behind the pooling fit its width alone.
+    """
+    modules = list(shell.named_children())
+    for place, (name, module) in enumerate(modules):
         if isinstance(module, Pooling) and spec.pooling != "auto":
             wanted = _ST_POOLING[spec.pooling]
             if module.pooling_mode != wanted:
@@ -63,6 +69,7 @@ def override_modules(shell: SentenceTransformer, spec: EncoderSpec) -> None:
                     f"pooling: the folder says {module.pooling_mode}, the config overrides it with {spec.pooling}",
                 )
                 replacement = Pooling(module.embedding_dimension, wanted, include_prompt=module.include_prompt)
+                _refuse_width(spec, module, replacement, [one for _, one in modules[place + 1 :]])
                 shell._modules[name] = replacement
     normalizes = [name for name, module in shell.named_children() if isinstance(module, Normalize)]
     if spec.normalize is True and not normalizes:
@@ -72,3 +79,13 @@ def override_modules(shell: SentenceTransformer, spec: EncoderSpec) -> None:
         gather.warn(logger, "normalize: the folder does, the config removes it")
         for name in normalizes:
             del shell._modules[name]
+
+
+def _refuse_width(spec: EncoderSpec, old: Pooling, new: Pooling, behind: Sequence[nn.Module]) -> None:
+    given, taken = new.get_embedding_dimension(), old.get_embedding_dimension()
+    weighted = next((type(one).__name__ for one in behind if list(one.parameters())), None)
+    if given != taken and weighted is not None:
+        raise ValueError(
+            f"model.encoder.pooling is {spec.pooling}, which gives {given:,} numbers, but the {weighted} behind the "
+            f"pooling of '{spec.backbone}' takes {taken:,} ({' and '.join(old.pooling_mode)}): set pooling to auto"
+        )
