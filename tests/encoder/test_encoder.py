@@ -13,11 +13,13 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, LayerNorm, Normalize, Pooling
 from torch import Tensor, nn
 from torch.testing import assert_close
+from transformers import AutoTokenizer
 
 from tests.batches import build_batch, gradients_of, largest_difference, norm_of
 from trainer.batch import PackedBatch
 from trainer.data.collate import pack_texts
 from trainer.encoder import Encoder, EncoderSpec
+from trainer.encoder.text import load_text_preparation
 
 WHOLE = 16384
 TEXTS = [  # of very different lengths, one empty, one twice
@@ -169,6 +171,31 @@ def test_a_pooling_that_no_longer_fits_is_refused(tiny_encoder: Path, tmp_path: 
         _load(tmp_path / "wide", pooling="cls")
     for name in ("free", "narrow"):
         assert _embed(_load(tmp_path / name, pooling="cls").eval()).shape == (len(TEXTS), 32)
+
+
+def test_pieces_beyond_the_embedding(tiny_encoder: Path, tmp_path: Path) -> None:
+    """As in sentence-transformers: no text but one that holds such a piece is any worse for it."""
+    tokenizer = AutoTokenizer.from_pretrained(shutil.copytree(tiny_encoder, tmp_path / "model"))
+    rows = len(tokenizer)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<new>"]})
+    tokenizer.save_pretrained(tmp_path / "model")
+    encoder, peer = _load(tmp_path / "model"), _peer(tmp_path / "model")
+    encoder.compact_vocabulary(torch.tensor([5, 6]))
+    assert_close(_embed(encoder.eval()), _peer_embed(peer).detach(), rtol=0.0, atol=1e-5)
+    assert encoder.text.fingerprint != load_text_preparation(EncoderSpec(str(tiny_encoder))).fingerprint
+    with pytest.raises(IndexError):
+        peer.encode(["a <new> text"])
+    told = (
+        rf"'<new>', piece {rows:,} \(from 0\) of .*model', but the embedding has {rows:,} rows: call resize_token_emb"
+    )
+    with pytest.raises(ValueError, match=f"^a text holds {told}"):
+        encoder.text(["a text", "a <new> text"])
+    tokenizer.pad_token = "<new>"
+    tokenizer.save_pretrained(tmp_path / "model")
+    with pytest.raises(IndexError):
+        _peer(tmp_path / "model").encode(["a text", "a text of another length"])
+    with pytest.raises(ValueError, match=f"^texts are padded with {told}"):
+        _load(tmp_path / "model")
 
 
 def test_padded_backbones_say_so_once(tiny_encoders: dict[str, Path], caplog: pytest.LogCaptureFixture) -> None:

@@ -175,6 +175,7 @@ class Encoder(nn.Module):
             padding_id, self._embedding = embedding.padding_idx, (embedding,)
             embedding.weight = nn.Parameter(full.new_empty(0), requires_grad=False)  # the compact one has the rows
         special = torch.tensor(self.text.tokenizer.all_special_ids, dtype=torch.int64)
+        special = special[special < len(full)]  # a tokenizer may have more, which no text holds
         used_ids = torch.unique(torch.cat([used_ids.to("cpu", torch.int64), special]))
         self.backbone.set_input_embeddings(CompactEmbedding(full, used_ids.to(full.device), padding_id, scale))
 

@@ -37,6 +37,7 @@ class TextPreparation:
         max_lengths: of text columns that keep fewer pieces; by name.
         documents: of the document tower, where queries and documents have an encoder each; None: one for all texts.
         hash_seed: of the hashes of its texts; not 0 where their pieces are not those of the query tower.
+        num_rows: of the embedding, where the tokenizer has pieces beyond them; None: it has none.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -45,6 +46,7 @@ class TextPreparation:
     max_lengths: dict[str, int] = field(default_factory=dict)
     documents: TextPreparation | None = None
     hash_seed: int = 0
+    num_rows: int | None = None
 
     def of_column(self, column: str) -> TextPreparation:
         """What turns the texts of a column into token ids."""
@@ -61,6 +63,11 @@ class TextPreparation:
         return "query" if self.documents is None or column == "anchor" else "document"
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text.
+
+        Raises:
+            ValueError: a text has a piece that the embedding has no row for.
+        """
         if self.prompt:
             texts = [self.prompt + text for text in texts]
         # What calling the tokenizer does, without the objects it makes per text, which cost a third of the time.
@@ -74,7 +81,11 @@ class TextPreparation:
                 padding_side=None,
             )
             encoded = self.tokenizer.backend_tokenizer.encode_batch_fast(list(texts))  # type: ignore[attr-defined]
-        return [text.ids for text in encoded]
+        ids = [text.ids for text in encoded]
+        if self.num_rows is not None:
+            for one in ids:
+                _refuse_beyond("a text holds", self.tokenizer, max(one, default=0), self.num_rows)
+        return ids
 
     @cached_property
     def prompt_length(self) -> int:
@@ -104,6 +115,8 @@ class TextPreparation:
         # Both are set by the last call, not by the tokenizer's files.
         backend["truncation"] = backend["padding"] = None
         knobs = [backend, self.max_length, self.prompt, *([self.max_lengths] if self.max_lengths else [])]
+        if self.num_rows is not None:
+            knobs.append(self.num_rows)  # else what a larger embedding let pass would be taken from the cache
         if self.documents is not None:
             knobs.append(self.documents.fingerprint)
         return hashlib.sha256(json.dumps(knobs, sort_keys=True).encode()).hexdigest()[:16]
@@ -126,8 +139,8 @@ def load_text_preparation(spec: EncoderSpec) -> TextPreparation:
     """Read the tokenizer, the length and the prompt of an encoder; no weights.
 
     Raises:
-        ValueError: no such folder or hub id, code that was not allowed, a tokenizer without tokenizer.json, or
-            max_length over the positions of the backbone.
+        ValueError: no such folder or hub id, code that was not allowed, a tokenizer without tokenizer.json, one that
+            pads with a piece the embedding has no row for, or max_length over the positions of the backbone.
     """
     where: dict[str, Any] = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
     modules = read_modules(spec)
@@ -174,7 +187,23 @@ def load_text_preparation(spec: EncoderSpec) -> TextPreparation:
             prompt = prompts.get(model.get("default_prompt_name") or "") or ""
     if transformer.get("do_lower_case"):
         _lower_first(tokenizer)
-    return TextPreparation(tokenizer, max_length, prompt)
+    # Published tokenizers have pieces beyond the rows that no text holds, and work.
+    num_rows = getattr(config, "vocab_size", None)
+    if num_rows is not None:
+        if tokenizer.pad_token_id is not None:
+            _refuse_beyond("texts are padded with", tokenizer, tokenizer.pad_token_id, num_rows)
+        if max([len(tokenizer) - 1, *tokenizer.added_tokens_decoder]) < num_rows:
+            num_rows = None
+    return TextPreparation(tokenizer, max_length, prompt, num_rows=num_rows)
+
+
+def _refuse_beyond(cause: str, tokenizer: PreTrainedTokenizerBase, piece: int, num_rows: int) -> None:
+    if piece >= num_rows:
+        raise ValueError(
+            f"{cause} '{tokenizer.convert_ids_to_tokens(piece)}', piece {piece:,} (from 0) of the tokenizer of "
+            f"'{tokenizer.name_or_path}', but the embedding has {num_rows:,} rows: call resize_token_embeddings on the "
+            "model and save both, or take the piece out of the tokenizer"
+        )
 
 
 def task_prompt(prompts: Mapping[str, str | None], task: str) -> str:
