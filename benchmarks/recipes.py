@@ -131,7 +131,7 @@ def intents(num: int, names: Sequence[str] = ()) -> Callable[[Path], tuple[list[
 
 def sentiments(data: Path) -> tuple[list[Row], list[Row], list[Row]]:
     rows = shuffled(read_rows(data / "labelled/sentiment-he.train.jsonl.gz"))
-    return rows[:3200], rows[-2000:-1000], rows[-1000:]
+    return rows[:1600], rows[-2000:-1000], rows[-1000:]
 
 
 def inferences(data: Path) -> tuple[list[Row], list[Row], list[Row]]:
