@@ -73,6 +73,7 @@ class System:
         published, best: the loss of sentence-transformers.
         epochs, learning_rate: where not those of the config; the rate of ours and best-st alone.
         peer_epochs: of best-st, where an epoch of ours leaves out rows of the larger class: as many rows in all.
+        steps: of ours, the other way round.
         allow: what `trainer check` may find in the stand-in that the published set did not have.
     """
 
@@ -86,6 +87,7 @@ class System:
     epochs: int | None = None
     learning_rate: float | None = None
     peer_epochs: int | None = None
+    steps: int | None = None
     allow: tuple[str, ...] = ()
 
     def settings(self, variant: str) -> dict[str, Any]:
@@ -131,7 +133,7 @@ def intents(num: int, names: Sequence[str] = ()) -> Callable[[Path], tuple[list[
 
 def sentiments(data: Path) -> tuple[list[Row], list[Row], list[Row]]:
     rows = shuffled(read_rows(data / "labelled/sentiment-he.train.jsonl.gz"))
-    return rows[:3200], rows[-2000:-1000], rows[-1000:]
+    return rows[:1600], rows[-2000:-1000], rows[-1000:]
 
 
 def inferences(data: Path) -> tuple[list[Row], list[Row], list[Row]]:
@@ -243,7 +245,7 @@ SYSTEMS: dict[str, System] = {
     ),
     "korean-nutrition": System(rows=intents(81, ("question", "command")), peer_epochs=10, **_BY_LABEL),
     "korean-nutrition, 3,200 texts": System(rows=intents(3200), epochs=1, **_BY_LABEL),
-    "korean-nutrition, Hebrew": System(rows=sentiments, epochs=1, **_BY_LABEL),
+    "korean-nutrition, Hebrew": System(rows=sentiments, epochs=1, steps=100, **_BY_LABEL),
     "hebrew-nli": System(
         "hebrew-nli",
         inferences,
@@ -340,6 +342,8 @@ def train_ours(system: System, job: Job, path: Path, tune: list[Row]) -> tuple[S
             write(folder / "watched.jsonl.gz", tune)
     if system.epochs:
         flags["trainer.max_epochs"] = system.epochs
+    if system.steps and job.variant == "ours":
+        flags |= {"trainer.max_epochs": -1, "trainer.max_steps": system.steps}
     if system.allow:
         flags["check.allow"] = json.dumps(system.allow)
     command = [sys.executable, "-m", "trainer", "fit", "--config", str(CONFIGS / f"{name}.yaml")]

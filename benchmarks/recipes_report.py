@@ -95,15 +95,15 @@ _STAND_INS = {
     "sinhala-qa": "Questions and answers of a Korean chatbot",
     "korean-nutrition": "Korean questions and commands of 3i4K",
     "korean-nutrition, 3,200 texts": "3i4K, its 7 kinds of utterance, 1 epoch",
-    "korean-nutrition, Hebrew": "Hebrew comments in 3 classes of sentiment, 1 epoch",
+    "korean-nutrition, Hebrew": "Hebrew comments in 3 classes of sentiment, 100 steps",
     "hebrew-nli": "Indonesian, Persian, Korean and ten American languages; scored on KorSTS",
     "korean-terms": "Korean synonyms of Kengdic",
     "korean-terms, 120 pairs": "The same, 120 pairs, 10 epochs",
 }
 _NOTES = {
     "korean-nutrition": "Of 81 texts ours leaves out a tenth, to watch itself; the best of ST trains on all.",
-    "korean-nutrition, Hebrew": "Without the trainer of ST: it pads these long comments, and had not ended the first "
-    "seed after 13 minutes of a core, where ours takes 3.",
+    "korean-nutrition, Hebrew": "100 steps on both sides. Rows/s of ST tell of its padding: the longest of 16 comments "
+    "is many times the usual one.",
     "korean-terms": "Seven pairs teach no others: what ours does better is to spoil nothing.",
 }
 _THE = {"published": "the published recipe", "base": "the untouched base", "best-st": "the best of ST"}
