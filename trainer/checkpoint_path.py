@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def find_checkpoint(
 
 def _others(run_dir: Path) -> str:
     """Runs beside it that could be meant: their flags, which make the names, were others."""
-    beside = run_dir.parent.iterdir() if run_dir.parent.is_dir() else ()
+    beside = run_dir.parent.iterdir() if os.access(run_dir.parent, os.R_OK) else ()
     found = {folder: newest(folder) for folder in beside if folder != run_dir}
     last = max((path for path in found.values() if path), key=lambda path: path.stat().st_mtime, default=None)
     return f"; {last.parents[1]} has one: --trainer.default_root_dir {last.parents[1]}" if last else ""

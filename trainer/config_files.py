@@ -200,9 +200,9 @@ def clear_replaced_lists(args: Sequence[str]) -> list[str]:
 
 def compose_flag(flag: Flag) -> yaml.Node | None:
     """The list or the keys that a flag holds as YAML; None where it is a plain value."""
-    loader = yaml.SafeLoader(flag.text or "")
-    loader.name = f"flag --{flag.key}"
     try:
+        loader = yaml.SafeLoader(flag.text or "")
+        loader.name = f"flag --{flag.key}"
         node = loader.get_single_node()
     except yaml.YAMLError:
         return None

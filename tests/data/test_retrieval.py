@@ -186,7 +186,7 @@ def test_missing_documents_and_ids_that_stand_twice_are_listed(tmp_path: Path) -
     assert len(lines) == 6
     assert lines[0].endswith(f"corpus.jsonl:9: the id 'd2' stands at {folder}/corpus.jsonl:3 too")
     assert lines[1].endswith("corpus.jsonl:10: is blank") or lines[1].endswith("corpus.jsonl:10: is empty")
-    assert lines[2].endswith("corpus.jsonl:11: column '_id' is '1.5', which is no id")
+    assert lines[2].endswith("corpus.jsonl:11: column '_id' holds a number (1.5), not text")
     assert lines[3].endswith("test.tsv:7: judges document 'x0', not in the corpus")
     assert load_one(tmp_path, path=str(folder), on_bad_row="skip") == EXPECTED
     with pytest.raises(ValueError, match="11 bad rows, over max_bad_rows 9"):
