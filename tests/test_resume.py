@@ -134,6 +134,7 @@ def test_killed_run_ends_bitwise_equal(
     assert losses(run_dir) == losses(reference)
 
 
+@SLOW
 def test_checkpoint_at_the_end_of_an_epoch(undisturbed: Undisturbed, config: Path) -> None:
     """Step 11 is the last of the first epoch: the resumed run starts the second one, once."""
     devices, reference = undisturbed(1)
@@ -217,6 +218,7 @@ def test_streamed_on_two_ranks_killed_and_resumed_on_one(config: Path) -> None:
     assert after == {step: whole[step] for step in range(15, 22)}
 
 
+@SLOW
 def test_a_stream_without_an_index_goes_on_at_its_place(config: Path) -> None:
     """From the checkpoint of step 6, with the weights, bit for bit, of the run that wrote it."""
     opaque = streamed(config, "opaque", config.parent / "train.jsonl.gz")

@@ -265,7 +265,7 @@ def test_every_stage_computes_what_ddp_computes(
     ("trained", "stage"),
     [
         pytest.param({"lora": 4}, 2, id="lora-2", marks=pytest.mark.slow),
-        pytest.param({"lora": 4}, 3, id="lora-3"),
+        pytest.param({"lora": 4}, 3, id="lora-3", marks=pytest.mark.slow),
         pytest.param({"freeze": 1}, 3, id="freeze-3", marks=pytest.mark.slow),
     ],
 )
