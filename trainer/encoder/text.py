@@ -172,12 +172,6 @@ def load_text_preparation(spec: EncoderSpec) -> TextPreparation:
             f"model.encoder.max_length is {max_length}, but '{spec.backbone}' has {positions} positions; "
             f"set max_length to {positions} or less"
         )
-    shortest = tokenizer.num_special_tokens_to_add(pair=False)
-    if max_length <= shortest:
-        raise ValueError(
-            f"model.encoder.max_length is {max_length}, but {shortest} pieces of every text are special; set "
-            f"max_length to {shortest + 1} or more"
-        )
     prompt = spec.prompt
     if prompt is None:
         prompts = model.get("prompts") or {}
@@ -194,7 +188,13 @@ def load_text_preparation(spec: EncoderSpec) -> TextPreparation:
             _refuse_beyond("texts are padded with", tokenizer, tokenizer.pad_token_id, num_rows)
         if max([len(tokenizer) - 1, *tokenizer.added_tokens_decoder]) < num_rows:
             num_rows = None
-    return TextPreparation(tokenizer, max_length, prompt, num_rows=num_rows)
+    text = TextPreparation(tokenizer, max_length, prompt, num_rows=num_rows)
+    if max_length <= text.shortest:
+        raise ValueError(
+            f"model.encoder.max_length is {max_length}, but {text.shortest} pieces of every text are special; set "
+            f"max_length to {text.shortest + 1} or more"
+        )
+    return text
 
 
 def _refuse_beyond(cause: str, tokenizer: PreTrainedTokenizerBase, piece: int, num_rows: int) -> None:
