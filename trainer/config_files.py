@@ -176,18 +176,23 @@ def replaced_lists(files: Sequence[yaml.MappingNode]) -> list[str]:
     return notes
 
 
-def clear_replaced_lists(args: Sequence[str]) -> list[str]:
+def clear_replaced_lists(args: Sequence[str], files: Sequence[yaml.MappingNode]) -> list[str]:
     """The words behind the subcommand, with an empty list before each list that takes the place of one with keys.
 
     jsonargparse would fill what the entries of the new list leave out with what the entries of the old one say, where
     there are as many of them.
+
+    Args:
+        args: the words.
+        files: the config files among them, as `read_command` has read them.
     """
     words: list[str] = []
     with_keys: set[str] = set()
+    left = iter(files)
     for flag in _split_flags(args):
         lists: dict[str, yaml.Node | None] = {flag.key: compose_flag(flag)}
-        if flag.key == "config" and flag.text and "://" not in flag.text:
-            lists = {path: value for path, _, value in walk_keys(read_config(Path(flag.text)))}
+        if flag.key == "config" and "://" not in (flag.text or ""):
+            lists = {path: value for path, _, value in walk_keys(next(left))}
         for path, value in lists.items():
             if isinstance(value, yaml.SequenceNode):
                 if path in with_keys:

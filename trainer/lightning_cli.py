@@ -114,7 +114,7 @@ class TrainerCLI(LightningCLI):
             trainer_defaults={**TRAINER_DEFAULTS, "callbacks": [MetricsLog(), Progress(), Evaluation(), Preemption()]},
             seed_everything_default=42,
             parser_kwargs={"prog": "trainer", **quiet, **{name: dict(quiet) for name in self.subcommands()}},
-            args=[*args[:1], *clear_replaced_lists(args[1:])],
+            args=[*args[:1], *clear_replaced_lists(args[1:], written.files)],
             auto_configure_optimizers=False,
         )
 
