@@ -13,14 +13,33 @@ from torch import Tensor
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from trainer.encoder.host_attention import HostBucket, attend_on_host
+from trainer.encoder import host_attention
+from trainer.encoder.host_attention import Bins, HostAttention, attend_on_host, plan_bins
 
 LENGTHS = (1, 2, 2, 4, 5, 5)
 
 
-def _buckets() -> list[HostBucket]:
-    """One ragged, one of equal lengths."""
-    return [HostBucket(0, torch.tensor(LENGTHS[:4])), HostBucket(9, torch.tensor(LENGTHS[4:]))]
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bins for texts of a few tokens."""
+    monkeypatch.setattr(host_attention, "_NARROWEST", 4)
+    monkeypatch.setattr(host_attention, "_WIDTH_STEP", 1)
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    lengths: tuple[int, ...] = LENGTHS,
+    scale: float | None = None,
+    rate: float = 0.0,
+    window: int | None = None,
+    is_causal: bool = False,
+) -> Tensor:
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    attention = HostAttention(plan_bins(lengths), query.shape[1], scale, rate, window, is_causal)
+    return attend_on_host(query, key, value, attention)
 
 
 def _streams(width: int = 3, dtype: torch.dtype = torch.float64, num_tokens: int = sum(LENGTHS)) -> list[Tensor]:
@@ -29,11 +48,26 @@ def _streams(width: int = 3, dtype: torch.dtype = torch.float64, num_tokens: int
     return [torch.randn(shape, generator=generator, dtype=dtype, requires_grad=True) for _ in range(3)]
 
 
+def _segments(bins: Bins) -> list[list[int]]:
+    """Lengths in each bin."""
+    return [[int(n) for n in row[row >= 0].unique_consecutive(return_counts=True)[1]] for row in bins.segment_BW]
+
+
+def test_bins_hold_neighbours() -> None:
+    """Of one width as many as have room, in order; those too long for it in wider ones, as wide as the longest."""
+    short, long = plan_bins(LENGTHS)
+    assert (short.width, _segments(short)) == (4, [[1, 2], [2], [4]])
+    assert (long.width, _segments(long)) == (5, [[5], [5]])
+    assert (short.start, short.stop, long.start, long.stop) == (0, 9, 9, 19)
+    assert [_segments(bins) for bins in plan_bins((1, 1, 1, 1, 17))] == [[[1, 1, 1, 1]], [[17]]]
+    assert [bins.width for bins in plan_bins((3, 8, 9, 33))] == [4, 8, 9, 33]
+
+
 @pytest.mark.parametrize("window", [None, 2])
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_the_backward_is_the_derivative(window: int | None, is_causal: bool) -> None:
     """Against finite differences; nothing leaks from padding, whose slots hold tokens of the segment."""
-    attend = partial(attend_on_host, buckets=_buckets(), scaling=0.9, window=window, is_causal=is_causal)
+    attend = partial(_attend, scale=0.9, window=window, is_causal=is_causal)
     assert torch.autograd.gradcheck(attend, _streams())
 
 
@@ -46,9 +80,9 @@ def test_dropout_against_the_formula(rate: float) -> None:
     query, key, _ = ours
     one_hot = torch.cat([torch.eye(width, dtype=torch.float64)[:n] for n in LENGTHS]).expand(1, 2, -1, -1)
     torch.manual_seed(5)
-    weights_TNL = attend_on_host(query, key, one_hot, _buckets(), rate)[0].detach()
+    weights_TNL = _attend(query, key, one_hot, rate=rate)[0].detach()
     torch.manual_seed(5)
-    out = attend_on_host(*ours, _buckets(), rate)
+    out = _attend(*ours, rate=rate)
     segments = []
     true_rate = round(rate * 2**16) / 2**16
     for weights, *tokens in zip(weights_TNL.split(LENGTHS), *(x[0].split(LENGTHS, 1) for x in theirs), strict=True):
@@ -69,8 +103,8 @@ def test_padding_changes_nothing_beside_it() -> None:
     is on around the backward, which would compute in another type."""
     together = _streams(num_tokens=6)
     alone = [x.detach()[:, :, :1].requires_grad_() for x in together]
-    out = attend_on_host(*together, [HostBucket(0, torch.tensor((1, 5)))])[:, :1]
-    expected = attend_on_host(*alone, [HostBucket(0, torch.tensor((1,)))])
+    out = _attend(*together, lengths=(1, 5))[:, :1]
+    expected = _attend(*alone, lengths=(1,))
     assert_close(out, expected, rtol=0.0, atol=0.0)
     with torch.autocast("cpu", torch.bfloat16):
         (out.sum() + expected.sum()).backward()
@@ -85,11 +119,10 @@ def test_padding_changes_nothing_beside_it() -> None:
 def test_bf16_is_near_float32(rate: float) -> None:
     """And queries in another type than the values, as a rotary embedding leaves them, get gradients in their own."""
     whole, (query, key, value) = (_streams(dtype=torch.float32, num_tokens=32) for _ in range(2))
-    buckets = [HostBucket(0, torch.tensor((32,)))]  # fills a register: masks are the same in both types
     outs = []
     for streams in (whole, [query, key, value.bfloat16()]):
         torch.manual_seed(2)
-        outs.append(attend_on_host(*streams, buckets, rate))
+        outs.append(_attend(*streams, lengths=(32,), rate=rate))
         outs[-1].float().square().sum().backward()
     assert outs[1].dtype == torch.bfloat16
     assert_close(outs[1].float(), outs[0], rtol=2.0**-6, atol=0.03)
@@ -106,7 +139,7 @@ def test_checkpointing_replays_the_masks() -> None:
     def run(seed: int, replay: bool) -> list[Tensor]:
         torch.manual_seed(seed)
         streams = _streams(dtype=torch.float32)
-        attend = partial(attend_on_host, buckets=_buckets(), rate=0.3)
+        attend = partial(_attend, rate=0.3)
         out: Tensor = checkpoint(attend, *streams, use_reentrant=False) if replay else attend(*streams)
         return [out, *torch.autograd.grad(out.square().sum(), streams)]
 
@@ -117,6 +150,6 @@ def test_checkpointing_replays_the_masks() -> None:
 
 def test_everything_dropped_is_zero() -> None:
     streams = _streams()
-    out = attend_on_host(*streams, _buckets(), rate=1.0)
+    out = _attend(*streams, rate=1.0)
     assert not out.any()
     assert not any(grad.any() for grad in torch.autograd.grad(out.sum(), streams))

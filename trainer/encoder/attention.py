@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from trainer.encoder.host_attention import HostBucket, attend_on_host, within
+from trainer.encoder.host_attention import Bins, HostAttention, attend_on_host, plan_bins, within
 
 PACKED_ATTENTION = "packed_segments"
 
@@ -39,7 +39,6 @@ class Bucket:
         real: (stop - start,) slot of each token; None where lengths are equal.
         mask: (num, 1, 1, L) True where a slot holds a token; None where lengths are equal.
         windows: masks of sliding windows that a layer has asked for, for the layers behind it.
-        host: the same for :func:`attend_on_host`; None on a GPU.
     """
 
     start: int
@@ -50,7 +49,6 @@ class Bucket:
     real: Tensor | None = None
     mask: Tensor | None = None
     windows: dict[tuple[int, bool], Tensor] = field(default_factory=dict)
-    host: HostBucket | None = None
 
     def window(self, size: int, is_causal: bool, device: torch.device) -> Tensor:
         """(num or 1, 1, L, L) True where a query sees a key: less than ``size`` places away, and not behind it. Kept
@@ -64,9 +62,18 @@ class Bucket:
 
 @dataclass(frozen=True, eq=False)
 class Packing:
-    """How a stream is cut. One object and no list: compiled layers would be compiled for each length of it."""
+    """How a stream is cut. One object and no list: compiled layers would be compiled for each length of it.
+
+    Attributes:
+        bins: the same for :func:`attend_on_host`; none on a GPU.
+    """
 
     buckets: Sequence[Bucket]
+    bins: Sequence[Bins] = ()
+
+    def takes_host(self, dropout: float) -> bool:
+        """Whether attention with this dropout is that of :func:`attend_on_host`."""
+        return bool(self.bins) and (dropout > 0.0 or self.buckets[-1].longest <= _LONG)
 
 
 def padded_layout(lengths_S: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,27 +85,27 @@ def padded_layout(lengths_S: Tensor) -> tuple[Tensor, Tensor]:
 
 def _bucket(lengths: Tensor, start: int, device: torch.device) -> Bucket:
     num, longest, tokens = len(lengths), int(lengths[-1]), int(lengths.sum())
-    host = HostBucket(start, lengths) if device.type == "cpu" else None
     if int(lengths[0]) == longest:
-        return Bucket(start, start + tokens, num, longest, host=host)
+        return Bucket(start, start + tokens, num, longest)
     mask, real = padded_layout(lengths)
     slots = torch.zeros(num * longest, dtype=torch.int64)
     slots[real] = torch.arange(tokens)
     slots, real, mask = (t.to(device, non_blocking=True) for t in (slots, real, mask[:, None, None, :]))
-    return Bucket(start, start + tokens, num, longest, slots, real, mask, host=host)
+    return Bucket(start, start + tokens, num, longest, slots, real, mask)
 
 
 def plan_buckets(lengths: Sequence[int], device: torch.device) -> Packing:
     """Cut segments of ascending length into buckets: several on a CPU, where arithmetic on padding costs most;
     two on a GPU, where small batches are bound by the number of kernels."""
-    num_buckets = 3 if device.type == "cpu" else 2
+    on_host = device.type == "cpu"
+    num_buckets = 3 if on_host else 2
     lengths_S = torch.tensor(lengths)
     assert bool((lengths_S[1:] >= lengths_S[:-1]).all()), "segments must be sorted by length"
     buckets, start = [], 0
     for part in lengths_S.tensor_split(min(num_buckets, len(lengths))):
         buckets.append(_bucket(part, start, device))
         start = buckets[-1].stop
-    return Packing(buckets)
+    return Packing(buckets, plan_bins(lengths) if on_host else ())
 
 
 def _padded(x_TND: Tensor, bucket: Bucket) -> Tensor:
@@ -138,9 +145,10 @@ def packed_attention(
     if (group := query.shape[1] // key.shape[1]) > 1:
         key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
     buckets = packing.buckets
-    hosts = [bucket.host for bucket in buckets if bucket.host is not None]
-    if hosts and (dropout or buckets[-1].longest <= _LONG):
-        return attend_on_host(query, key, value, hosts, dropout, scaling, sliding_window, is_causal), None
+    if packing.takes_host(dropout):
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        host = HostAttention(packing.bins, query.shape[1], scale, dropout, sliding_window, is_causal)
+        return attend_on_host(query, key, value, host), None
     num_padding = query.shape[2] - buckets[-1].stop
     sizes = [*(bucket.stop - bucket.start for bucket in buckets), num_padding]
     # One split, not a slice per bucket: the backward of a slice fills a gradient as long as the stream.

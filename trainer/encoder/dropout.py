@@ -7,6 +7,7 @@ checkpointing replays.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,18 @@ def draw_kept(num: int, rate: float) -> tuple[Tensor, float]:
     bits = torch.from_numpy(np.random.SFC64(seed).random_raw(-(-num // 4)).view(np.int16)[:num])
     # In place, one comparison of int16 is ten times faster than one that makes booleans.
     return bits.ge_(num_dropped - _BITS // 2), _growth(rate)
+
+
+def draw_masks(sizes: Sequence[int], rate: float, dtype: torch.dtype) -> tuple[list[Tensor], float]:
+    """Masks for so many numbers each, of one draw; and the factor of :func:`draw_kept`.
+
+    Returns:
+        0 and 1 in ``dtype`` where that takes two bytes, else in int16, which is smaller to save; no masks at rate 0.
+    """
+    if not rate:
+        return [], 1.0
+    kept, grow = draw_kept(sum(sizes), rate)
+    return list((kept.to(dtype) if dtype.itemsize == kept.itemsize else kept).split(list(sizes))), grow
 
 
 def _growth(rate: float) -> float:

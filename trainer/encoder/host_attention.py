@@ -1,109 +1,144 @@
 """Attention on a CPU in one autograd function, dropout included.
 
 torch's own attention with dropout is there a row of plain operations, each with a node of the graph, and for short
-texts calling them takes longer than their arithmetic. Here each bucket of segments takes one copy of each stream to its
-padded form, a softmax between two batched products, and one copy back; the backward is written out.
+texts calling them takes longer than their arithmetic. Here segments are put into bins of one width, several to a bin,
+so that few slots stay empty and few calls do it all: a copy of the stream to the bins, a softmax between two batched
+products, and one copy back; the backward is written out.
 
-Shape suffixes: T tokens of the stream, N heads, D head dimension, S segments of a bucket, L slots of a segment for
-queries, K for keys.
+Shape suffixes: T tokens of the stream, N heads, D head dimension, H = N D, B bins, W slots of a bin, G bins times
+heads, S segments.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from trainer.encoder.dropout import draw_kept
+from trainer.encoder.dropout import draw_masks
 
-# Padded widths are few. In bf16, oneDNN writes a kernel for each shape of a product (0.5 ms, 0.7 MB), and keeps 1,024.
-_QUERY_STEP = 8
-# And torch's softmax takes numbers one by one where they do not fill a vector register, up to ten times slower.
-_VECTOR_BYTES = 64
+# Two short texts or three go into the narrowest bin; a bin twice as wide costs four times the pairs. Texts above it are
+# sorted into bins of at most 64, 128, ... slots.
+_NARROWEST = 32
+# Few widths: in bf16, oneDNN writes a kernel for each shape of a product (0.5 ms, 0.7 MB), and keeps 1,024. And torch's
+# softmax takes numbers one by one where they do not fill a vector register, up to ten times slower.
+_WIDTH_STEP = 16
 
 
-@dataclass(frozen=True)
-class _Slots:
-    """Segments padded to one width, as rows of D numbers: (T, N) of the stream, (S, N, width) of slots.
+class _Places(NamedTuple):
+    """Where rows of D numbers of a stream (T, C, N, D), C streams side by side, lie in bins (C, B, N, W, D).
 
     Attributes:
-        rows: (S * N * width,) row of the stream for each slot; in padding that of the segment's last token.
-        real: (tokens * N,) slot for each row of the stream.
-        padding: slots without a token.
+        rows: (C * B * N * W,) row of the stream for each slot; that of any token where a slot has none.
+        slots: (tokens * C * N,) slot for each row of the stream.
+        empty: slots without a token.
     """
 
     rows: Tensor
-    real: Tensor
-    padding: Tensor
+    slots: Tensor
+    empty: Tensor
 
 
 @dataclass(eq=False)
-class HostBucket:
-    """Neighbouring segments of the stream that attend in one call; what depends on lengths alone is made once for all
-    layers.
+class Bins:
+    """Bins of one width, which attend in one call; what depends on lengths alone is made once for all layers.
 
     Attributes:
-        start: first token of the stream.
-        lengths_S: of the segments, ascending.
+        start, stop: tokens of the stream.
+        slot_T: the slot of each token in (B, W).
+        segment_BW: the segment that holds a slot, -1 where none does.
     """
 
     start: int
-    lengths_S: Tensor
-    _slots: dict[tuple[int, int], _Slots] = field(default_factory=dict)
+    stop: int
+    slot_T: Tensor
+    segment_BW: Tensor
+    _places: dict[tuple[int, int], _Places] = field(default_factory=dict)
     _biases: dict[tuple[int | None, bool, torch.dtype], Tensor] = field(default_factory=dict)
 
-    @cached_property
-    def stop(self) -> int:
-        return self.start + int(self.lengths_S.sum())
-
-    @cached_property
-    def longest(self) -> int:
-        return int(self.lengths_S[-1])
+    @property
+    def num(self) -> int:
+        """B."""
+        return self.segment_BW.shape[0]
 
     @property
-    def num_queries(self) -> int:
-        """L."""
-        return _round_up(self.longest, _QUERY_STEP)
+    def width(self) -> int:
+        """W."""
+        return self.segment_BW.shape[1]
 
-    def num_keys(self, dtype: torch.dtype) -> int:
-        """K."""
-        return _round_up(self.longest, _VECTOR_BYTES // dtype.itemsize)
-
-    def slots(self, width: int, num_heads: int) -> _Slots:
-        if (width, num_heads) not in self._slots:
-            head_N1, place_W = torch.arange(num_heads)[:, None], torch.arange(width)
-            length_S1 = self.lengths_S[:, None]
-            token_SW = self.start + length_S1.cumsum(0) - length_S1 + place_W.minimum(length_S1 - 1)
-            rows_SNW = token_SW[:, None] * num_heads + head_N1
-            is_real_SNW = (place_W < length_S1)[:, None].expand_as(rows_SNW)
-            slot_SNW = torch.arange(rows_SNW.numel()).view_as(rows_SNW)
-            real = slot_SNW.transpose(1, 2)[is_real_SNW.transpose(1, 2)]
-            self._slots[width, num_heads] = _Slots(rows_SNW.flatten(), real, slot_SNW[~is_real_SNW])
-        return self._slots[width, num_heads]
+    def places(self, num_streams: int, num_heads: int) -> _Places:
+        """For C streams of N heads."""
+        if (num_streams, num_heads) not in self._places:
+            stream_C111 = torch.arange(num_streams)[:, None, None, None]
+            head_N1 = torch.arange(num_heads)[:, None]
+            token_BW = torch.full_like(self.segment_BW, self.start)
+            token_BW.view(-1)[self.slot_T] = torch.arange(self.start, self.stop)
+            rows = (token_BW[:, None] * num_streams + stream_C111) * num_heads + head_N1
+            bin_T11, slot_T11 = (x[:, None, None] for x in (self.slot_T // self.width, self.slot_T % self.width))
+            group_TCN = (stream_C111[:, 0, 0] * self.num + bin_T11) * num_heads + head_N1[:, 0]
+            empty = (self.segment_BW < 0)[:, None].expand(rows.shape).flatten().nonzero()[:, 0]
+            slots = (group_TCN * self.width + slot_T11).flatten()
+            self._places[num_streams, num_heads] = _Places(rows.flatten(), slots, empty)
+        return self._places[num_streams, num_heads]
 
     def bias(self, window: int | None, is_causal: bool, dtype: torch.dtype) -> Tensor:
-        """(S, 1, 1 or L, K): 0 where a query sees a key, -inf elsewhere."""
-        if window is not None and window >= self.longest:
+        """(B, 1, W, W): 0 where a query sees a key, -inf elsewhere."""
+        if window is not None and window >= self.width:
             window = None
         if (window, is_causal, dtype) not in self._biases:
-            key_K = torch.arange(self.num_keys(dtype))
-            seen = (key_K < self.lengths_S[:, None])[:, None, None]
+            # Empty slots see each other: the softmax of one that sees nothing would be NaN.
+            seen = (self.segment_BW[:, :, None] == self.segment_BW[:, None, :])[:, None]
             if window is not None or is_causal:
-                seen = within(seen, self.num_queries, window, is_causal)
-            bias = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -torch.inf)
-            self._biases[window, is_causal, dtype] = bias
+                seen = within(seen, self.width, window, is_causal)
+            self._biases[window, is_causal, dtype] = torch.zeros(seen.shape, dtype=dtype).masked_fill_(
+                ~seen, -torch.inf
+            )
         return self._biases[window, is_causal, dtype]
 
 
-def within(is_key_S11K: Tensor, num_queries: int, window: int | None, is_causal: bool) -> Tensor:
+def plan_bins(lengths: Sequence[int]) -> list[Bins]:
+    """Put segments of ascending length into bins, in their order.
+
+    Returns:
+        Of each width the bins, which cover the stream.
+    """
+    lengths_S = torch.tensor(lengths)
+    plans, first, start, widest = [], 0, 0, _NARROWEST
+    while first < len(lengths):
+        last = int(torch.searchsorted(lengths_S, widest, right=True))
+        if last > first:
+            width = _NARROWEST if widest == _NARROWEST else _round_up(lengths[last - 1])
+            plans.append(_fill(lengths_S[first:last], width, start))
+            first, start = last, plans[-1].stop
+        widest *= 2
+    return plans
+
+
+def _fill(lengths_S: Tensor, width: int, start: int) -> Bins:
+    """Each segment into the last bin, or a new one where it has no room."""
+    starts, num, free = [], 0, 0
+    for length in lengths_S.tolist():
+        if length > free:
+            num, free = num + 1, width
+        starts.append(num * width - free)
+        free -= length
+    num_tokens = int(lengths_S.sum())
+    segment_T = torch.arange(len(starts)).repeat_interleave(lengths_S)
+    place_T = torch.arange(num_tokens) - (lengths_S.cumsum(0) - lengths_S)[segment_T]
+    slot_T = torch.tensor(starts)[segment_T] + place_T
+    segment_BW = torch.full((num, width), -1)
+    segment_BW.view(-1)[slot_T] = segment_T
+    return Bins(start, start + num_tokens, slot_T, segment_BW)
+
+
+def within(is_key_S1LK: Tensor, num_queries: int, window: int | None, is_causal: bool) -> Tensor:
     """Which keys a query sees.
 
     Args:
-        is_key_S11K: (S, 1, 1, K) False where a slot for keys holds no token.
+        is_key_S1LK: (S, 1, 1 or L, K) False where a slot for keys holds no token that this query may see.
         num_queries: L.
         window: sees those less than so many places away; None: any.
         is_causal: does not see those behind it.
@@ -111,9 +146,9 @@ def within(is_key_S11K: Tensor, num_queries: int, window: int | None, is_causal:
     Returns:
         (S, 1, L, K) bool.
     """
-    place_L = torch.arange(num_queries, device=is_key_S11K.device)
-    distance_LK = place_L[:, None] - torch.arange(is_key_S11K.shape[-1], device=is_key_S11K.device)
-    seen = is_key_S11K
+    place_L = torch.arange(num_queries, device=is_key_S1LK.device)
+    distance_LK = place_L[:, None] - torch.arange(is_key_S1LK.shape[-1], device=is_key_S1LK.device)
+    seen = is_key_S1LK
     if window is not None:
         seen = seen & (distance_LK.abs() < window)
     if is_causal:
@@ -122,136 +157,122 @@ def within(is_key_S11K: Tensor, num_queries: int, window: int | None, is_causal:
     return seen | (distance_LK == 0)
 
 
-def attend_on_host(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    buckets: Sequence[HostBucket],
-    rate: float = 0.0,
-    scaling: float | None = None,
-    window: int | None = None,
-    is_causal: bool = False,
-) -> Tensor:
-    """Attention of each segment to itself.
+@dataclass(frozen=True, eq=False)
+class HostAttention:
+    """Attention of each segment to itself, forward and backward, without a graph.
+
+    Attributes:
+        bins: cover the stream, but for padding at its end, which attends to nothing and gets 0.
+        num_heads: N.
+        scale: of the scores.
+        rate: of the dropout of attention probabilities.
+        window: a token sees those less than so many places away; None: all of its segment.
+        is_causal: a token does not see those behind it.
+    """
+
+    bins: Sequence[Bins]
+    num_heads: int
+    scale: float
+    rate: float = 0.0
+    window: int | None = None
+    is_causal: bool = False
+
+    def forward(self, qkv_T3H: Tensor) -> tuple[Tensor, float, list[Tensor]]:
+        """Queries, keys and values side by side, (T, 3 H), to (T, H); then what dropout multiplies by, and what the
+        backward needs: probabilities of each of ``bins``, and behind them their masks."""
+        num_tokens, hidden = qkv_T3H.shape[0], qkv_T3H.shape[1] // 3
+        rows = qkv_T3H.view(-1, hidden // self.num_heads)
+        masks, grow = draw_masks([b.num * self.num_heads * b.width**2 for b in self.bins], self.rate, rows.dtype)
+        out = rows.new_empty(num_tokens * self.num_heads, rows.shape[-1])
+        out[self.bins[-1].stop * self.num_heads :] = 0.0
+        probabilities = []
+        for i, bins in enumerate(self.bins):
+            q_GWD, k_GWD, v_GWD = self._in_bins(rows, bins)
+            scores = _product(q_GWD, k_GWD.mT, self.scale)
+            bias = bins.bias(self.window, self.is_causal, rows.dtype)
+            scores.view(bins.num, -1, bins.width, bins.width).add_(bias)
+            weights = probability = scores.softmax(-1)
+            if masks:
+                weights = probability * masks[i].view_as(scores).to(rows.dtype)
+            _put(_product(weights, v_GWD, grow), bins, 1, self.num_heads, out)
+            probabilities.append(probability)
+        return out.view(num_tokens, hidden), grow, [*probabilities, *masks]
+
+    def backward(self, grad_TH: Tensor, qkv_T3H: Tensor, grow: float, saved: Sequence[Tensor]) -> Tensor:
+        """The gradient of queries, keys and values, shaped as they are."""
+        rows = qkv_T3H.view(-1, grad_TH.shape[1] // self.num_heads)
+        grad = grad_TH.reshape(-1, rows.shape[-1])
+        into = torch.empty_like(rows)
+        into[self.bins[-1].stop * 3 * self.num_heads :] = 0.0
+        probabilities, masks = saved[: len(self.bins)], saved[len(self.bins) :]
+        for i, (bins, probability) in enumerate(zip(self.bins, probabilities, strict=True)):
+            # Not saved: in bins they take more memory than in the stream.
+            q_GWD, k_GWD, v_GWD = self._in_bins(rows, bins)
+            places = bins.places(1, self.num_heads)
+            g_GWD = grad.index_select(0, places.rows).index_fill_(0, places.empty, 0.0).view_as(q_GWD)
+            g_weights, weights = _product(g_GWD, v_GWD.mT, grow), probability
+            if masks:
+                mask = masks[i].view_as(weights).to(rows.dtype)
+                g_weights *= mask
+                weights = weights * mask
+            g_scores = torch._softmax_backward_data(g_weights, probability, -1, rows.dtype)
+            parts = rows.new_empty(3, *q_GWD.shape)
+            _product(g_scores, k_GWD, self.scale, parts[0])
+            _product(g_scores.mT, q_GWD, self.scale, parts[1])
+            _product(weights.mT, g_GWD, grow, parts[2])
+            _put(parts, bins, 3, self.num_heads, into)
+        return into.view(qkv_T3H.shape)
+
+    def _in_bins(self, rows: Tensor, bins: Bins) -> tuple[Tensor, ...]:
+        """Queries, keys and values, (G, W, D) each."""
+        padded = rows.index_select(0, bins.places(3, self.num_heads).rows)
+        return padded.view(3, -1, bins.width, rows.shape[-1]).unbind(0)
+
+
+def attend_on_host(query: Tensor, key: Tensor, value: Tensor, attention: HostAttention) -> Tensor:
+    """Attention with its gradient.
 
     Args:
         query, key, value: (1, N, T, D); computed in the type of the values.
-        buckets: cover the stream, but for padding at its end, which attends to nothing and gets 0.
-        rate: of the dropout of attention probabilities.
-        scaling: of the scores; None: 1 / sqrt(D).
-        window: a token sees those less than so many places away; None: all of its segment.
-        is_causal: a token does not see those behind it.
 
     Returns:
         (1, T, N, D).
     """
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    dtype = value.dtype
+    _, num_heads, num_tokens, _ = query.shape
     with torch.autocast("cpu", enabled=False):  # which would compute the softmax in fp32, unlike SDPA
-        biases = [bucket.bias(window, is_causal, dtype) for bucket in buckets]
-        attended: Tensor = _HostAttention.apply(  # type: ignore[no-untyped-call]
-            query.to(dtype), key.to(dtype), value, buckets, biases, rate, scale
-        )
-    return attended
+        qkv_T3H = torch.stack([x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value)], dim=1).flatten(1)
+        attended: Tensor = _HostAttention.apply(qkv_T3H, attention)  # type: ignore[no-untyped-call]
+    return attended.view(1, num_tokens, num_heads, -1)
 
 
 class _HostAttention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        buckets: Sequence[HostBucket],
-        biases: Sequence[Tensor],
-        rate: float,
-        scale: float,
-    ) -> Tensor:
-        _, N, T, D = query.shape
-        streams = [_rows(x) for x in (query, key, value)]
-        shapes = [
-            (len(b.lengths_S) * N, b.num_queries, bias.shape[-1]) for b, bias in zip(buckets, biases, strict=True)
-        ]
-        # One draw for all buckets.
-        kepts: Sequence[Tensor | None] = [None] * len(buckets)
-        grow = 1.0
-        if rate:
-            sizes = [num * L * K for num, L, K in shapes]
-            drawn, grow = draw_kept(sum(sizes), rate)
-            kepts = drawn.split(sizes)
-        out = _stream_like(query, buckets)
-        saved: list[Tensor | None] = []
-        for bucket, bias, (num, L, K), kept in zip(buckets, biases, shapes, kepts, strict=True):
-            places, key_places = bucket.slots(L, N), bucket.slots(K, N)
-            q, k, v = _padded(streams, places, key_places, num)
-            scores = torch.baddbmm(bias.expand(-1, N, -1, -1).flatten(0, 1), q, k.mT, alpha=scale)
-            probabilities = scores.softmax(-1)
-            weights = probabilities if kept is None else probabilities * kept.view_as(scores).to(scores.dtype)
-            _put(_product(weights, v, grow), places, bucket, out)
-            saved += [probabilities, kept]
-        ctx.save_for_backward(query, key, value, *saved)
-        ctx.buckets, ctx.scale, ctx.grow = buckets, scale, grow
-        return out.view(1, T, N, D)
+    def forward(ctx: Any, qkv_T3H: Tensor, attention: HostAttention) -> Tensor:
+        out, ctx.grow, saved = attention.forward(qkv_T3H)
+        ctx.save_for_backward(qkv_T3H, *saved)
+        ctx.attention = attention
+        return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        _, T, N, D = grads[0].shape
-        grad = grads[0].reshape(T * N, D)
-        query, key, value, *saved = ctx.saved_tensors  # read once: checkpointing gives them away
-        streams = [_rows(x) for x in (query, key, value)]
-        into = [_stream_like(x, ctx.buckets) for x in (query, key, value)]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        qkv_T3H, *saved = ctx.saved_tensors  # read once: checkpointing gives them away
         with torch.autocast("cpu", enabled=False):
-            for i, bucket in enumerate(ctx.buckets):
-                probabilities, kept = saved[2 * i : 2 * i + 2]
-                num, L, K = probabilities.shape
-                places, key_places = bucket.slots(L, N), bucket.slots(K, N)
-                # Not saved: padded, they take more memory than the streams.
-                q, k, v = _padded(streams, places, key_places, num)
-                # Padded queries pass nothing on, and padded keys have probability 0.
-                g = grad.index_select(0, places.rows).index_fill_(0, places.padding, 0.0).view_as(q)
-                g_weights, weights = _product(g, v.mT, ctx.grow), probabilities
-                if kept is not None:
-                    mask = kept.view_as(weights).to(g.dtype)
-                    g_weights *= mask
-                    weights = weights * mask
-                g_scores = torch._softmax_backward_data(g_weights, probabilities, -1, g.dtype)
-                _put(_product(g_scores, k, ctx.scale), places, bucket, into[0])
-                _put(_product(g_scores.mT, q, ctx.scale), key_places, bucket, into[1])
-                _put(_product(weights.mT, g, ctx.grow), key_places, bucket, into[2])
-        return *(x.view(1, T, N, D).transpose(1, 2) for x in into), None, None, None, None
+            return ctx.attention.backward(grads[0], qkv_T3H, ctx.grow, saved), None
 
 
-def _round_up(number: int, step: int) -> int:
-    return -(-number // step) * step
+def _round_up(number: int) -> int:
+    return -(-number // _WIDTH_STEP) * _WIDTH_STEP
 
 
-def _rows(x_1NTD: Tensor) -> Tensor:
-    """(T * N, D); no copy where a linear layer has just made the tensor."""
-    return x_1NTD.transpose(1, 2).reshape(-1, x_1NTD.shape[-1])
+def _put(padded: Tensor, bins: Bins, num_streams: int, num_heads: int, stream: Tensor) -> None:
+    """Write the tokens of (C, G, W, D) to their rows of the stream."""
+    num = num_streams * num_heads
+    rows = stream[bins.start * num : bins.stop * num]
+    torch.index_select(padded.view(-1, padded.shape[-1]), 0, bins.places(num_streams, num_heads).slots, out=rows)
 
 
-def _stream_like(x_1NTD: Tensor, buckets: Sequence[HostBucket]) -> Tensor:
-    """(T * N, D) to be written to by all buckets, 0 behind them."""
-    _, N, T, D = x_1NTD.shape
-    rows = x_1NTD.new_empty((T * N, D))
-    rows[buckets[-1].stop * N :] = 0.0
-    return rows
-
-
-def _padded(streams: Sequence[Tensor], places: _Slots, key_places: _Slots, num: int) -> list[Tensor]:
-    """Queries (num, L, D), and keys and values (num, K, D), of S * N = num."""
-    slots = (places, key_places, key_places)
-    rows = (x.index_select(0, slot.rows) for x, slot in zip(streams, slots, strict=True))
-    return [x.view(num, -1, x.shape[-1]) for x in rows]
-
-
-def _put(padded: Tensor, places: _Slots, bucket: HostBucket, stream: Tensor) -> None:
-    """Write the tokens of a padded (S * N, width, D) to the rows of its bucket."""
-    num_heads = len(places.real) // (bucket.stop - bucket.start)
-    rows = stream[bucket.start * num_heads : bucket.stop * num_heads]
-    torch.index_select(padded.view(-1, padded.shape[-1]), 0, places.real, out=rows)
-
-
-def _product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+def _product(a: Tensor, b: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
     """``scale * a @ b``, rounded once."""
-    return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=scale)
+    if out is None:
+        return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=scale)
+    return torch.baddbmm(out, a, b, beta=0, alpha=scale, out=out)
