@@ -26,6 +26,7 @@ from trainer.batch import PackedBatch
 from trainer.distributed import gather
 from trainer.encoder.attention import PACKED_ATTENTION, padded_layout, plan_buckets
 from trainer.encoder.dropout import HostDropout, use_host_dropout
+from trainer.encoder.host_layer import use_host_layers
 from trainer.encoder.shell import override_modules, share_tokenizer, take_route
 from trainer.encoder.spec import EncoderSpec
 from trainer.encoder.text import TextPreparation, load_text_preparation, position_offset
@@ -112,6 +113,8 @@ class Encoder(nn.Module):
         if spec.compile_layers:
             for layer in blocks(self.backbone):
                 layer.compile(dynamic=True)  # once for all of them, for any number of tokens
+        elif self.packed:
+            use_host_layers(self.backbone)
         self._has_adapters = spec.lora is not None
         self._keeps_base = spec.lora is not None or spec.freeze is not None
 
