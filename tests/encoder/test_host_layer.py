@@ -15,6 +15,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, BertConfig, PreTrainedModel, RobertaConfig, XLMRobertaConfig
 
+from trainer.encoder import host_layer
 from trainer.encoder.attention import PACKED_ATTENTION, Packing, plan_buckets
 from trainer.encoder.dropout import use_host_dropout
 from trainer.encoder.host_layer import use_host_layers
@@ -52,6 +53,10 @@ def _layer(backbone: PreTrainedModel) -> Any:
     return backbone.encoder.layer[0]
 
 
+def _is_ours(backbone: PreTrainedModel) -> bool:
+    return not type(_layer(backbone)).__module__.startswith("transformers.")
+
+
 def _stream(dtype: torch.dtype = torch.float32) -> Tensor:
     stream = torch.randn(1, T, H, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     return stream.to(dtype).requires_grad_()
@@ -70,7 +75,7 @@ def _pair(config_class: Any = BertConfig, dtype: torch.dtype = torch.float32, **
     """One layer twice: ours, and transformers'."""
     ours, theirs = (_backbone(config_class, dtype, **kwargs).eval() for _ in range(2))
     use_host_layers(ours)
-    assert "forward" in vars(_layer(ours))
+    assert _is_ours(ours)
     return _layer(ours), _layer(theirs)
 
 
@@ -87,6 +92,17 @@ def test_without_dropout(config_class: Any, dtype: torch.dtype, tolerance: float
         # The gradient of a key's bias is 0 but for rounding: the softmax does not see it.
         size = float(theirs["attention.self.query.bias" if name == "attention.self.key.bias" else name].abs().max())
         assert_close(ours[name], expected, rtol=0.0, atol=tolerance * max(1.0, size), msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where torch has no such products."""
+    results = []
+    for product in (host_layer._onednn, None):
+        monkeypatch.setattr(host_layer, "_onednn", product)
+        layer, stream = _pair()[0], _stream()
+        results.append(_results(layer, layer(stream, packing=_packing()), stream))
+    for name, expected in results[1].items():
+        assert_close(results[0][name], expected, rtol=0.0, atol=1e-5 * max(1.0, float(expected.abs().max())))
 
 
 @pytest.mark.parametrize("is_mixed", [True, False], ids=["autocast", "weights in bf16"])
@@ -172,11 +188,11 @@ def test_padded_batches_take_the_layer_itself() -> None:
 def test_other_layers_stay(kwargs: dict[str, Any]) -> None:
     backbone = _backbone(**kwargs)
     use_host_layers(backbone)
-    assert "forward" not in vars(_layer(backbone))
+    assert not _is_ours(backbone)
 
 
 def test_adapters_stay() -> None:
     backbone = _backbone()
     inject_adapter_in_model(LoraConfig(r=2, target_modules=["query"]), backbone)
     use_host_layers(backbone)
-    assert "forward" not in vars(_layer(backbone))
+    assert not _is_ours(backbone)

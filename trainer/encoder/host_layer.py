@@ -9,8 +9,8 @@ Shape suffixes: T tokens of the stream, H hidden, I intermediate.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -24,9 +24,9 @@ from trainer.encoder.trainable import blocks
 
 # Self-attention and two linear layers, a norm behind either sum (Devlin et al. 2019, https://arxiv.org/abs/1810.04805).
 _MODEL_TYPES = frozenset({"bert", "roberta", "xlm-roberta"})
-# x @ weight.T + bias as torch's compiler calls it. In fp32 torch's own linear layer takes MKL, which reaches three
-# quarters of this on processors that are not Intel's.
-_onednn = torch.ops.mkldnn._linear_pointwise
+# x @ weight.T + bias as torch's compiler calls it. In fp32 torch's own linear layer takes MKL where there is one, which
+# reaches three quarters of this on processors that are not Intel's.
+_onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkl.is_available() else None
 
 
 def use_host_layers(backbone: PreTrainedModel) -> None:
@@ -36,46 +36,52 @@ def use_host_layers(backbone: PreTrainedModel) -> None:
     if config.model_type not in _MODEL_TYPES or config.hidden_act != "gelu" or config.is_decoder:
         return
     for layer in blocks(backbone):
+        layer_class: Any = type(layer)
         if all(type(module) in (nn.Linear, nn.LayerNorm) for module in _modules(layer)):
-            layer.forward = partial(_forward, layer, list(layer.modules())[1:])
+            layer.__class__ = _host_class(layer_class)
 
 
-def _modules(layer: nn.Module) -> list[Any]:
+@cache
+def _host_class(layer_class: Any) -> Any:
+    """The same layer by the same name; a bound forward of its own would tie it into a cycle of references."""
+
+    def forward(
+        self: nn.Module, hidden_states: Tensor, *args: Any, packing: Packing | None = None, **kwargs: Any
+    ) -> Any:
+        if packing is None or not _takes(self, packing):
+            return layer_class.forward(self, hidden_states, *args, packing=packing, **kwargs)
+        return _forward(self, hidden_states, packing)
+
+    return type(layer_class.__name__, (layer_class,), {"forward": forward})
+
+
+def _takes(layer: Any, packing: Packing) -> bool:
+    """Not on a GPU, nor long texts without dropout; nor where somebody waits for the modules inside, as ZeRO's third
+    stage does to gather their weights."""
+    if any(module._forward_pre_hooks or module._forward_hooks for module in islice(layer.modules(), 1, None)):
+        return False
+    return packing.takes_host(layer.attention.self.dropout.p if layer.training else 0.0)
+
+
+def _modules(layer: Any) -> list[Any]:
     """In the order of their arithmetic: query, key, value, output, norm, intermediate, output, norm."""
-    block: Any = layer
-    attention, joined = block.attention.self, block.attention.output
+    attention, joined, output = layer.attention.self, layer.attention.output, layer.output
     projections = [attention.query, attention.key, attention.value]
-    return [*projections, joined.dense, joined.LayerNorm, block.intermediate.dense, block.output.dense,
-            block.output.LayerNorm]  # fmt: skip
+    return [*projections, joined.dense, joined.LayerNorm, layer.intermediate.dense, output.dense, output.LayerNorm]
 
 
-def _forward(
-    layer: nn.Module,
-    inside: Sequence[nn.Module],
-    hidden_states: Tensor,
-    *args: Any,
-    packing: Packing | None = None,
-    **kwargs: Any,
-) -> Any:
-    """The layer's own forward where this can't stand in for it: a padded batch, a GPU, long texts without dropout; and
-    where somebody waits for the modules inside, as ZeRO's third stage does to gather their weights."""
-    block: Any = layer
-    attention = block.attention.self
-    rate = attention.dropout.p if layer.training else 0.0
-    is_watched = any(module._forward_pre_hooks or module._forward_hooks for module in inside)
-    if packing is None or is_watched or not packing.takes_host(rate):
-        return type(layer).forward(layer, hidden_states, *args, packing=packing, **kwargs)
-    host = HostAttention(packing.bins, attention.num_attention_heads, attention.scaling, rate)
+def _forward(layer: Any, hidden_1TH: Tensor, packing: Packing) -> Tensor:
+    attention, output = layer.attention.self, layer.output
+    attention_rate, rate = (m.dropout.p if layer.training else 0.0 for m in (attention, output))
+    host = HostAttention(packing.bins, attention.num_attention_heads, attention.scaling, attention_rate)
     weights = [weight for module in _modules(layer) for weight in (module.weight, module.bias)]
-    mixed = torch.is_autocast_enabled("cpu")
-    dtype = torch.get_autocast_dtype("cpu") if mixed else weights[0].dtype
-    rate = block.output.dropout.p if layer.training else 0.0
+    dtype = weights[0].dtype
+    compute_dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else dtype
     with torch.autocast("cpu", enabled=False):
-        hidden_TH = hidden_states[0].to(weights[0].dtype)
-        out: Tensor = _HostLayer.apply(  # type: ignore[no-untyped-call]
-            hidden_TH, host, rate, block.output.LayerNorm.eps, dtype, *weights
+        out_TH: Tensor = _HostLayer.apply(  # type: ignore[no-untyped-call]
+            hidden_1TH[0].to(dtype), host, rate, output.LayerNorm.eps, compute_dtype, *weights
         )
-    return out[None]
+    return out_TH[None]
 
 
 class _HostLayer(torch.autograd.Function):
@@ -126,11 +132,11 @@ class _HostLayer(torch.autograd.Function):
         with torch.autocast("cpu", enabled=False):
             g_sum2, g_norm2, g_shift2 = norm_backward(grads[0], sum2, size, mean2, rstd2, norm2, shift2)
             g_d = _drop(g_sum2.to(dtype), masks[1:], ctx.grow)
-            g_before = torch.ops.aten.gelu_backward(_times(g_d, wd), before)
+            g_before = torch.ops.aten.gelu_backward(_linear(g_d, wd.t(), None), before)
             g_middle = _plus_times(g_sum2, g_before, wi)
             g_sum1, g_norm1, g_shift1 = norm_backward(g_middle, sum1, size, mean1, rstd1, norm1, shift1)
             g_o = _drop(g_sum1.to(dtype), masks[:1], ctx.grow)
-            g_qkv = ctx.attention.backward(_times(g_o, wo), qkv, ctx.grow_attention, saved)
+            g_qkv = ctx.attention.backward(_linear(g_o, wo.t(), None), qkv, ctx.grow_attention, saved)
             products = [g_qkv.t() @ x, g_o.t() @ attended, g_before.t() @ middle, g_d.t() @ after]
             biases = [g.sum(0) for g in (g_qkv, g_o, g_before, g_d)]
             w_grads, b_grads = ([g.to(norm1.dtype) for g in gs] for gs in (products, biases))
@@ -159,18 +165,17 @@ def _drop(grad: Tensor, masks: list[Tensor], grow: float) -> Tensor:
     return grad
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return _onednn(x, weight, bias, "none", [], "") if x.dtype == torch.float32 else torch.addmm(bias, x, weight.t())
-
-
-def _times(grad: Tensor, weight: Tensor) -> Tensor:
-    """grad @ weight."""
-    return _onednn(grad, weight.t(), None, "none", [], "") if grad.dtype == torch.float32 else grad @ weight
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x @ weight.T + bias."""
+    if _onednn is not None and x.dtype == torch.float32:
+        product: Tensor = _onednn(x, weight, bias, "none", [], "")
+        return product
+    return nn.functional.linear(x, weight, bias)
 
 
 def _plus_times(x: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
     """x + grad @ weight."""
-    if grad.dtype == torch.float32:
+    if _onednn is not None and grad.dtype == torch.float32:
         product: Tensor = _onednn.binary(grad, x, weight.t(), None, "add")
         return product
     return x + grad @ weight
