@@ -58,9 +58,9 @@ def _host_class(layer_class: Any) -> Any:
 def _takes(layer: Any, packing: Packing) -> bool:
     """Not on a GPU, nor long texts without dropout; nor where somebody waits for the modules inside, as ZeRO's third
     stage does to gather their weights."""
-    if any(module._forward_pre_hooks or module._forward_hooks for module in islice(layer.modules(), 1, None)):
+    if not packing.takes_host(layer.attention.self.dropout.p if layer.training else 0.0):
         return False
-    return packing.takes_host(layer.attention.self.dropout.p if layer.training else 0.0)
+    return not any(module._forward_pre_hooks or module._forward_hooks for module in islice(layer.modules(), 1, None))
 
 
 def _modules(layer: Any) -> list[Any]:
