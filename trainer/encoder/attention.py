@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -62,18 +64,35 @@ class Bucket:
 
 @dataclass(frozen=True, eq=False)
 class Packing:
-    """How a stream is cut. One object and no list: compiled layers would be compiled for each length of it.
+    """How a stream is cut, made when a layer asks for it. One object and no list: compiled layers would be compiled for
+    each length of it.
 
     Attributes:
-        bins: the same for :func:`attend_on_host`; none on a GPU.
+        lengths: of the segments, ascending.
+        device: of the stream.
     """
 
-    buckets: Sequence[Bucket]
-    bins: Sequence[Bins] = ()
+    lengths: Sequence[int]
+    device: torch.device
+
+    @cached_property
+    def buckets(self) -> Sequence[Bucket]:
+        """Several on a CPU, where arithmetic on padding costs most; two on a GPU, where small batches are bound by the
+        number of kernels."""
+        num_buckets = 3 if self.device.type == "cpu" else 2
+        buckets: list[Bucket] = []
+        for part in torch.tensor(self.lengths).tensor_split(min(num_buckets, len(self.lengths))):
+            buckets.append(_bucket(part, buckets[-1].stop if buckets else 0, self.device))
+        return buckets
+
+    @cached_property
+    def bins(self) -> Sequence[Bins]:
+        """The same for :func:`attend_on_host`."""
+        return plan_bins(self.lengths)
 
     def takes_host(self, dropout: float) -> bool:
         """Whether attention with this dropout is that of :func:`attend_on_host`."""
-        return bool(self.bins) and (dropout > 0.0 or self.buckets[-1].longest <= _LONG)
+        return self.device.type == "cpu" and (dropout > 0.0 or self.lengths[-1] <= _LONG)
 
 
 def padded_layout(lengths_S: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,17 +114,9 @@ def _bucket(lengths: Tensor, start: int, device: torch.device) -> Bucket:
 
 
 def plan_buckets(lengths: Sequence[int], device: torch.device) -> Packing:
-    """Cut segments of ascending length into buckets: several on a CPU, where arithmetic on padding costs most;
-    two on a GPU, where small batches are bound by the number of kernels."""
-    on_host = device.type == "cpu"
-    num_buckets = 3 if on_host else 2
-    lengths_S = torch.tensor(lengths)
-    assert bool((lengths_S[1:] >= lengths_S[:-1]).all()), "segments must be sorted by length"
-    buckets, start = [], 0
-    for part in lengths_S.tensor_split(min(num_buckets, len(lengths))):
-        buckets.append(_bucket(part, start, device))
-        start = buckets[-1].stop
-    return Packing(buckets, plan_bins(lengths) if on_host else ())
+    """How to cut a stream of segments of ascending length."""
+    assert all(a <= b for a, b in pairwise(lengths)), "segments must be sorted by length"
+    return Packing(lengths, device)
 
 
 def _padded(x_TND: Tensor, bucket: Bucket) -> Tensor:
@@ -144,11 +155,11 @@ def packed_attention(
     is_causal = bool(getattr(module, "is_causal", False))
     if (group := query.shape[1] // key.shape[1]) > 1:
         key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
-    buckets = packing.buckets
     if packing.takes_host(dropout):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         host = HostAttention(packing.bins, query.shape[1], scale, dropout, sliding_window, is_causal)
         return attend_on_host(query, key, value, host), None
+    buckets = packing.buckets
     num_padding = query.shape[2] - buckets[-1].stop
     sizes = [*(bucket.stop - bucket.start for bucket in buckets), num_padding]
     # One split, not a slice per bucket: the backward of a slice fills a gradient as long as the stream.

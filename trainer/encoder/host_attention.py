@@ -273,6 +273,4 @@ def _put(padded: Tensor, bins: Bins, num_streams: int, num_heads: int, stream: T
 
 def _product(a: Tensor, b: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
     """``scale * a @ b``, rounded once."""
-    if out is None:
-        return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=scale)
-    return torch.baddbmm(out, a, b, beta=0, alpha=scale, out=out)
+    return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=scale, out=out)

@@ -45,11 +45,10 @@ def use_host_layers(backbone: PreTrainedModel) -> None:
 def _host_class(layer_class: Any) -> Any:
     """The same layer by the same name; a bound forward of its own would tie it into a cycle of references."""
 
-    def forward(
-        self: nn.Module, hidden_states: Tensor, *args: Any, packing: Packing | None = None, **kwargs: Any
-    ) -> Any:
+    def forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        packing = kwargs.get("packing")
         if packing is None or not _takes(self, packing):
-            return layer_class.forward(self, hidden_states, *args, packing=packing, **kwargs)
+            return layer_class.forward(self, hidden_states, *args, **kwargs)
         return _forward(self, hidden_states, packing)
 
     return type(layer_class.__name__, (layer_class,), {"forward": forward})
