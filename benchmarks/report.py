@@ -22,9 +22,10 @@ Written by `python benchmarks/report.py` from `benchmarks/results/**/*.json`; a 
 figures mean, and how they are taken, stands in [README.md](README.md); the tries behind them in [LOG.md](LOG.md).
 "default" and "best" are settings of sentence-transformers, explained in [peer.py](peer.py); "peer" is its default. A
 ratio is ours over theirs in speed, the median of the rounds (lowest to highest round behind it), and ours over theirs
-in memory. The share is the arithmetic of the texts' tokens over what large matrix products reached in the same
-minutes. The loss is the mean of all steps, warm-up included: the same rows, dropout masks apart. Of one rank and two,
-compare rows per second within a side only.
+in memory. The share is the arithmetic of the texts' tokens over what torch's large matrix products reached in the same
+minutes; in fp32 on a CPU our layers take those of oneDNN, which are faster where MKL is not at home. The loss is the
+mean of all steps, warm-up included: the same rows, dropout masks apart. Of one rank and two, compare rows per second
+within a side only.
 """
 _STEP = ("shape", "batch", "precision")
 _SPEED = (*_STEP, "side", "rows/s", "tokens/s", "share", "peak MiB", "loss", "ours is", "its memory", "run")
