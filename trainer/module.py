@@ -27,7 +27,7 @@ from trainer.finite import FiniteSteps
 from trainer.host_memory import keep_freed_pages
 from trainer.losses import Loss
 from trainer.memory import explained_memory
-from trainer.optimizer import clip, count_steps, parameter_groups
+from trainer.optimizer import clip, count_steps, gradient_norm, parameter_groups
 
 logger = logging.getLogger(__name__)
 
@@ -317,7 +317,7 @@ class EmbeddingModule(LightningModule):
             return
         by_norm = gradient_clip_algorithm in (None, "norm")
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.last_grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        self.last_grad_norm = gradient_norm(parameters)
         if by_norm and gradient_clip_val:
             clip(optimizer, parameters, gradient_clip_val, self.last_grad_norm)
         elif gradient_clip_val:

@@ -36,6 +36,14 @@ def count_steps(steps_per_epoch: int, max_epochs: int, max_steps: int) -> int:
     return min(steps, max_steps) if max_steps > 0 else steps
 
 
+def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
+    """The 2-norm of all gradients."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    # On a CPU torch reduces a tensor to one number on one core, but its rows on all of them.
+    rows = [torch.linalg.vector_norm(g, dim=-1) if g.device.type == "cpu" and g.dim() > 1 else g for g in grads]
+    return nn.utils.get_total_norm(rows)
+
+
 def clip(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], limit: float, norm: Tensor) -> None:
     """Scale gradients of this global norm to the limit, if they are over it; a fused optimizer does it on its way."""
     if all(group.get("fused") for group in optimizer.param_groups):
