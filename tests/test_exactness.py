@@ -138,7 +138,7 @@ class Run:
 
 
 @functools.cache
-def _encoder(folder: str, used: tuple[int, ...]) -> tuple[Encoder, dict[str, Tensor]]:
+def load_once(folder: str, used: tuple[int, ...]) -> tuple[Encoder, dict[str, Tensor]]:
     """Loaded once in each process, for that takes longer than a case; and its weights."""
     encoder = Encoder(EncoderSpec(backbone=folder, dropout=0.0), WHOLE)
     with torch.no_grad():
@@ -156,7 +156,7 @@ class Siamese(nn.Module):
 
     def __init__(self, run: Run) -> None:
         super().__init__()
-        self.encoder, start = _encoder(run.folder, tuple(run.used))
+        self.encoder, start = load_once(run.folder, tuple(run.used))
         self.encoder.load_state_dict(start)
         self.encoder.max_tokens = run.max_tokens
         # Another draw on each rank: heads are equal only if the strategy knows them.
@@ -198,7 +198,9 @@ def weights_after(run: Run, steps: Sequence[slice], learning_rate: float) -> tup
     return largest_difference(end, start), end
 
 
-def _run(folder: Path, loss: str, texts: Sequence[str], num_rows: int, compact: bool = True, **kwargs: object) -> Run:
+def make_run(
+    folder: Path, loss: str, texts: Sequence[str], num_rows: int, compact: bool = True, **kwargs: object
+) -> Run:
     """Rows whose columns differ in length, with repeated texts, three classes and scores with ties."""
     num_columns = LOSSES[loss][1]
     prepare = load_text_preparation(EncoderSpec(backbone=str(folder)))
@@ -255,8 +257,10 @@ def test_gradients_of_two_ranks_are_those_of_one_process(
 ) -> None:
     """Of 8 and 7 rows, under DDP, with a compact vocabulary; chunks on the ranks against one forward in the one."""
     options = {"matryoshka": variant == "Matryoshka"}
-    run = _run(tiny_encoder, loss, demo_texts, 15, max_tokens=CHUNKED if variant == "chunked" else WHOLE, **options)
-    errors[loss, variant] = _assert_same_gradients(two_ranks, run, _run(tiny_encoder, loss, demo_texts, 15, **options))
+    run = make_run(tiny_encoder, loss, demo_texts, 15, max_tokens=CHUNKED if variant == "chunked" else WHOLE, **options)
+    errors[loss, variant] = _assert_same_gradients(
+        two_ranks, run, make_run(tiny_encoder, loss, demo_texts, 15, **options)
+    )
 
 
 @pytest.mark.parametrize("num_rows", [16, 1])
@@ -267,7 +271,7 @@ def test_gradients_of_two_ranks_are_those_of_one_process(
 def test_even_shares_and_a_rank_without_rows(
     two_ranks: TwoRanks, tiny_encoder: Path, demo_texts: list[str], loss: str, num_rows: int
 ) -> None:
-    run = _run(tiny_encoder, loss, demo_texts, num_rows)
+    run = make_run(tiny_encoder, loss, demo_texts, num_rows)
     _assert_same_gradients(two_ranks, run, run)
 
 
@@ -276,7 +280,7 @@ def test_even_shares_and_a_rank_without_rows(
 def test_other_backbones_with_the_whole_vocabulary(
     two_ranks: TwoRanks, tiny_encoders: dict[str, Path], demo_texts: list[str], kind: str, num_rows: int
 ) -> None:
-    run = _run(tiny_encoders[kind], "Softmax", demo_texts, num_rows, compact=False)
+    run = make_run(tiny_encoders[kind], "Softmax", demo_texts, num_rows, compact=False)
     _assert_same_gradients(two_ranks, run, run)
 
 
@@ -298,7 +302,7 @@ def test_weights_after_20_steps(two_ranks: TwoRanks, tiny_encoder: Path, demo_te
     steps = [slice(first, last) for first, last in itertools.pairwise(bounds)]
     assert sorted({rows.stop - rows.start for rows in steps}) == [1, 15, 16]
     assert len(steps) == 20
-    run = _run(tiny_encoder, loss, demo_texts * 3, bounds[-1], max_tokens=400)
+    run = make_run(tiny_encoder, loss, demo_texts * 3, bounds[-1], max_tokens=400)
     moved, expected = weights_after(run, steps, RATES[loss])
     assert moved > 5e-3, "weights that hardly moved"
     (_, one), (_, other) = two_ranks(weights_after, run, steps, RATES[loss])

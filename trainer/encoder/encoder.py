@@ -252,8 +252,15 @@ class Encoder(nn.Module):
             ).last_hidden_state[0, :num_tokens]
         else:
             hidden_TH = self._padded_forward(input_ids_T, lengths)
-        boundaries = torch.tensor([0, *lengths]).cumsum(0).to(device, non_blocking=True)
-        features: dict[str, Any] = {"token_embeddings": hidden_TH[None], "cu_seq_lens_q": boundaries}
+        lengths_S = torch.tensor(lengths)
+        boundaries = F.pad(lengths_S.cumsum(0), (1, 0))
+        segment_T = torch.arange(len(lengths)).repeat_interleave(lengths_S)
+        features: dict[str, Any] = {
+            "token_embeddings": hidden_TH[None],
+            "cu_seq_lens_q": boundaries.to(device, non_blocking=True),
+            # Counted on the device, it would make the host wait for its size.
+            "seq_idx": segment_T[None].to(device, non_blocking=True),
+        }
         if self.text.prompt:
             features["prompt_length"] = self.text.prompt_length
         return self.head(features)["sentence_embedding"].float()

@@ -1,0 +1,74 @@
+"""A step waits for no number of the device.
+
+On torch's meta device tensors have shapes and no numbers: whatever reads one on the host, or makes a tensor whose size
+hangs on one, raises. So what runs there from the batch to the clipped gradient runs on a GPU without waiting for it;
+copies that block are not seen.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, get_args
+
+import pytest
+import torch
+
+from tests.test_exactness import CHUNKED, LOSSES, WHOLE, Siamese, load_once, make_run
+from trainer.demo_encoder import Kind
+from trainer.finite import FiniteSteps
+from trainer.optimizer import clip, gradient_norm
+
+# Their sums run over as many pairs as the numbers say.
+READING_LOSSES = {"BatchTriplet all", "BatchTriplet semi_hard"}
+# It runs padded, and transformers looks whether the mask hides anything.
+READING_KINDS = {"mpnet"}
+
+
+class _Autocast(torch.autocast):
+    """Of a device that has none."""
+
+    def __init__(self, device_type: str, *args: Any, **kwargs: Any) -> None:
+        super().__init__("cpu" if device_type == "meta" else device_type, *args, **kwargs)
+
+
+@pytest.fixture(autouse=True)
+def _autocast_on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "autocast", _Autocast)
+
+
+def _step(model: Siamese, batch: Any) -> None:
+    """As EmbeddingModule's, with what a fused optimizer would be told."""
+    finite = FiniteSteps()
+    finite.watch_loss(model(batch), 0).backward()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    assert all(p.grad is not None and p.grad.is_meta for p in parameters)
+    optimizer = torch.optim.AdamW(parameters)
+    optimizer.param_groups[0]["fused"] = True
+    norm = gradient_norm(parameters)
+    clip(optimizer, parameters, 1.0, norm)
+    trainer: Any = SimpleNamespace(precision_plugin=None, global_step=0)
+    finite.check(norm, optimizer, trainer)
+
+
+def _on_meta(folder: Path, loss: str, texts: list[str], max_tokens: int = WHOLE, **options: Any) -> None:
+    run = make_run(folder, loss, texts, 15, max_tokens=max_tokens, **options)
+    model = Siamese(run)
+    load_once.cache_clear()  # its encoder leaves the host for good
+    _step(model.to("meta"), run.batch(slice(None)).to("meta"))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_step_reads_nothing_from_the_device(tiny_encoder: Path, demo_texts: list[str], loss: str) -> None:
+    with pytest.raises(NotImplementedError, match="nonzero") if loss in READING_LOSSES else nullcontext():
+        _on_meta(tiny_encoder, loss, demo_texts)
+
+
+@pytest.mark.parametrize("kind", get_args(Kind))
+def test_no_backbone_reads_anything_from_the_device(
+    tiny_encoders: dict[str, Path], demo_texts: list[str], kind: str
+) -> None:
+    """In chunks under activation checkpointing, with a compact vocabulary."""
+    with pytest.raises(RuntimeError, match="item") if kind in READING_KINDS else nullcontext():
+        _on_meta(tiny_encoders[kind], "InfoNCE", demo_texts, max_tokens=CHUNKED)
