@@ -52,12 +52,27 @@ def test_a_pointer_in_place_of_weights(tiny_encoder: Path, tmp_path: Path, kind:
     )
 
 
-@pytest.mark.parametrize(("kind", "kept"), [("whole", 90_000), ("whole", 50), ("whole", 0), ("shard", 900)])
+@pytest.mark.parametrize(
+    ("kind", "kept"),
+    [("whole", 90_000), ("whole", 50), ("whole", 0), ("shard", 900), ("pickle", 90_000), ("pickle", 0)],
+)
 def test_weights_that_were_cut_short(tiny_encoder: Path, tmp_path: Path, kind: str, kept: int) -> None:
     folder, path = _copy(tiny_encoder, tmp_path, kind)
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(ValueError, match=rf"{path} is no weight file \({kept:,} bytes, cut short or damaged\); "):
         Encoder(EncoderSpec(str(folder)), 100)
+
+
+def test_a_folder_without_weights(tiny_encoder: Path, tmp_path: Path) -> None:
+    folder, path = _copy(tiny_encoder, tmp_path, "whole")
+    path.unlink()
+    for refused_by in (refuse_broken_weights, lambda spec: Encoder(spec, 100)):
+        with pytest.raises(ValueError) as refused:
+            refused_by(EncoderSpec(str(folder)))
+        assert str(refused.value) == (
+            f"model.encoder.backbone '{folder}' is a folder without weights: neither model.safetensors nor "
+            "pytorch_model.bin lies beside its config.json; copy the whole folder"
+        )
 
 
 def test_of_a_hub_id_the_blob_is_named(tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

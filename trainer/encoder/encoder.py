@@ -67,9 +67,9 @@ class Encoder(nn.Module):
                 trust_remote_code=spec.trust_remote_code,
                 model_kwargs={"dtype": torch.float32},
             )
-        except (SafetensorError, pickle.UnpicklingError) as error:
+        except (SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
             refuse_broken_weights(spec)
-            if isinstance(error, SafetensorError):
+            if not isinstance(error, pickle.UnpicklingError):
                 raise
             raise ValueError(
                 f"model.encoder.backbone '{spec.backbone}': its weights are a pickle that holds more than tensors, "

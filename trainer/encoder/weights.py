@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -35,9 +36,15 @@ def refuse_broken_weights(spec: EncoderSpec) -> None:
     """Reads the first bytes of each weight file.
 
     Raises:
-        ValueError: one is a git-lfs pointer, or was cut short.
+        ValueError: one is a git-lfs pointer, or was cut short; or a folder has none.
     """
-    for path in (path for files in weight_files(spec) for path in files):
+    files_of_modules = weight_files(spec)
+    if files_of_modules and not files_of_modules[0] and _should_have_weights(Path(spec.backbone)):
+        raise ValueError(
+            f"model.encoder.backbone '{spec.backbone}' is a folder without weights: neither {SAFE_WEIGHTS_NAME} nor "
+            f"{WEIGHTS_NAME} lies beside its config.json; copy the whole folder"
+        )
+    for path in (path for files in files_of_modules for path in files):
         if cause := _broken(path):
             remedy = (
                 "run git lfs pull there, or copy it again"
@@ -47,17 +54,25 @@ def refuse_broken_weights(spec: EncoderSpec) -> None:
             raise ValueError(f"{path} is no weight file ({path.stat().st_size:,} bytes, {cause}); {remedy}")
 
 
+def _should_have_weights(folder: Path) -> bool:
+    """A folder on this machine; one of adapters alone names where its weights are."""
+    return folder.is_dir() and not any(folder.rglob("adapter_config.json"))
+
+
 def _broken(path: Path) -> str | None:
     """What is wrong with a file; None where nothing is, or where transformers says it well."""
     if not path.is_file():
         return None
     with open(path, "rb") as file:
-        if file.read(len(_POINTER)) == _POINTER:
-            return "a git-lfs pointer"
+        start = file.read(len(_POINTER))
+    if start == _POINTER:
+        return "a git-lfs pointer"
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, "numpy"):
                 pass
         except SafetensorError:
             return "cut short or damaged"
+    elif not start or (start.startswith(b"PK") and not zipfile.is_zipfile(path)):  # torch.save writes a zip file
+        return "cut short or damaged"
     return None
