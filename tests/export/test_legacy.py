@@ -89,6 +89,8 @@ ROTARY: dict[str, dict[str, Any]] = {
         ("qwen3", {"rope_parameters": {"rope_type": "linear", "rope_theta": 2e4, "factor": 4.0}}),
         ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 2e4, "partial_rotary_factor": 0.5}}),
         ("gemma3_text", {"rope_parameters": ROTARY["modernbert"]["rope_parameters"]}),
+        ("gpt_neox", {"rope_parameters": {"rope_type": "default", "rope_theta": 2e4, "partial_rotary_factor": 0.5}}),
+        ("gpt_neox_japanese", {"rope_parameters": {"rope_type": "default", "rope_theta": 2e4}}),
         ("bert", {}),
     ],
 )

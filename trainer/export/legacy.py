@@ -25,6 +25,9 @@ _ROPE_BASES = {
     "modernbert": {"full_attention": "global_rope_theta", "sliding_attention": "local_rope_theta"},
     "gemma3_text": {"full_attention": "rope_theta", "sliding_attention": "rope_local_base_freq"},
 }
+# Backbones whose rotary settings had names of their own in transformers 4.
+_GPT_NEOX = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
+_ROPE_NAMES = {"gpt_neox": _GPT_NEOX, "gpt_neox_japanese": _GPT_NEOX}
 
 
 def rewrite_as_legacy(folder: Path, max_length: int, flag: str = "--legacy") -> None:
@@ -86,9 +89,11 @@ def _rotary(config: dict[str, Any], flag: str) -> dict[str, Any]:
                 f"of this '{kind}', {rope}; export without it"
             )
         return {names[layer]: one["rope_theta"] for layer, one in by_layer.items()}
-    found = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+    names = _ROPE_NAMES.get(config["model_type"], {})
+    keys = [key for key in ("rope_theta", "partial_rotary_factor") if key in rope]
+    found = {names.get(key, key): rope[key] for key in keys}
     if rope.get("rope_type", "default") != "default":
-        found["rope_scaling"] = {key: value for key, value in rope.items() if key not in found}
+        found["rope_scaling"] = {key: value for key, value in rope.items() if key not in keys}
     return found
 
 
