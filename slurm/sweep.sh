@@ -60,11 +60,13 @@ declare -A taken=()
 for line in "${lines[@]}"; do
     mapfile -t overrides < <(words_of "$line")
     folder=$("$train" directory "${configs[@]}" "${overrides[@]}" "${rest[@]}")
-    if [[ -n $folder && (${#seeds[@]} -gt 1 || -n ${taken[$folder]:-}) ]]; then
+    place=$folder
+    [[ -z $folder || $folder == *://* ]] || place=$(realpath -m -- "$folder") # ./runs/a is runs/a
+    if [[ -n $folder && (${#seeds[@]} -gt 1 || -n ${taken[$place]:-}) ]]; then
         refuse "several of the $num_runs runs have trainer.default_root_dir $folder, which holds one:" \
             "leave it out, and each gets a folder of its own"
     fi
-    [[ -z $folder ]] || taken[$folder]=1
+    [[ -z $folder ]] || taken[$place]=1
 done
 
 task=$SLURM_ARRAY_TASK_ID

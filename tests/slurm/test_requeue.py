@@ -144,7 +144,7 @@ NAMED = "--trainer.default_root_dir"
         ([], "1,2", "trainer: {default_root_dir: runs/one}", []),
         (["--data.batch_size 8", "--data.batch_size 9"], "1", "trainer: {default_root_dir: runs/one}", []),
         (["--data.batch_size 8", "--data.batch_size 9"], "1", "", ["--config=configs/more.yaml"]),
-        ([f"{NAMED} runs/one", f"{NAMED}=runs/one --data.batch_size 9"], "1", "", []),
+        ([f"{NAMED} runs/one", f"{NAMED}=./x/../runs/one --data.batch_size 9"], "1", "", []),
         ([f"{NAMED} runs/one", f"{NAMED} runs/two"], "1,2", "", []),
     ],
 )
@@ -161,7 +161,7 @@ def test_a_sweep_whose_runs_would_share_a_folder_is_refused(
     number = max(1, len(lines)) * len(seeds.split(","))
     for job in map(slurm.finished, slurm.numbers(slurm.submit("--array=0-1", arguments, python, "sweep.sh"))):
         assert job["ExitCode"] == "2:0", job.log
-        assert job.log == (
+        assert job.log.replace("./x/../", "") == (
             f"sweep.sh: several of the {number} runs have trainer.default_root_dir runs/one, which holds one: leave it "
             "out, and each gets a folder of its own\n"
         )
