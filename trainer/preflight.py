@@ -150,16 +150,19 @@ def check_space(parts: Parts) -> str:
         written = [count_written(spec, num_moments) for spec in specs]
     except (AttributeError, RuntimeError):
         return "not known for this architecture"
-    in_checkpoint, in_export = map(sum, zip(*written, strict=True))
-    needed = BYTES * (2 * in_checkpoint + in_export)
+    in_checkpoint, of_pieces, in_export = map(sum, zip(*written, strict=True))
+    most = BYTES * (2 * in_checkpoint + in_export)
+    # Which pieces the texts use is not known yet: refused is only what can't fit.
+    needed = most - BYTES * 2 * of_pieces
     place = next(path for path in (parts.run_dir, *parts.run_dir.absolute().parents) if path.exists())
     free = shutil.disk_usage(place).free
     if free < needed:
         raise ValueError(
-            f"{place} has {free:,} bytes free, two checkpoints of {in_checkpoint:,} numbers and the export of "
-            f"{in_export:,} need {needed:,}; free them, or name another place: --trainer.default_root_dir"
+            f"{place} has {free:,} bytes free, two checkpoints of {in_checkpoint - of_pieces:,} numbers and the export "
+            f"of {in_export:,} need {needed:,}; free them, or name another place: --trainer.default_root_dir"
         )
-    return f"{free:,} bytes free in {place}, {needed:,} needed"
+    unknown = f", and up to {most - needed:,} for the pieces that the texts use" if most > needed else ""
+    return f"{free:,} bytes free in {place}, {needed:,} needed{unknown}"
 
 
 def check_data(parts: Parts) -> str:
@@ -191,9 +194,9 @@ def check_data(parts: Parts) -> str:
     return f"{num_files} files of {num_bytes:,} bytes{hub}"
 
 
-def count_written(spec: EncoderSpec, num_moments: int) -> tuple[int, int]:
-    """Numbers in a checkpoint and in the export, counted without weights. What of the embedding matrix no text uses is
-    counted too, for that takes the data.
+def count_written(spec: EncoderSpec, num_moments: int) -> tuple[int, int, int]:
+    """Numbers in a checkpoint, how many of them belong to pieces that the texts may not use, and numbers in the export;
+    counted without weights.
 
     Raises:
         ValueError: transformers has no such architecture, or not the layers that ``spec`` names.
@@ -202,7 +205,8 @@ def count_written(spec: EncoderSpec, num_moments: int) -> tuple[int, int]:
     from trainer.encoder.size import meta_backbone
     from trainer.encoder.weights import weight_files
 
-    parameters = list(meta_backbone(spec).parameters())
+    backbone = meta_backbone(spec)
+    parameters = list(backbone.parameters())
     num_trained = sum(p.numel() for p in parameters if p.requires_grad)
     num_all = sum(p.numel() for p in parameters)
     num_adapters = num_trained if spec.lora is not None else 0  # added to the weights that stay
@@ -210,4 +214,10 @@ def count_written(spec: EncoderSpec, num_moments: int) -> tuple[int, int]:
     num_saved = num_all if spec.lora is None and spec.freeze is None else num_trained
     heads = (path for files in weight_files(spec)[1:] for path in files)
     num_head = sum(path.stat().st_size for path in heads) // BYTES
-    return num_saved + num_moments * num_trained + (1 + num_moments) * num_head, num_all - num_adapters + num_head
+    pieces = backbone.get_input_embeddings().weight
+    is_compact = spec.compact_vocabulary == "auto" and pieces.requires_grad
+    return (
+        num_saved + num_moments * num_trained + (1 + num_moments) * num_head,
+        (1 + num_moments) * pieces.numel() if is_compact else 0,
+        num_all - num_adapters + num_head,
+    )
