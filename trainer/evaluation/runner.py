@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -23,6 +24,8 @@ from trainer.module import EmbeddingModule
 from trainer.tracking.metrics import MetricsLog
 
 __all__ = ["Evaluation", "evaluate", "is_due"]
+
+logger = logging.getLogger(__name__)
 
 
 def not_measured(key: str, name: str, metrics: Collection[str]) -> ValueError:
@@ -63,6 +66,7 @@ class Evaluation(Callback):
         self.last_step = -1
         self.last_metrics: dict[str, float] = {}
         self._limit_val_batches: int | float | None = None
+        self._patience: list[int] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
@@ -73,6 +77,7 @@ class Evaluation(Callback):
                 )
             self._limit_val_batches = trainer.limit_val_batches
             trainer.limit_val_batches = 0
+            self._patience = [callback.patience for callback in trainer.early_stopping_callbacks]
         if self._limit_val_batches == 0 or self.sets:
             return
         self.sets = [tokenize_set(one) for one in trainer.datamodule.validation_sets]  # type: ignore[attr-defined]
@@ -102,8 +107,15 @@ class Evaluation(Callback):
                     raise not_measured("EarlyStopping: monitor", callback.monitor, self.last_metrics)
             return
         trainer.callback_metrics.update(_as_tensors(self.last_metrics))
-        if any(callback.wait_count >= callback.patience for callback in trainer.early_stopping_callbacks):
-            trainer.should_stop = True  # it was decided at this step, and the run died before its end
+        for callback, patience in zip(trainer.early_stopping_callbacks, self._patience, strict=True):
+            callback.patience = patience  # a checkpoint would bring its own
+            if callback.wait_count >= patience:
+                trainer.should_stop = True  # it was decided at this step
+                gather.warn(
+                    logger,
+                    f"EarlyStopping ended the run at step {trainer.global_step}: {callback.monitor} was not better for "
+                    f"{callback.wait_count} evaluations; to go on, raise patience, {patience}",
+                )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
