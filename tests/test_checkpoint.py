@@ -144,6 +144,27 @@ def test_early_stopping_is_decided_once(tmp_path: Path, tiny_encoder: Path, rows
     assert resumed.global_step == 12
 
 
+def test_the_patience_of_a_run_that_goes_on_is_the_one_it_is_given(
+    tmp_path: Path, tiny_encoder: Path, rows: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    stop = lambda patience: EarlyStopping(METRIC, mode="max", patience=patience)  # noqa: E731
+    options: dict[str, Any] = {"val_check_interval": 1.0, "max_epochs": 4, "keep": -1}
+    assert fit(tmp_path, tiny_encoder, rows, {}, stop(1), **options).global_step == 12
+    last = tmp_path / "checkpoints" / "step-00000012"
+    assert fit(tmp_path, tiny_encoder, rows, {}, stop(1), ckpt=last, **options).global_step == 12
+    assert f"EarlyStopping ended the run at step 12: {METRIC} was not better for 1 evaluations; to go on" in caplog.text
+    assert fit(tmp_path, tiny_encoder, rows, {}, stop(100), ckpt=last, **options).global_step == 24
+
+
+def test_the_best_step_of_another_run_is_none_of_this_one(tmp_path: Path, tiny_encoder: Path, rows: list[Path]) -> None:
+    options: dict[str, Any] = {"val_check_interval": 2, "keep": -1}
+    fit(tmp_path / "first", tiny_encoder, rows, {2: 5.0}, StopAt(4), **options)
+    assert best_step(tmp_path / "first") == 2
+    start = tmp_path / "first" / "checkpoints" / "step-00000004"
+    fit(tmp_path / "second", tiny_encoder, rows, {8: 1.0}, ckpt=start, **options)
+    assert best_step(tmp_path / "second") == 8
+
+
 def test_a_state_that_would_not_be_read_is_not_written(tmp_path: Path, tiny_encoder: Path, rows: list[Path]) -> None:
     with pytest.raises(ValueError, match=r"step-00000002 would not be read again: it holds a pathlib\.PosixPath"):
         fit(tmp_path, tiny_encoder, rows, {}, Odd())

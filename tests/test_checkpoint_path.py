@@ -52,6 +52,26 @@ def test_what_is_damaged_is_never_taken(run_dir: Path, capsys: pytest.CaptureFix
         find_checkpoint("auto", "fit", run_dir, FIRST)
 
 
+def test_a_checkpoint_of_another_run_wants_a_fresh_directory(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "runs" / "b"
+    write_checkpoint({"w": torch.ones(1)}, other / "checkpoints/step-00000007", {"step": 7})
+    taken = str(other / "checkpoints/step-00000007")
+    with pytest.raises(
+        ConfigError, match=rf"^{run_dir} already holds a run; .*: --trainer.default_root_dir {run_dir}-2"
+    ):
+        find_checkpoint(taken, "fit", run_dir, FIRST)
+    for command, folder in (("fit", tmp_path / "fresh"), ("validate", run_dir), ("test", run_dir)):
+        assert find_checkpoint(taken, command, folder, FIRST) == taken
+    # A requeued job is started by the same words, and has gone on since.
+    requeued = {**SLURM, "SLURM_RESTART_COUNT": "1"}
+    assert _step(find_checkpoint(taken, "fit", run_dir, requeued)) == 3
+    assert find_checkpoint(taken, "fit", tmp_path / "fresh", requeued) == taken
+    with pytest.raises(ConfigError, match="already holds a run"):
+        find_checkpoint(taken, "fit", run_dir, SLURM)
+
+
 def test_a_fresh_fit_wants_a_fresh_directory(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError, match="already holds a run"):
         find_checkpoint(None, "fit", run_dir, FIRST)

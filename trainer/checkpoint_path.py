@@ -18,7 +18,8 @@ def find_checkpoint(
 
     Args:
         wanted: ``auto``, the default of a fit under Slurm: the newest valid one of the run directory, and a fresh fit
-            where there is none; ``best``: the one with the best metric; else a folder.
+            where there is none; ``best``: the one with the best metric; else a folder, which may be another run's:
+            a fit then goes on from it in a fresh directory, and a requeued job in the one that it has begun.
         command: fit, validate or test.
         run_dir: of the run; elsewhere than under Slurm, a fresh fit needs a fresh one.
         environ: of the process.
@@ -38,6 +39,11 @@ def find_checkpoint(
             refuse_used(run_dir)
     if wanted is None:
         return None
+    is_fork = (
+        command == "fit" and wanted not in ("auto", "best") and run_dir.resolve() not in Path(wanted).resolve().parents
+    )
+    if is_fork and environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0") and newest(run_dir):
+        wanted, is_fork = "auto", False
     if wanted == "auto":
         found = _newest_valid(run_dir, is_first)
         if found is None and (command != "fit" or allows):
@@ -52,6 +58,8 @@ def find_checkpoint(
     if reason := problem(path):
         name = f"{wanted} ({path})" if wanted == "best" else wanted
         raise ConfigError(f"--ckpt_path {name}: {reason}; auto takes the newest valid one of {run_dir}")
+    if is_fork and is_first:
+        refuse_used(run_dir)
     if is_first and wanted == "best":
         print(f"checkpoint: {path}")
     return str(path)
