@@ -150,6 +150,12 @@ class EmbeddingModule(LightningModule):
             )
         return head
 
+    def refuse_classifiers(self, data: PairData) -> None:
+        """Raises ValueError where a validation set asks for the classes of a loss that tells none."""
+        for held_out in data.validation_sources:
+            if isinstance(held_out.evaluator, Classification):
+                self.classifier_of(held_out.evaluator.loss)
+
     def classify(self, loss: Optional[str], columns: Sequence[Tensor]) -> Tensor:
         """Logits (B, classes) that the head of a loss gives to columns of (B, D) embeddings."""
         return self.classifier_of(loss).logits(columns)
@@ -203,9 +209,7 @@ class EmbeddingModule(LightningModule):
         for part in self.encoder.parts.values():
             part.lockstep = lockstep
         self.train()  # transformers loads in evaluation mode, in which dropout is off
-        for held_out in self.data.validation_sources:
-            if isinstance(held_out.evaluator, Classification):
-                self.classifier_of(held_out.evaluator.loss)  # refused now, not after hours
+        self.refuse_classifiers(self.data)  # now, not after hours
         if self.trainer.training:
             self._check_columns()
             # The loss scaler of fp16 leaves out steps, and would not tell us to leave out their decay.

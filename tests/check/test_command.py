@@ -131,6 +131,49 @@ def test_columns_that_the_loss_does_not_take(
     assert report["findings"][0]["cause"] == f"CosineSimilarity needs a column 'score', {path} has anchor, positive"
 
 
+def test_scores_that_do_not_match_the_candidates(
+    tmp_path: Path, tiny_encoder: Path, demo_texts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The step that fit would stop at."""
+    rows = [{"a": t, "p": f"{t} x", "n": f"{t} y", "m": f"{t} z", "s": 1.0} for t in demo_texts[:20]]
+    path = write(tmp_path / "x.jsonl", rows)
+    columns = {"anchor": "a", "positive": "p", "negative": "n", "negative_1": "m", "score_1": "s"}
+    for loss, taken in (("MarginMSE", "2 or 3"), ("DistillKLDiv", "3")):
+        _, report = run(capsys, *common(tmp_path, tiny_encoder, loss), "--data.train", source(path, columns))
+        assert names(report, "error") == ["unfit_columns"]
+        wanted = f"{loss} takes {taken} scores a row beside 3 candidates, {path} has 1"
+        assert report["findings"][0]["cause"] == wanted
+
+
+@pytest.mark.parametrize(
+    ("evaluator", "columns", "told"),
+    [
+        ("BinaryClassification", {"label": "l"}, "needs labels 0 and 1, both of them; the 20 rows hold 0, 1, 2"),
+        ("Reranking", {}, "needs a label that says which candidates are relevant, or negatives"),
+        ("LabelAccuracy", {"label": "l"}, "LabelAccuracy asks InfoNCE for classes, which it does not tell"),
+    ],
+)
+def test_a_set_that_its_evaluator_can_not_score(
+    tmp_path: Path,
+    tiny_encoder: Path,
+    demo_texts: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    evaluator: str,
+    columns: dict[str, str],
+    told: str,
+) -> None:
+    """Refused before a weight is read, by check as by fit."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"a": t, "b": f"{t} x", "l": i % 3} for i, t in enumerate(demo_texts[:20])]
+    path = write(tmp_path / "x.jsonl", rows)
+    held_out = [{"name": "dev", "path": str(path), "columns": {**PAIR, **columns}, "evaluator": evaluator}]
+    flags = [*common(tmp_path, tiny_encoder, "InfoNCE"), "--data.train", source(path, PAIR)]
+    for command in ("check", "fit"):
+        assert main([command, *flags, "--data.validation", json.dumps(held_out)]) == 1
+        assert told in capsys.readouterr().err
+
+
 def test_columns_that_an_evaluator_lacks(
     tmp_path: Path, tiny_encoder: Path, demo_texts: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

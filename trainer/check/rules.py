@@ -60,8 +60,8 @@ def refuse_unknown(names: Sequence[str]) -> None:
 
 def unfit_validation(source: EvalSource) -> Iterator[Finding]:
     """Columns that the evaluator lacks: the run would stop at its first evaluation."""
-    missing = [name for name in source.evaluator.columns if name not in source.canonical_columns]
-    if missing and not source.searches:
+    missing = source.missing_columns
+    if missing:
         kind = type(source.evaluator).__name__
         columns = "columns" if len(missing) > 1 else "column"
         cause = f"{kind} needs {columns} {', '.join(missing)}, {source.path} has {', '.join(source.canonical_columns)}"
@@ -85,6 +85,15 @@ def unfit_columns(loss: Loss, source: Source, table: TokenTable | StreamedTable 
         if not any(column in source.columns for column in _COLUMNS_OF[need]):
             wanted = " or ".join(f"'{column}'" for column in _COLUMNS_OF[need])
             yield finding(f"{name} needs a column {wanted}, {found}", "map it in data.train columns")
+    num_candidates, num_scores = len(table.columns) - 1, len(source.candidate_scores) or int("score" in source.columns)
+    for part in loss.parts() if num_scores else ():
+        taken = part.scores_taken(num_candidates)
+        if taken is not None and num_scores not in taken:
+            yield finding(
+                f"{type(part).__name__} takes {' or '.join(map(str, taken))} scores a row beside {num_candidates} "
+                f"candidates, {source.path} has {num_scores}",
+                "map score_1, score_2, ... in data.train columns",
+            )
     if source.may_lack_texts and not loss.absent_texts:
         yield finding(
             f"{name} takes rows that have all texts, but those of {source.path} may lack some negatives",

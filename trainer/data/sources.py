@@ -317,6 +317,11 @@ class EvalSource(Source):
             )
 
     @property
+    def missing_columns(self) -> list[str]:
+        """Those that the evaluator wants and the rows lack; of a search none."""
+        return [] if self.searches else [name for name in self.evaluator.columns if name not in self.canonical_columns]
+
+    @property
     def searches(self) -> bool:
         """Whether the set is queries, documents and judgements instead of rows of texts."""
         return isinstance(self.evaluator, Search)

@@ -39,6 +39,11 @@ def open_validation(source: EvalSource, text: TextPreparation, cache_dir: Path) 
     """The sets of a source: one, or those of a suite."""
     if not source.searches:
         rows = load(source, cache_dir)
+        if not source.missing_columns:  # which the check, or the first evaluation, names
+            try:
+                source.evaluator.refuse_rows(rows)
+            except ValueError as error:
+                raise ValueError(f"{source.path}: {error}") from error
         return [ValidationSet(source.name, rows, source.evaluator, text, teacher=source.teacher)]
     return [
         ValidationSet(name, collection, source.evaluator, text, suite="" if name == source.name else source.name)

@@ -38,6 +38,13 @@ class Evaluator(ABC):
         """All texts to embed, column by column: (len(text_columns) * B,)."""
         return [text for column in self.text_columns for text in rows[column]]
 
+    def refuse_rows(self, rows: Rows) -> None:  # noqa: B027 - most score any rows
+        """Called when a set is opened.
+
+        Raises:
+            ValueError: rows that can't be scored, whatever their embeddings.
+        """
+
     @abstractmethod
     def score(self, embeddings_ND: Tensor, rows: Rows) -> dict[str, float]:
         """Metrics of the embeddings of `texts(rows)`: float32, on the CPU, in the same order.

@@ -26,8 +26,7 @@ class BinaryClassification(Evaluator):
     text_columns = ("anchor", "positive")
     primary = "cosine_ap"
 
-    def score(self, embeddings_ND: Tensor, rows: Rows) -> dict[str, float]:
-        anchor_BD, positive_BD = self.split(embeddings_ND, rows)
+    def refuse_rows(self, rows: Rows) -> None:
         labels_B = np.asarray(rows["label"])
         found = sorted(set(labels_B.tolist()))
         if found != [0, 1]:
@@ -35,6 +34,11 @@ class BinaryClassification(Evaluator):
                 f"Binary classification needs labels 0 and 1, both of them; the {len(labels_B)} rows hold "
                 f"{', '.join(map(str, found[:5]))}. Check the label column and label_map of this validation set."
             )
+
+    def score(self, embeddings_ND: Tensor, rows: Rows) -> dict[str, float]:
+        self.refuse_rows(rows)
+        anchor_BD, positive_BD = self.split(embeddings_ND, rows)
+        labels_B = np.asarray(rows["label"])
         metrics: dict[str, float] = {}
         for name, similarity in SIMILARITIES.items():
             scores_B = similarity(anchor_BD, positive_BD).numpy()

@@ -34,12 +34,20 @@ class Reranking(Evaluator):
         self.at = at
         self.primary = f"ndcg@{at}"
 
+    def refuse_rows(self, rows: Rows) -> None:
+        if not _negatives(rows) and "label" not in _names(rows):
+            raise ValueError(
+                "Reranking needs a label that says which candidates are relevant, or negatives; the set has "
+                f"{', '.join(_names(rows))}. Map one of them under `columns`"
+            )
+
     def texts(self, rows: Rows) -> list[str]:
         """Of two columns, then of the negatives that are there."""
         negatives = [text for name in _negatives(rows) for text in rows[name] if text is not None]
         return [*super().texts(rows), *negatives]
 
     def score(self, embeddings_ND: Tensor, rows: Rows) -> dict[str, float]:
+        self.refuse_rows(rows)
         refuse_not_finite(num_not_finite(embeddings_ND), len(embeddings_ND))
         queries = self._candidates(embeddings_ND, rows)
         precisions, ranks, gains = [], [], []
@@ -71,11 +79,6 @@ class Reranking(Evaluator):
         anchor_BD, positive_BD = embeddings_ND[:num_rows], embeddings_ND[num_rows : 2 * num_rows]
         similarities = cosine(anchor_BD, positive_BD).tolist()
         if not names:
-            if "label" not in _names(rows):
-                raise ValueError(
-                    "Reranking needs a label that says which candidates are relevant, or negatives; the set has "
-                    f"{', '.join(_names(rows))}. Map one of them under `columns`"
-                )
             labelled: dict[str, list[tuple[float, float]]] = {}
             for query, label, similarity in zip(anchors, rows["label"][:], similarities, strict=True):
                 labelled.setdefault(query, []).append((float(label), similarity))

@@ -70,6 +70,10 @@ class Loss(nn.Module, ABC):
         """The margin that no pair of distances can reach, for embeddings of length 1 or of any; None: there is none."""
         return None
 
+    def scores_taken(self, num_candidates: int) -> tuple[int, ...] | None:
+        """How many scores a row may have beside so many candidates; None: any number, or it wants none."""
+        return None
+
     def truncated(self, targets: Targets, dimension: int) -> Targets:
         """What the first ``dimension`` values of each embedding are to be compared with."""
         return targets

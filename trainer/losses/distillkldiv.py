@@ -49,6 +49,9 @@ class DistillKLDiv(Loss):
             raise ValueError(f"DistillKLDiv scales are {self.scale:g} and {self.teacher_scale:g}; set them above 0")
         self.similarity: Similarity = similarity
 
+    def scores_taken(self, num_candidates: int) -> tuple[int, ...]:
+        return (num_candidates,)
+
     def forward(self, columns: Sequence[Tensor], targets: Targets) -> Tensor:
         anchors_BD, *candidates = columns
         scores_BK = candidate_scores(targets)

@@ -39,6 +39,9 @@ class MarginMSE(Loss):
         super().__init__()
         self.similarity: Similarity = similarity
 
+    def scores_taken(self, num_candidates: int) -> tuple[int, ...]:
+        return num_candidates - 1, num_candidates
+
     def forward(self, columns: Sequence[Tensor], targets: Targets) -> Tensor:
         anchors_BD, *candidates = columns
         scores_BK, num_negatives = candidate_scores(targets), len(candidates) - 1
