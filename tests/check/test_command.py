@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -118,6 +120,30 @@ def test_a_validation_set_inside_the_training_set(
     _, report = run(capsys, *args, "--data.train", source(train, columns, score_range=[0, 5]))
     assert names(report, "error") == ["leak"]
     assert report["validation"][0]["num_known_rows"] == 60
+
+
+def test_what_is_streamed_is_not_called_free_of_leaks(
+    sound: list[str], tmp_path: Path, demo_texts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same 200 rows train and validate: read while training, nobody has looked for them."""
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.Table.from_pylist([json.loads(line) for line in (tmp_path / "x.jsonl").open()]), path)
+    validation = json.dumps([{"name": "dev", "path": str(path), "columns": SCORED}])
+    streamed = {"path": str(path), "columns": SCORED, "streaming": True}
+    args = [*sound, "--data.validation", validation, "--data.train"]
+    _, report = run(capsys, *args, json.dumps([streamed]))
+    (facts,) = report["validation"]
+    assert (facts["num_rows"], facts["num_known_rows"], facts["num_known_texts"]) == (200, None, None)
+    assert facts["num_unsearched"] == 1
+    assert main(["check", *args, json.dumps([streamed])]) == 0
+    assert "validation dev  200 rows; not looked for in training, which is streamed" in capsys.readouterr().out
+    other = {
+        "path": str(write(tmp_path / "other.jsonl", pairs(20, [0.0, 1.0], [f"{text} ." for text in demo_texts]))),
+        "columns": SCORED,
+    }
+    assert main(["check", *args, json.dumps([other, streamed])]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "200 rows; 0 of them (0.0%) and 0 of 400 texts stand in training; 1 of its sources not looked at" in said
 
 
 def test_columns_that_the_loss_does_not_take(

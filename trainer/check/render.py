@@ -136,10 +136,13 @@ def _targets(facts: SourceFacts) -> list[str]:
 
 
 def _leak(leak: LeakFacts) -> str:
+    if leak.num_known_rows is None:
+        return f"{leak.num_rows:,} {leak.unit}; not looked for in training, which is streamed"
     share = leak.num_known_rows / leak.num_rows
+    streamed = f"; {leak.num_unsearched} of its sources not looked at: streamed" if leak.num_unsearched else ""
     return (
         f"{leak.num_rows:,} {leak.unit}; {leak.num_known_rows:,} of them ({share:.1%}) and "
-        f"{leak.num_known_texts:,} of {leak.num_texts:,} texts stand in training"
+        f"{leak.num_known_texts:,} of {leak.num_texts:,} texts stand in training{streamed}"
     )
 
 

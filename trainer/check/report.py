@@ -173,9 +173,7 @@ def read_facts(data: PairData) -> tuple[list[SourceFacts], list[LeakFacts]]:
         source_facts(source, table, data.text_of(source), data.cache_dir, data.max_rows)
         for source, table in zip(data.train_sources, data.tables, strict=True)
     ]
-    # To look for a text in a streamed source would be to read all of it.
-    searched = [source for source in data.train_sources if not source.streaming]
-    leaks = [leak_facts(one, searched, data.cache_dir, data.max_rows) for one in data.validation_sources]
+    leaks = [leak_facts(one, data.train_sources, data.cache_dir, data.max_rows) for one in data.validation_sources]
     return sources, leaks
 
 

@@ -27,27 +27,34 @@ class LeakFacts:
         name: of the set.
         num_rows, num_texts: rows, and different texts; of a set that is searched the rows are its queries.
         num_known_rows: rows whose texts (the first two columns) stand together in a training row; queries that stand
-            anywhere in training.
-        num_known_texts: texts that stand in training.
+            anywhere in training; None where no training source was looked at.
+        num_known_texts: texts that stand in training, or None.
         unit: what a row is.
+        num_unsearched: training sources that were not looked at, because they are streamed.
     """
 
     name: str
     num_rows: int
     num_texts: int
-    num_known_rows: int
-    num_known_texts: int
+    num_known_rows: Optional[int]
+    num_known_texts: Optional[int]
     unit: Literal["rows", "queries"] = "rows"
+    num_unsearched: int = 0
 
 
 def leak_facts(
     validation: EvalSource, train: Sequence[Source], cache_dir: Path, max_rows: Optional[int] = None
 ) -> LeakFacts:
     """What of ``validation`` stands in training, whatever the size of that."""
+    # To look for a text in a streamed source would be to read all of it.
+    searched = [source for source in train if not source.streaming]
     whole = collections_fingerprint(validation) if validation.searches else fingerprint(validation)
-    key = facts_key(whole, [fingerprint(source) for source in train], max_rows)
-    counts = cached_facts(cache_dir, key, lambda: _leaks(validation, train, cache_dir, max_rows))
-    return LeakFacts(name=validation.name, unit="queries" if validation.searches else "rows", **counts)
+    key = facts_key(whole, [fingerprint(source) for source in searched], max_rows)
+    counts = cached_facts(cache_dir, key, lambda: _leaks(validation, searched, cache_dir, max_rows))
+    if not searched:
+        counts |= {"num_known_rows": None, "num_known_texts": None}
+    unit: Literal["rows", "queries"] = "queries" if validation.searches else "rows"
+    return LeakFacts(validation.name, unit=unit, num_unsearched=len(train) - len(searched), **counts)
 
 
 def _leaks(validation: EvalSource, train: Sequence[Source], cache_dir: Path, max_rows: Optional[int]) -> dict[str, int]:
