@@ -6,6 +6,7 @@ import json
 import random
 import statistics
 from collections import Counter
+from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 
@@ -128,6 +129,19 @@ def test_leaks(rows: list[dict[str, object]], tmp_path: Path) -> None:
     assert facts == LeakFacts("dev", num_rows=5, num_texts=len(texts), num_known_rows=3, num_known_texts=len(texts) - 3)
     assert leak_facts(dev, train[:1], tmp_path).num_known_rows == 1
     assert leak_facts(dev, train[1:], tmp_path, max_rows=5).num_known_rows == 0
+
+
+def test_leaks_behind_prompts_and_in_swapped_columns(rows: list[dict[str, object]], tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    plain = write(path, rows)
+    swapped = {**COLUMNS, "anchor": "b", "positive": "a"}
+    prompts = {"anchor": "query: ", "positive": "passage: "}
+    train = [plain, replace(plain, prompts=prompts), replace(plain, columns=swapped)]
+    num_texts = len({str(row[key]) for row in rows for key in "ab"})
+    for more in ({}, {"prompts": prompts}, {"columns": swapped}):
+        dev = EvalSource(**{"path": str(path), "columns": COLUMNS, "name": "dev", **more})
+        for source in train:
+            assert leak_facts(dev, [source], tmp_path) == LeakFacts("dev", 180, num_texts, 180, num_texts)
 
 
 @pytest.mark.parametrize("kind", ["bert", "mpnet", "distilbert", "modernbert", "qwen3"])

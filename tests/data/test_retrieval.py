@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +243,7 @@ def test_queries_that_stand_in_training_are_leaks(tmp_path: Path) -> None:
         str(write_lines(tmp_path / "train.jsonl", [{"a": a, "b": b} for a, b in texts])),
         {"anchor": "a", "positive": "b"},
     )
-    facts = leak_facts(source, [train], tmp_path / "cache")
-    assert (facts.num_rows, facts.num_known_rows, facts.unit) == (3, 2, "queries")
-    assert (facts.num_texts, facts.num_known_texts) == (11, 3)
+    for one in (source, replace(source, prompts={"query": "query: ", "document": "passage: "})):
+        facts = leak_facts(one, [train], tmp_path / "cache")
+        assert (facts.num_rows, facts.num_known_rows, facts.unit) == (3, 2, "queries")
+        assert (facts.num_texts, facts.num_known_texts) == (11, 3)

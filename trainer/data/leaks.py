@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Optional
 
@@ -21,7 +21,7 @@ from trainer.data.sources import EvalSource, Source
 
 @dataclass(frozen=True)
 class LeakFacts:
-    """Of a validation set beside all training sources.
+    """Of a validation set beside all training sources; prompts, and which of two texts is the anchor, don't count.
 
     Attributes:
         name: of the set.
@@ -47,7 +47,8 @@ def leak_facts(
 ) -> LeakFacts:
     """What of ``validation`` stands in training, whatever the size of that."""
     # To look for a text in a streamed source would be to read all of it.
-    searched = [source for source in train if not source.streaming]
+    searched = [replace(source, prompts=None) for source in train if not source.streaming]
+    validation = replace(validation, prompts=None)
     whole = collections_fingerprint(validation) if validation.searches else fingerprint(validation)
     key = facts_key(whole, [fingerprint(source) for source in searched], max_rows)
     counts = cached_facts(cache_dir, key, lambda: _leaks(validation, searched, cache_dir, max_rows))
@@ -69,7 +70,7 @@ def _leaks(validation: EvalSource, train: Sequence[Source], cache_dir: Path, max
             for column in columns:
                 _mark(hit, column, distinct_rows)
         elif min(len(columns), 2) == min(num_columns, 2):
-            _mark(hit, joined(columns[:2]), distinct_rows)
+            _mark(hit, _row_keys(columns), distinct_rows)
     known_rows = hit[pc.index_in(row_keys, value_set=distinct_rows).to_numpy()]
     return {
         "num_rows": len(row_keys),
@@ -88,9 +89,16 @@ def _held_out(validation: EvalSource, cache_dir: Path) -> tuple[pa.Array, pa.Arr
         return queries, pc.unique(pa.chunked_array([queries, documents])), 2
     rows = load(validation, cache_dir).with_format("arrow")[:]
     names = validation.text_columns
-    row_keys = joined([rows[name].combine_chunks() for name in names[:2]])
+    row_keys = _row_keys([rows[name].combine_chunks() for name in names])
     texts = pa.chunked_array([chunk for name in names for chunk in rows[name].chunks])
     return row_keys, pc.unique(texts).drop_null(), len(names)
+
+
+def _row_keys(columns: Sequence[pa.Array]) -> pa.Array:
+    """One string a row: its first two texts, the smaller one first."""
+    if len(columns) == 1:
+        return columns[0]
+    return joined([pc.min_element_wise(*columns[:2]), pc.max_element_wise(*columns[:2])])
 
 
 def _chunks(train: Sequence[Source], cache_dir: Path, max_rows: Optional[int]) -> Iterator[list[pa.Array]]:
