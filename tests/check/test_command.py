@@ -307,6 +307,17 @@ def test_text(tmp_path: Path, tiny_encoder: Path, demo_texts: list[str], capsys:
     assert "\x1b" not in said
 
 
+def test_a_batch_smaller_than_the_number_of_ranks_is_refused(
+    sound: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As fit refuses it, here without the ranks."""
+    more = ["--trainer.devices", "2", "--trainer.num_nodes", "2", "--data.batch_size"]
+    assert main(["check", *sound, *more, "3"]) == 1
+    assert "data.batch_size is 3 rows over all ranks, but there are 4 ranks; raise" in capsys.readouterr().err
+    code, report = run(capsys, *sound, *more, "4")
+    assert (code, report["plan"]["num_ranks"]) == (0, 4)
+
+
 def test_an_unknown_name_is_refused(sound: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", *sound, "--check.allow", "constant_label"]) == 2
     said = capsys.readouterr().err

@@ -29,6 +29,9 @@ def check(args: Sequence[str]) -> int:
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # "Seed set to": nothing is drawn here
     parts = Parts(["fit", *flags], written, execute=False)
     data, module, options = parts.datamodule, parts.model, parts.options.trainer
+    devices = int(options.devices) if str(options.devices).isdigit() else 1  # of "auto" no login node knows
+    num_ranks, is_half = devices * options.num_nodes, "16" in str(options.precision)
+    data.refuse_ranks(num_ranks)
     data.setup("fit")
     if data.stream is not None:
         raise ValueError(
@@ -38,8 +41,6 @@ def check(args: Sequence[str]) -> int:
     limit = 1.0 if options.limit_train_batches is None else options.limit_train_batches
     steps_per_epoch = limit_steps(data.order.steps_per_epoch, limit)
     max_epochs = -1 if options.max_epochs is None else options.max_epochs
-    devices = int(options.devices) if str(options.devices).isdigit() else 1  # of "auto" no login node knows
-    num_ranks, is_half = devices * options.num_nodes, "16" in str(options.precision)
     report = make_report(
         module,
         data,

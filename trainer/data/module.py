@@ -212,13 +212,16 @@ class PairData(LightningDataModule):
             one for source in self.validation_sources for one in open_validation(source, self.text, self.cache_dir)
         ]
 
-    def _check_sizes(self) -> None:
-        ranks = gather.world_size()
-        if self.batch_size < ranks:
+    def refuse_ranks(self, num_ranks: int) -> None:
+        """Raises ValueError where a step has fewer rows than there are ranks to share it."""
+        if self.batch_size < num_ranks:
             raise ValueError(
-                f"data.batch_size is {self.batch_size} rows over all ranks, but there are {ranks} ranks; "
-                f"raise data.batch_size to {ranks} or more, or use fewer devices"
+                f"data.batch_size is {self.batch_size} rows over all ranks, but there are {num_ranks} ranks; "
+                f"raise data.batch_size to {num_ranks} or more, or use fewer devices"
             )
+
+    def _check_sizes(self) -> None:
+        self.refuse_ranks(gather.world_size())
         if self.stream is not None:
             return
         if left_out := self.order.rows_left_out:
