@@ -315,6 +315,20 @@ BAD_FLAGS = {
     "model.max_tokens bounds the memory of one forward: set these two instead",
     "--trainer.overfit_batches 3": "flag --trainer.overfit_batches: trainer.overfit_batches stays 0: data decides "
     "which rows form a step: to see whether a few rows can be learnt, set data.max_rows",
+    "--trainer.limit_train_batches 0": "flag --trainer.limit_train_batches: trainer.limit_train_batches is 0; it must "
+    "be above 0: to evaluate without training, run trainer validate",
+    "--trainer.limit_train_batches=-1": "flag --trainer.limit_train_batches: trainer.limit_train_batches is -1; it "
+    "must be above 0: to evaluate without training, run trainer validate",
+    "--trainer.val_check_interval 0": "flag --trainer.val_check_interval: trainer.val_check_interval is 0; it must be "
+    "above 0: to never evaluate, set trainer.limit_val_batches: 0",
+    "--trainer.val_check_interval 0.0": "flag --trainer.val_check_interval: trainer.val_check_interval is 0.0; it must "
+    "be above 0: to never evaluate, set trainer.limit_val_batches: 0",
+    **{
+        f"--trainer.limit_{which}_batches {value}": f"flag --trainer.limit_{which}_batches: "
+        f"trainer.limit_{which}_batches is {value}, but whole sets are scored: take 0 (nothing) or 1.0 (all); for "
+        "fewer rows set max_rows of the set in data.validation"
+        for which, value in (("val", "2"), ("val", "1"), ("val", "0.5"), ("val", "-1"), ("test", "2"))
+    },
     "--trainer.precision bf16-true": "flag --trainer.precision: trainer.precision is bf16-true, but weights stay in "
     "float32: take one of 32-true, bf16-mixed, 16-mixed",
     "--trainer.devices many": "the trainer can't be built from these settings: `devices` selected with "

@@ -87,6 +87,11 @@ FIXED: Mapping[str, tuple[Any, str]] = {
     ),
     "use_distributed_sampler": (False, "data decides which rows form a step, whatever the number of ranks"),
 }
+# trainer key -> what does what its zero seems to ask for
+ABOVE_ZERO: Mapping[str, str] = {
+    "limit_train_batches": "to evaluate without training, run trainer validate",
+    "val_check_interval": "to never evaluate, set trainer.limit_val_batches: 0",
+}
 # Weights and the optimizer's sums are float32.
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
@@ -154,6 +159,21 @@ class TrainerCLI(LightningCLI):
             if options.trainer[key] != value:
                 place = self.written.place(f"trainer.{key}")
                 raise ConfigError(f"{place}: trainer.{key} stays {str(value).lower()}: {reason}")
+        self._refuse_limits(options.trainer)
+
+    def _refuse_limits(self, limits: Any) -> None:
+        """What leaves no step between two evaluations or in an epoch, and parts of a set."""
+        for key, instead in ABOVE_ZERO.items():
+            value, place = limits[key], self.written.place(f"trainer.{key}")
+            if isinstance(value, (int, float)) and not value > 0:
+                raise ConfigError(f"{place}: trainer.{key} is {value}; it must be above 0: {instead}")
+        for key in ("limit_val_batches", "limit_test_batches"):
+            value, place = limits[key], self.written.place(f"trainer.{key}")
+            if value not in (None, 0, 1.0) or (value == 1 and isinstance(value, int)):  # 1 is one batch, 1.0 is all
+                raise ConfigError(
+                    f"{place}: trainer.{key} is {value}, but whole sets are scored: take 0 (nothing) or 1.0 (all); for "
+                    "fewer rows set max_rows of the set in data.validation"
+                )
 
     def _known_keys(self) -> dict[str, Any]:
         method = {"ckpt_path": str | None, "weights_only": bool | None, "verbose": bool}

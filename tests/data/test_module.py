@@ -92,6 +92,20 @@ def test_a_batch_smaller_than_the_number_of_ranks_is_refused(tmp_path: Path, tin
         assert message.startswith("data.batch_size is 1 rows over all ranks, but there are 2 ranks; raise")
 
 
+@pytest.mark.parametrize("max_rows", [0, -1])
+def test_max_rows_that_leave_no_row_are_refused(max_rows: int, tmp_path: Path, tiny_encoder: Path) -> None:
+    with pytest.raises(ValueError, match=f"data.max_rows is {max_rows}; it must be 1 or more, or left out"):
+        PairData([Source("x.jsonl", COLUMNS)], EncoderSpec(str(tiny_encoder)), max_rows=max_rows)
+
+
+def test_no_training_source_is_refused_where_one_is_trained_on(tmp_path: Path, tiny_encoder: Path) -> None:
+    """`trainer validate` needs none."""
+    data = PairData([], EncoderSpec(str(tiny_encoder)), cache_dir=str(tmp_path))
+    data.setup("validate")
+    with pytest.raises(ValueError, match=r"data\.train is empty: there is nothing to train on"):
+        data.setup("fit")
+
+
 def set_up_on_rank(source: Source, spec: EncoderSpec, cache: str) -> str:
     data = PairData([source], spec, batch_size=1, cache_dir=cache)
     with pytest.raises(ValueError, match="2 ranks") as error:

@@ -79,6 +79,8 @@ class PairData(LightningDataModule):
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"data.batch_size is {batch_size}; it must be 1 or more")
+        if max_rows is not None and max_rows < 1:
+            raise ValueError(f"data.max_rows is {max_rows}; it must be 1 or more, or left out for all rows")
         self.train_sources = train
         self.validation_sources = validation or []
         self.encoder_spec = encoder
@@ -171,6 +173,8 @@ class PairData(LightningDataModule):
             stop_if_asked()
 
     def _open_training(self) -> None:
+        if not self.train_sources:  # not sooner: what only evaluates needs none
+            raise ValueError("data.train is empty: there is nothing to train on; name a source")
         opaque = [source for source in self.train_sources if source.streaming and group_files(source) is None]
         if opaque:
             self._open_stream(opaque[0])
