@@ -4,6 +4,7 @@ import gzip
 import json
 import logging
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -90,6 +91,15 @@ def test_a_batch_smaller_than_the_number_of_ranks_is_refused(tmp_path: Path, tin
     source, spec = data.train_sources[0], data.encoder_spec
     for message in two_ranks(set_up_on_rank, source, spec, str(tmp_path / "cache")):
         assert message.startswith("data.batch_size is 1 rows over all ranks, but there are 2 ranks; raise")
+
+
+def test_two_validation_sets_of_one_name_are_refused(tmp_path: Path, tiny_encoder: Path) -> None:
+    """Their metrics have one name too: eval/dev/..."""
+    sets = [EvalSource(f"{path}.jsonl", COLUMNS, name="dev") for path in ("old", "new")]
+    train, spec = [Source("x.jsonl", COLUMNS)], EncoderSpec(str(tiny_encoder))
+    with pytest.raises(ValueError, match=r"two sets of the name 'dev', old\.jsonl and new\.jsonl: .* give each a name"):
+        PairData(train, spec, validation=sets)
+    PairData(train, spec, validation=[sets[0], replace(sets[1], name="new")])
 
 
 @pytest.mark.parametrize("max_rows", [0, -1])

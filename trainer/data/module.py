@@ -109,7 +109,14 @@ class PairData(LightningDataModule):
                     f"but the texts are {', '.join(source.text_columns)}: leave document_encoder out, or give "
                     "pairs"
                 )
+        paths: dict[str, str] = {}
         for held_out in validation or []:
+            if held_out.name in paths:
+                raise ValueError(
+                    f"data.validation has two sets of the name '{held_out.name}', {paths[held_out.name]} and "
+                    f"{held_out.path}: the metrics of one would replace those of the other; give each a name of its own"
+                )
+            paths[held_out.name] = held_out.path
             if held_out.streaming:
                 raise ValueError(
                     f"{held_out.path}: streaming: true is for data.train; an evaluation takes all rows: set it to false"
