@@ -8,10 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import fsspec
 import pytest
 
 from trainer.data import opaque
-from trainer.data.loading import fingerprint
+from trainer.data.loading import fingerprint, load
 from trainer.data.module import PairData
 from trainer.data.opaque import OpaqueBatches, OpaqueStream, Reader
 from trainer.data.sources import Source
@@ -106,6 +107,65 @@ def test_tables_of_text(kind: str, text: TextPreparation, tmp_path: Path) -> Non
     assert {len(ids) for ids in short} == {3}
     assert min(len(ids) for ids in columns[0]) > 3
     assert [ids.tolist() for ids in whole] == [ids.tolist() for ids in columns[1]]
+
+
+# What is written in a cell, and the text that it means: `datasets` joins lines, guesses types and skips columns here.
+CELLS = {
+    "csv": [
+        ("007", "007"),
+        ("1e3", "1e3"),
+        ('"a comma, a\nline, a ""word"""', 'a comma, a\nline, a "word"'),
+        ("NA", "NA"),
+    ],
+    "tsv": [('"it starts', '"it starts'), ("true", "true"), ('it ends"', 'it ends"'), ('"one\tcell"', "one\tcell")],
+}
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "tsv.gz"])
+def test_a_stream_of_cells_has_the_rows_of_loading_it(kind: str, text: TextPreparation, tmp_path: Path) -> None:
+    """Of two files, whose columns have other orders and whose lines other ends; the last line is empty."""
+    (tmp_path / "set").mkdir()
+    cells = CELLS[kind[:3]]
+    separator = "," if kind == "csv" else "\t"
+    for number, names in enumerate(["absy", "ysab"]):
+        lines = [list(names)]
+        for place, (written, _) in enumerate(cells):
+            row = {"a": f"00{number}", "b": written, "s": f"{place}.50", "y": f"0{place}"}
+            lines.append([row[name] for name in names])
+        content = ("\r\n" if number else "\n").join([*map(separator.join, lines), "", ""]).encode()
+        path = tmp_path / "set" / f"{number}.{kind}"
+        path.write_bytes(gzip.compress(content) if kind.endswith(".gz") else content)
+    source = Source(str(tmp_path / "set"), {**COLUMNS, "label": "y"})
+    loaded = load(source, tmp_path / "cache")
+    assert loaded["positive"][:] == [meant for _, meant in cells] * 2
+
+    reader = Reader(OpaqueStream(replace(source, streaming=True), text, 0), 0, 1)
+    columns, targets, _, numbers = reader.take(len(loaded))
+    assert reader.position["pass"] == 0
+    reader.take(1)
+    assert reader.position["pass"] == 1, "a pass has more rows"
+    order = numbers.argsort()
+    for ids, name in zip(columns, ("anchor", "positive"), strict=True):
+        assert [ids[place].tolist() for place in order] == text(loaded[name][:])
+    assert targets["score"][order].tolist() == loaded["score"][:] == [0.5, 1.5, 2.5, 3.5] * 2
+    assert targets["label"][order].tolist() == loaded["label"][:] == [0, 1, 2, 3] * 2
+
+
+def test_a_bad_cell_of_a_stream_is_named_by_its_line(text: TextPreparation, tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text('a,b\nx,"two\nlines"\nx,y,z\n')
+    with pytest.raises(ValueError, match=r"x.csv:4: 3 cells, the header has 2\n.*1 bad row among those just read"):
+        Reader(OpaqueStream(Source(str(path), {"anchor": "a", "positive": "b"}, streaming=True), text, 0), 0, 1)
+
+
+def test_a_table_of_text_is_streamed_from_an_address(text: TextPreparation, tmp_path: Path) -> None:
+    fsspec.filesystem("memory").pipe("/rows/x.tsv.gz", gzip.compress(b'a\tb\ts\nx\t"y\t1\nz\tw\t2\n'))
+    source = Source("memory://rows/x.tsv.gz", COLUMNS, streaming=True)
+    columns, targets, *_ = Reader(OpaqueStream(source, text, 0), 0, 1).take(2)
+    assert dict(zip(targets["score"].tolist(), (ids.tolist() for ids in columns[1]), strict=True)) == {
+        1.0: text(['"y'])[0],
+        2.0: text(["w"])[0],
+    }
 
 
 def make_data(source: Source, encoder: Path, workers: int, cache: Path) -> PairData:

@@ -45,24 +45,15 @@ def read_delimited(
         ValueError: the file as a whole cannot be read, or its header names a column twice.
     """
     delimiter = "," if data_format(path) == ".csv" else "\t"
-    cells_of = _csv_cells if delimiter == "," else _tsv_cells
-    head: list[_Cells] = []
-    try:
-        blocks = text_blocks(path)
-        for block in blocks:
-            head += cells_of(block, blocks)
-            if len(head) > PEEKED:
-                break
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read as {data_format(path)[1:]}: {error}") from error
-    header = _header(path, head[0][1] if head else [])
-    columns = source and _columns(source, path, header, [cells for _, cells in head[1:]])
+    cells_of = _cells_of(path)
+    header, head, blocks = _begin(path)
+    columns = source and _columns(source, path, header, [cells for _, cells in head])
 
     def parse(block: Block) -> pa.RecordBatch | None:
         return _parse(block, source, header, columns, delimiter) if source and columns else None
 
     def records() -> Iterator[Record]:
-        yield from (_record(header, *one) for one in head[1:])
+        yield from (_record(header, *one) for one in head)
         parsed = parsed_blocks(path, blocks, parse)
         following = (block for block, _ in parsed)  # for a record that goes on behind its block
         for block, batch in parsed:
@@ -74,7 +65,40 @@ def read_delimited(
     return Rows(str(path), ":", header, records())
 
 
-def _header(path: Path, cells: list[str] | str) -> list[str]:
+def stream_delimited(url: str) -> Iterator[Record]:
+    """The rows of a file from front to back, as ``read_delimited`` numbers and splits them; little of it is held.
+
+    Args:
+        url: path of CSV or TSV, or its address with a protocol, also gzipped.
+
+    Raises:
+        ValueError: the file as a whole cannot be read, or its header names a column twice.
+    """
+    header, head, blocks = _begin(url)
+    yield from (_record(header, *one) for one in head)
+    for block in blocks:
+        yield from (_record(header, *one) for one in _cells_of(url)(block, blocks))
+
+
+def _cells_of(path: Path | str) -> Callable[[Block, Iterator[Block]], Iterator[_Cells]]:
+    return _csv_cells if data_format(Path(path)) == ".csv" else _tsv_cells
+
+
+def _begin(path: Path | str) -> tuple[list[str], list[_Cells], Iterator[Block]]:
+    """The header, the first records behind it, and the blocks behind those."""
+    head: list[_Cells] = []
+    try:
+        blocks = text_blocks(path)
+        for block in blocks:
+            head += _cells_of(path)(block, blocks)
+            if len(head) > PEEKED:
+                break
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read as {data_format(Path(path))[1:]}: {error}") from error
+    return _header(path, head[0][1] if head else []), head[1:], blocks
+
+
+def _header(path: Path | str, cells: list[str] | str) -> list[str]:
     if isinstance(cells, str):
         raise ValueError(f"{path}:1: {cells}")
     header = [name.strip() for name in cells]

@@ -10,6 +10,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +24,12 @@ from torch.utils.data import Dataset
 from trainer.batch import PackedBatch
 from trainer.data.checks import checked_rows
 from trainer.data.collate import pack, pack_towers, targets_of
-from trainer.data.files import data_format, is_hub_id
+from trainer.data.delimited import stream_delimited
+from trainer.data.files import JSON_LINES, data_format, is_hub_id
 from trainer.data.order import split_rows
 from trainer.data.permutation import mix, permute
 from trainer.data.rowgroups import StreamError, file_urls
-from trainer.data.rows import Rows
+from trainer.data.rows import Record, Rows
 from trainer.data.streamrows import StreamedBadRows, tokenize_column
 
 if TYPE_CHECKING:
@@ -34,7 +37,8 @@ if TYPE_CHECKING:
     from trainer.encoder.text import TextPreparation
 
 BUFFER_ROWS = 8192  # read one behind the other, then given in another order
-_READERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv"}
+_DELIMITED = (".csv", ".tsv")  # read as without streaming; the readers of `datasets` guess types and join lines
+_FORMATS = (*JSON_LINES, *_DELIMITED)
 
 
 class OpaqueStream:
@@ -72,18 +76,29 @@ class OpaqueStream:
             else:
                 urls = file_urls(source) or []
                 suffixes = sorted({data_format(Path(url)) for url in urls})
-                if len(suffixes) > 1 or suffixes[0] not in _READERS:
-                    raise ValueError(f"files of the formats {', '.join(suffixes)}; a stream has one of {_FORMATS}")
-                kind, options = _READERS[suffixes[0]], {}
-                if kind == "csv":  # an empty cell, or the word NA, is text
-                    options = {"keep_default_na": False, **({"sep": "\t"} if suffixes == [".tsv"] else {})}
-                rows = load_dataset(kind, data_files=urls, split="train", streaming=True, **options)
+                if len(suffixes) > 1 or suffixes[0] not in _FORMATS:
+                    raise ValueError(
+                        f"files of the formats {', '.join(suffixes)}; a stream has one of {', '.join(_FORMATS)}"
+                    )
+                if suffixes[0] in _DELIMITED:
+                    rows = IterableDataset.from_generator(_delimited_rows, gen_kwargs={"urls": urls})
+                else:
+                    rows = load_dataset("json", data_files=urls, split="train", streaming=True)
         except Exception as error:  # the hub, the network, the format: each has its own type
             raise ValueError(f"{source.path}: cannot be streamed: {str(error) or type(error).__name__}") from error
         return rows if self.max_rows is None else rows.take(self.max_rows)
 
 
-_FORMATS = ", ".join(dict.fromkeys(_READERS))
+def _delimited_rows(urls: list[str]) -> Iterator[dict[str, Any]]:
+    for url in urls:
+        try:
+            for record in stream_delimited(url):
+                yield {_FILE: url, _RECORD: record}
+        except ValueError as error:
+            raise StreamError(str(error)) from error
+
+
+_FILE, _RECORD = ".file", ".record"  # of a row of CSV or TSV
 _HASHES = ""  # of the texts of a buffer, beside its columns
 
 
@@ -185,25 +200,42 @@ class Reader:
 
     def _checked(self, batch: dict[str, list[Any]]) -> dict[str, Any]:
         source, text = self.stream.source, self.stream.text
-        records = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
-        share = f" (share {self.number + 1} of {self.num_readers})" if self.num_readers > 1 else ""
-        features = self._rows.features or {}
-        names = {name: kind.names for name, kind in features.items() if isinstance(kind, ClassLabel)}
-        rows = Rows(source.path + share, ": row ", list(batch), iter(enumerate(records, self._before + 1)), names)
         bad = StreamedBadRows(source)
-        cells = list(checked_rows(source, rows, bad))
+        cells: list[list[Any]] = []
+        origins: list[tuple[Rows, int]] = []
+        for rows in self._by_file(batch):
+            numbered = list(rows.records)
+            origins += [(rows, number) for number, _ in numbered]
+            cells += checked_rows(source, replace(rows, records=iter(numbered)), bad)
         bad.close()
         values: dict[str, Any] = dict(zip(source.canonical_columns, zip(*cells, strict=True), strict=True))
         hashes = []
         for name in self.stream.columns:
             texts = tokenize_column(source, name, values[name], text)
             if not texts.lengths.all():
-                row = rows.place(self._before + 1 + int(np.argmin(texts.lengths)))
-                raise ValueError(f"{row}: column '{source.columns[source.key_of(name)]}': the text has no token")
+                rows, number = origins[int(np.argmin(texts.lengths))]
+                raise ValueError(
+                    f"{rows.place(number)}: column '{source.columns[source.key_of(name)]}': the text has no token"
+                )
             values[name] = np.split(texts.ids, np.cumsum(texts.lengths)[:-1])
             hashes.append(texts.hashes())
         values[_HASHES] = np.stack(hashes, axis=1)
         return values
+
+    def _by_file(self, batch: dict[str, list[Any]]) -> Iterator[Rows]:
+        """The rows of a buffer; of each file apart where it is known."""
+        if _FILE in batch:
+            for file, both in groupby(zip(batch[_FILE], batch[_RECORD], strict=True), itemgetter(0)):
+                found: list[Record] = [record for _, record in both]
+                header = next((list(row) for _, row in found if isinstance(row, dict)), [])
+                yield Rows(file, ":", header, iter(found))
+            return
+        records = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+        share = f" (share {self.number + 1} of {self.num_readers})" if self.num_readers > 1 else ""
+        features = self._rows.features or {}
+        names = {name: kind.names for name, kind in features.items() if isinstance(kind, ClassLabel)}
+        name = self.stream.source.path + share
+        yield Rows(name, ": row ", list(batch), iter(enumerate(records, self._before + 1)), names)
 
 
 class OpaqueBatches(Dataset[PackedBatch]):

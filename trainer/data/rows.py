@@ -7,10 +7,10 @@ import io
 import json
 import zlib
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -91,14 +91,29 @@ class Block:
             yield number, raw.decode("utf-8", errors="surrogateescape").rstrip("\r")
 
 
-def text_blocks(path: Path) -> Iterator[Block]:
+@contextmanager
+def _opened(path: Path | str) -> Iterator[BinaryIO]:
+    if isinstance(path, Path) or "://" not in path:
+        with open(path, "rb") as file:
+            yield file
+        return
+    import fsspec
+
+    with fsspec.open(path, "rb") as far:
+        yield io.BufferedReader(far)  # the files of fsspec have no read1
+
+
+def text_blocks(path: Path | str) -> Iterator[Block]:
     """A text file, also gzipped, in blocks of about 2 MB; the first one is small.
+
+    Args:
+        path: of a file, or its address with a protocol.
 
     Raises:
         ValueError: it is no UTF-8 text, or the gzip data are damaged.
     """
     number, held, damage = 1, b"", None
-    with path.open("rb") as raw, gzip.open(raw) if path.suffix == ".gz" else nullcontext(raw) as file:
+    with _opened(path) as raw, gzip.open(raw) if Path(path).suffix == ".gz" else nullcontext(raw) as file:
         while damage is None:
             parts, missing, ended = [held], _BLOCK_BYTES if number > 1 else _BLOCK_BYTES // 32, False
             while missing > 0 and not ended and damage is None:
@@ -123,14 +138,14 @@ def text_blocks(path: Path) -> Iterator[Block]:
                 return
             held = block[cut:]
             if len(held) > _MAX_LINE_BYTES:
-                if number == 1 and data_format(path) in JSON_LINES and held.startswith(b"["):
+                if number == 1 and data_format(Path(path)) in JSON_LINES and held.startswith(b"["):
                     raise _one_document(path)
                 raise ValueError(f"{path}:{number}: a line over {_MAX_LINE_BYTES:,} bytes; is it text?")
     # Never skipped as one bad row: nobody knows how many rows are behind it.
     raise ValueError(f"{path}:{number}: gzip data cut short or damaged ({damage}); fetch the file again") from damage
 
 
-def _one_document(path: Path) -> ValueError:
+def _one_document(path: Path | str) -> ValueError:
     return ValueError(f"{path}: is one JSON document, not one object per line; convert it with `jq -c '.[]'`")
 
 
