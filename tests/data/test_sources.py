@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
@@ -218,6 +219,34 @@ def test_a_bad_parquet_row_is_named_by_its_number(tmp_path: Path) -> None:
     path = tmp_path / "x.parquet"
     pd.DataFrame({"a": ["x"] * 1500 + [None], "b": "y"}).to_parquet(path)
     assert failure(Source(str(path), PAIR), tmp_path / "c").startswith(f"{path}: row 1501: column 'a' is null")
+
+
+@pytest.mark.parametrize("kind", [".parquet", ".arrow", ".parquet.gz"])
+def test_a_table_with_damage_behind_its_first_rows_is_named(kind: str, tmp_path: Path) -> None:
+    """Arrow opens the file, for the schema is whole; the rows of its first part are read."""
+    frame = pd.DataFrame({"a": [f"left {number}" for number in range(4000)], "b": "y"})
+    path = tmp_path / f"x{kind}"
+    if kind == ".arrow":
+        with pa.ipc.new_stream(str(path), pa.Table.from_pandas(frame).schema) as writer:
+            writer.write_table(pa.Table.from_pandas(frame), max_chunksize=2000)
+        path.write_bytes(path.read_bytes()[:-20_000])
+        where, cause = "cannot be read as arrow behind row 2,000: ", "bytes"
+    elif kind == ".parquet":
+        frame.to_parquet(path, row_group_size=2000)
+        place = pq.ParquetFile(path).metadata.row_group(1).column(0).dictionary_page_offset
+        content = bytearray(path.read_bytes())
+        content[place + 40 : place + 4000] = b"\xff" * 3960
+        path.write_bytes(content)
+        where, cause = "cannot be read as parquet behind row 2,000: ", "snappy"
+    else:
+        path = Path(save_as(frame, tmp_path, kind))
+        path.write_bytes(path.read_bytes()[:-100])
+        where, cause = "gzip data cut short or damaged (", "end-of-stream"
+    message = failure(Source(str(path), PAIR, on_bad_row="skip"), tmp_path / "c")
+    assert message.startswith(f"{path}: {where}")
+    assert message.endswith("; fetch the file again")
+    assert cause in message
+    assert "\n" not in message
 
 
 def test_skipping_ends_at_the_budget(tmp_path: Path) -> None:

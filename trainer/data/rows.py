@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trainer.data.files import JSON_LINES, data_format
+from trainer.data.files import JSON_LINES, cause_of, data_format
 
 MAX_TEXT_CHARS = 1_000_000
 _MAX_LINE_BYTES = 1 << 24
@@ -63,7 +63,7 @@ def read_file(path: Path, wanted: Collection[str] | None) -> Rows:
             return _read_parquet(path, wanted)
         assert suffix == ".arrow", suffix
         return _read_arrow(path, wanted)
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: cannot be read as {suffix[1:]}: {error}") from error
 
 
@@ -173,13 +173,14 @@ def json_records(path: Path, block: Block) -> Iterator[Record]:
 
 def _read_parquet(path: Path, wanted: Collection[str] | None) -> Rows:
     # Parquet is compressed inside; a gzipped one has to be unpacked whole.
-    file = pq.ParquetFile(io.BytesIO(gzip.decompress(path.read_bytes())) if path.suffix == ".gz" else path)
+    file = pq.ParquetFile(io.BytesIO(_unpacked(path)) if path.suffix == ".gz" else path)
     columns = [name for name in file.schema_arrow.names if wanted is None or name in wanted]
-    return table_rows(str(path), file.schema_arrow, file.iter_batches(batch_size=1000, columns=columns))
+    batches = file.iter_batches(batch_size=1000, columns=columns)
+    return table_rows(str(path), file.schema_arrow, _refuse_damage(path, batches))
 
 
 def _read_arrow(path: Path, wanted: Collection[str] | None) -> Rows:
-    data = pa.memory_map(str(path)) if path.suffix != ".gz" else pa.BufferReader(gzip.decompress(path.read_bytes()))
+    data = pa.memory_map(str(path)) if path.suffix != ".gz" else pa.BufferReader(_unpacked(path))
     reader: Any
     try:
         reader = pa.ipc.open_file(data)
@@ -188,7 +189,28 @@ def _read_arrow(path: Path, wanted: Collection[str] | None) -> Rows:
         data.seek(0)
         reader = batches = pa.ipc.open_stream(data)
     columns = [name for name in reader.schema.names if wanted is None or name in wanted]
-    return table_rows(str(path), reader.schema, (batch.select(columns) for batch in batches))
+    return table_rows(str(path), reader.schema, _refuse_damage(path, (batch.select(columns) for batch in batches)))
+
+
+def _unpacked(path: Path) -> bytes:
+    try:
+        return gzip.decompress(path.read_bytes())
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}: gzip data cut short or damaged ({error}); fetch the file again") from error
+
+
+def _refuse_damage(path: Path, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """The batches; damage shows only when one is read, long after the file was opened."""
+    number = 0
+    try:
+        for batch in batches:
+            yield batch
+            number += batch.num_rows
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(
+            f"{path}: cannot be read as {data_format(path)[1:]} behind row {number:,}: "
+            f"{cause_of(error).rstrip('.')}; fetch the file again"
+        ) from error
 
 
 def table_rows(name: str, schema: pa.Schema, batches: Iterable[pa.RecordBatch | pa.Table]) -> Rows:
