@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import random
 from collections import Counter
@@ -142,3 +143,29 @@ def test_any_text_of_cells_is_read_as_the_csv_module_reads_it(tmp_path: Path, mo
             taken += 1
             assert [list(row.values()) for row in batch.to_pylist()] == list(csv.reader(io.StringIO(line), strict=True))
     assert taken > 500
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".tsv.gz"])
+def test_a_first_line_that_may_be_a_row_is_said(suffix: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Once for each file, and only where no name of the config shows that the line is a header."""
+    separator = "," if suffix == ".csv" else "\t"
+    content = "".join(f"{one}{separator}{two}\n" for one, two in [("one", "uno"), ("two", "dos"), ("three", "tres")])
+    path = tmp_path / f"x{suffix}"
+    path.write_bytes(gzip.compress(content.encode()) if suffix == ".tsv.gz" else content.encode())
+    said = (
+        f"{path}: its first line is taken for the names of its columns: 'one', 'uno'; if it is a row, write a header "
+        "above it"
+    )
+    assert len(load(Source(str(path), {"anchor": 0, "positive": 1}, holdout=0.01), tmp_path / "c")) == 2
+    assert [record.getMessage() for record in caplog.records] == [said]
+    caplog.clear()
+    delimited.warn_of_headers(Source(str(path), {"anchor": 0, "positive": 1}, streaming=True), [str(path)])
+    assert [record.getMessage() for record in caplog.records] == [said]
+    caplog.clear()
+    load(Source(str(path), {"anchor": "one", "positive": 1}), tmp_path / "c")
+    load(Source(str(path), {"anchor": 0, "positive": 1}, where={"uno": "dos"}), tmp_path / "c")
+    assert not caplog.records
+    numbered = tmp_path / f"numbered{suffix.removesuffix('.gz')}"
+    numbered.write_text(f"0{separator}1\nx{separator}y\n")
+    load(Source(str(numbered), {"anchor": 0, "positive": 1}), tmp_path / "c")
+    assert not caplog.records

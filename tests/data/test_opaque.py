@@ -158,6 +158,17 @@ def test_a_bad_cell_of_a_stream_is_named_by_its_line(text: TextPreparation, tmp_
         Reader(OpaqueStream(Source(str(path), {"anchor": "a", "positive": "b"}, streaming=True), text, 0), 0, 1)
 
 
+def test_a_header_by_position_is_said_before_the_first_step(
+    tiny_encoder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path / "set", 2, "tsv")
+    source = Source(str(tmp_path / "set"), {"anchor": 0, "positive": 1}, streaming=True)
+    make_data(source, tiny_encoder, 0, tmp_path)
+    said = [record.getMessage() for record in caplog.records if "its first line" in record.getMessage()]
+    assert [one.partition(":")[0] for one in said] == [f"{tmp_path}/set/part-{number}.tsv" for number in range(2)]
+    assert "names of its columns: 'a', 'b', 's'; if it is a row" in said[0]
+
+
 def test_a_table_of_text_is_streamed_from_an_address(text: TextPreparation, tmp_path: Path) -> None:
     fsspec.filesystem("memory").pipe("/rows/x.tsv.gz", gzip.compress(b'a\tb\ts\nx\t"y\t1\nz\tw\t2\n'))
     source = Source("memory://rows/x.tsv.gz", COLUMNS, streaming=True)

@@ -7,8 +7,9 @@ to read a block stands between two records.
 from __future__ import annotations
 
 import csv
+import logging
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,10 +22,14 @@ from trainer.data.columns import find_column
 from trainer.data.files import data_format
 from trainer.data.rows import MAX_TEXT_CHARS, Block, Record, Rows, text_blocks
 from trainer.data.values import is_word
+from trainer.distributed import gather
 
 if TYPE_CHECKING:
     from trainer.data.sources import Source
 
+logger = logging.getLogger(__name__)
+
+_QUOTED = 5  # names of columns that a warning quotes
 # Cells of a record with the number of its first line, or the reason why there are none.
 _Cells = tuple[int, "list[str] | str"]
 
@@ -47,6 +52,8 @@ def read_delimited(
     delimiter = "," if data_format(path) == ".csv" else "\t"
     cells_of = _cells_of(path)
     header, head, blocks = _begin(path)
+    if source:
+        _warn_of_header(source, path, header)
     columns = source and _columns(source, path, header, [cells for _, cells in head])
 
     def parse(block: Block) -> pa.RecordBatch | None:
@@ -78,6 +85,28 @@ def stream_delimited(url: str) -> Iterator[Record]:
     yield from (_record(header, *one) for one in head)
     for block in blocks:
         yield from (_record(header, *one) for one in _cells_of(url)(block, blocks))
+
+
+def warn_of_headers(source: Source, urls: Sequence[str]) -> None:
+    """Do of files that are streamed what ``read_delimited`` does of its own: say which first lines may be rows."""
+    if _by_position(source):
+        for url in urls:
+            _warn_of_header(source, url, _begin(url)[0])
+
+
+def _warn_of_header(source: Source, path: Path | str, header: list[str]) -> None:
+    if header and _by_position(source) and not any(str(place) in header for place in source.columns.values()):
+        names = ", ".join(f"'{name:.40}'" for name in header[:_QUOTED]) + (", ..." if len(header) > _QUOTED else "")
+        gather.warn(
+            logger,
+            f"{path}: its first line is taken for the names of its columns: {names}; if it is a row, write a header "
+            "above it",
+        )
+
+
+def _by_position(source: Source) -> bool:
+    """Whether the config has no name that a file without a header would lack."""
+    return all(isinstance(column, int) for column in (*source.columns.values(), *(source.where or {})))
 
 
 def _cells_of(path: Path | str) -> Callable[[Block, Iterator[Block]], Iterator[_Cells]]:

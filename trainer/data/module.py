@@ -212,6 +212,7 @@ class PairData(LightningDataModule):
         if self.trainer is not None and self.trainer.max_steps < 1:
             raise ValueError(f"{what}; set trainer.max_steps")
         self.stream = OpaqueStream(source, self.text_of(source), self.seed, self.max_rows)
+        self.stream.warn()
 
     def setup(self, stage: Optional[str] = None) -> None:
         if self.validation_sets or self.inputs:

@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 from trainer.batch import PackedBatch
 from trainer.data.checks import checked_rows
 from trainer.data.collate import pack, pack_towers, targets_of
-from trainer.data.delimited import stream_delimited
+from trainer.data.delimited import stream_delimited, warn_of_headers
 from trainer.data.files import JSON_LINES, data_format, is_hub_id
 from trainer.data.order import split_rows
 from trainer.data.permutation import mix, permute
@@ -60,6 +60,12 @@ class OpaqueStream:
     def __init__(self, source: Source, text: TextPreparation, seed: int, max_rows: int | None = None) -> None:
         self.source, self.text, self.seed, self.max_rows = source, text, seed, max_rows
         self.columns = source.text_columns
+
+    def warn(self) -> None:
+        """Say before the first step what reading says without streaming."""
+        if not is_hub_id(self.source.path):
+            urls = file_urls(self.source) or []
+            warn_of_headers(self.source, [url for url in urls if data_format(Path(url)) in _DELIMITED])
 
     def open(self) -> IterableDataset:
         """The rows from the first one on.

@@ -34,10 +34,11 @@ class Source:
     Attributes:
         path: file, glob or folder of JSON lines, CSV, TSV, Parquet or Arrow (also .gz), or a hub data set id.
         columns: canonical name -> column in the data: its name, its position from 0, or a field inside it
-            (translation.en, hits.0, passages.text). Texts are text, or anchor, positive, negative, negative_1, ...;
-            lists of texts are positives (each makes a row) and negatives; targets are label (class number), score,
-            score_1, score_2, ... (a teacher's of each candidate: scores.0, ...) and group (rows with the same value:
-            the positive of one is no negative of another). id is kept beside the text, as text.
+            (translation.en, hits.0, passages.text). The first line of a CSV or TSV is its header, never a row. Texts
+            are text, or anchor, positive, negative, negative_1, ...; lists of texts are positives (each makes a row)
+            and negatives; targets are label (class number), score, score_1, score_2, ... (a teacher's of each
+            candidate: scores.0, ...) and group (rows with the same value: the positive of one is no negative of
+            another). id is kept beside the text, as text.
         score_range: lowest and highest score of the data, mapped linearly to 0..1; unset: left as they are.
         label_map: value in the data -> number; feeds score where columns has score, else label.
         split: of a hub data set, a saved DatasetDict, or a folder whose file names say train, dev, test.
