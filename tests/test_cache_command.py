@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -31,8 +32,12 @@ def _build(folder: Path) -> None:
     (folder / "report.json").write_text(json.dumps({"source": "pairs.jsonl", "num_rows": 12_345}))
 
 
+def _key(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()[:24]
+
+
 def _make(cache: Path, name: str, days_old: float = 0.0) -> Path:
-    folder = cache / "tokens" / name
+    folder = cache / "tokens" / _key(name)
     build_once(folder, _build)
     then = time.time() - days_old * 86_400
     os.utime(folder / "report.json", (then, then))
@@ -40,14 +45,15 @@ def _make(cache: Path, name: str, days_old: float = 0.0) -> Path:
 
 
 def test_ls_shows_kind_source_rows_size_and_last_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    _make(tmp_path, "a")
-    (tmp_path / "rows" / "b.unfinished").mkdir(parents=True)
-    (tmp_path / "rows" / "b.unfinished" / "half").write_bytes(bytes(500))
+    folder = _make(tmp_path, "a")
+    unfinished = tmp_path / "rows" / f"{_key('b')}.unfinished"
+    unfinished.mkdir(parents=True)
+    (unfinished / "half").write_bytes(bytes(500))
     assert main(["cache", "ls", "--data.cache_dir", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     day = time.strftime("%Y-%m-%d")
     cells = [line.split() for line in out.splitlines()]
-    num_bytes = sum(file.stat().st_size for file in (tmp_path / "tokens" / "a").iterdir())
+    num_bytes = sum(file.stat().st_size for file in folder.iterdir())
     assert ["tokens", "pairs.jsonl", "12,345", "1.1", "kB", day] in [line[:6] for line in cells]
     assert 1050 < num_bytes < 1150
     assert ["rows", "(unfinished)", "500", "bytes", day] in [line[:5] for line in cells]
@@ -56,7 +62,7 @@ def test_ls_shows_kind_source_rows_size_and_last_use(tmp_path: Path, capsys: pyt
 
 def test_clean_takes_leftovers_then_what_is_old_then_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     old, new = _make(tmp_path, "old", days_old=31), _make(tmp_path, "new", days_old=29)
-    leftover = tmp_path / "tokens" / "killed.unfinished"
+    leftover = tmp_path / "tokens" / f"{_key('killed')}.unfinished"
     leftover.mkdir()
     arguments = ["cache", "clean", "--data.cache_dir", str(tmp_path)]
     assert main(arguments) == 0
@@ -72,6 +78,31 @@ def test_clean_takes_leftovers_then_what_is_old_then_all(tmp_path: Path, capsys:
     assert entries(tmp_path) == []
 
 
+def test_what_the_cache_did_not_write_is_neither_shown_nor_removed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A cache that shares its folder with a project, and a wrong --data.cache_dir."""
+    cached = _make(tmp_path, "a")
+    others = [
+        Path("runs/stsb/model.bin"),
+        Path("src/module/a.py"),
+        Path(f"runs/{_key('a')}/model.bin"),
+        Path("tokens/mine/ids.bin"),
+        Path("rows/half.unfinished/rows.bin"),
+        Path(f"rows/{_key('b')}.old/rows.bin"),
+        Path(f"rows/{_key('c')}"),  # a file
+    ]
+    for other in others:
+        (tmp_path / other).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / other).write_text("kept")
+    before = {path for path in tmp_path.rglob("*") if cached not in (path, path.parent)}
+    assert [entry.folder for entry in entries(tmp_path)] == [cached]
+    assert main(["cache", "clean", "--all", "--data.cache_dir", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"freed 1.1 kB (1 folder) in {tmp_path}\n"
+    assert set(tmp_path.rglob("*")) == before, "nothing else is gone, and there is no lock beside it"
+    assert {(tmp_path / other).read_text() for other in others} == {"kept"}
+
+
 def test_a_use_makes_a_folder_young_again(tmp_path: Path) -> None:
     folder = _make(tmp_path, "a", days_old=400)
     build_once(folder, _build)
@@ -82,11 +113,11 @@ def test_a_use_makes_a_folder_young_again(tmp_path: Path) -> None:
 
 def test_what_a_living_process_builds_or_uses_is_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = _make(tmp_path, "used")
-    building = tmp_path / "tokens" / "new.unfinished"
+    building = tmp_path / "tokens" / f"{_key('new')}.unfinished"
     building.mkdir()
     argv = [sys.executable, "-c", HOLD, str(folder)]
     with (
-        FileLock(tmp_path / "tokens" / "new.lock"),
+        FileLock(tmp_path / "tokens" / f"{_key('new')}.lock"),
         subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, text=True) as process,
     ):
         assert process.stdout is not None

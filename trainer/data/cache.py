@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal, get_args
 
 from filelock import FileLock, Timeout
 
@@ -27,6 +28,9 @@ logger = logging.getLogger(__name__)
 
 _REPORT = "report.json"
 _UNFINISHED = ".unfinished"
+Kind = Literal["rows", "tokens", "facts", "retrieval", "teacher", "blocks"]
+# As keys are written; `clean` may be pointed at a folder that holds other things too.
+_NAME = re.compile(rf"[0-9a-f]{{24}}({re.escape(_UNFINISHED)})?")
 # Descriptors, open for as long as this process lives: folders that `clean` of another must leave.
 _held: dict[Path, int] = {}
 
@@ -34,6 +38,11 @@ _held: dict[Path, int] = {}
 def default_cache_dir() -> Path:
     """$TRAINER_CACHE, or a folder of the user."""
     return Path(os.environ.get("TRAINER_CACHE") or Path.home() / ".cache" / "siamese-trainer")
+
+
+def place_of(cache_dir: Path, kind: Kind, key: str) -> Path:
+    """Where the folder of a key lies; a key is 24 hexadecimal digits."""
+    return Path(cache_dir) / kind / key
 
 
 def use(folder: Path, build: Callable[[Path], None], verify: bool = False) -> None:
@@ -160,8 +169,9 @@ class Entry:
 
 
 def entries(cache_dir: Path) -> list[Entry]:
-    """Everything in a cache, the last used first."""
-    found = [_entry(folder) for folder in Path(cache_dir).glob("*/*") if folder.is_dir()]
+    """Every folder that the cache wrote into ``cache_dir``, the last used first."""
+    folders = (folder for kind in get_args(Kind) for folder in (Path(cache_dir) / kind).glob("*"))
+    found = [_entry(folder) for folder in folders if _NAME.fullmatch(folder.name) and folder.is_dir()]
     return sorted((entry for entry in found if entry is not None), key=lambda entry: -entry.last_used)
 
 

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from trainer.data.cache import build_once
+from trainer.data.cache import build_once, place_of
 from trainer.data.hashes import NO_TEXT
 from trainer.data.loading import fingerprint, load
 from trainer.data.sources import Source
@@ -173,7 +173,7 @@ def facts_key(*parts: Any) -> str:
 
 def cached_facts(cache_dir: Path, key: str, count: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What ``count`` returned at the first call with this key."""
-    folder = Path(cache_dir) / "facts" / key
+    folder = place_of(cache_dir, "facts", key)
     build_once(folder, partial(_write, count))
     return json.loads((folder / "facts.json").read_text(encoding="utf-8"))
 

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, load_dataset
 
 from trainer.data.blocks import no_batch
-from trainer.data.cache import use
+from trainer.data.cache import place_of, use
 from trainer.data.checks import BadRows, checked_rows
 from trainer.data.delimited import read_delimited
 from trainer.data.derived import draw, held_out, triplets
@@ -144,7 +144,7 @@ def fingerprint(source: Source) -> str:
 
 
 def _folder(source: Source, cache_dir: Path) -> Path:
-    return Path(cache_dir) / "rows" / fingerprint(source)
+    return place_of(cache_dir, "rows", fingerprint(source))
 
 
 def content_hash(file: Path) -> str:

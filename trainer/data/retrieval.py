@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from trainer.data.cache import use
+from trainer.data.cache import place_of, use
 from trainer.data.checks import BadRows
 from trainer.data.columns import Column, find_column
 from trainer.data.derived import draw
@@ -60,7 +60,7 @@ def load_collections(source: EvalSource, cache_dir: Path, verify: bool = False) 
     """
     found = {}
     for parts in find_parts(source):
-        folder = Path(cache_dir) / "retrieval" / _fingerprint(source, parts)
+        folder = place_of(cache_dir, "retrieval", _fingerprint(source, parts))
         use(folder, partial(_build, source, parts), verify)
         name = f"{source.name}/{parts.name}" if parts.name else source.name
         found[name] = _collection(source, folder)

@@ -24,6 +24,7 @@ import pyarrow as pa
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
+from trainer.data.cache import place_of
 from trainer.data.checks import checked_rows
 from trainer.data.parts import SLICE_ROWS, BlockShuffle
 from trainer.data.rowgroups import (
@@ -100,7 +101,7 @@ class StreamedTable:
         slices_of_group = -(-np.array(self.group_sizes) // SLICE_ROWS)
         self._first_slice = np.concatenate([[0], np.cumsum(slices_of_group)])
         key = f"{_VERSION} {fingerprint(source)} {text.fingerprint}"
-        self.folder = self.cache_dir / "blocks" / hashlib.sha256(key.encode()).hexdigest()[:24]
+        self.folder = place_of(self.cache_dir, "blocks", hashlib.sha256(key.encode()).hexdigest()[:24])
         self._open: OrderedDict[int, _Slice] = OrderedDict()
         self._in_use: list[Collection[int]] = []
         self._ahead: threading.Thread | None = None

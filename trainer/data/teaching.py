@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from trainer.data.cache import use
+from trainer.data.cache import place_of, use
 from trainer.data.collate import TokenSpans, pack_texts
 from trainer.data.progress import shown_progress
 from trainer.data.sources import Source
@@ -58,7 +58,7 @@ def teach(source: Source, spec: EncoderSpec, cache_dir: Path, max_tokens: int, d
     settings = {name: value for name, value in asdict(spec).items() if name not in _NOT_IN_KEY}
     parts = [_VERSION, tokens.folder.name, settings, _contents(spec.backbone, spec.revision)]
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
-    folder = Path(cache_dir) / "teacher" / key
+    folder = place_of(cache_dir, "teacher", key)
     use(folder, partial(_embed, source, spec, tokens, max_tokens, device))
     return TeacherTable(folder, tokens)
 

@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 from datasets import Dataset
 from numpy.typing import NDArray
 
-from trainer.data.cache import use
+from trainer.data.cache import place_of, use
 from trainer.data.hashes import NO_TEXT, hash_tokens
 from trainer.data.loading import fingerprint, load, num_skipped
 from trainer.data.progress import Advance, shown_progress
@@ -60,7 +60,7 @@ def tokenize(source: Source, text: TextPreparation, cache_dir: Path, verify: boo
         ValueError: as ``load``, or a text without a single token.
     """
     key = hashlib.sha256(f"{_VERSION} {fingerprint(source)} {text.fingerprint}".encode()).hexdigest()[:24]
-    folder = Path(cache_dir) / "tokens" / key
+    folder = place_of(cache_dir, "tokens", key)
     use(folder, partial(_build, source, text, Path(cache_dir)), verify)
     return TokenTable(folder)
 
