@@ -26,6 +26,7 @@ from torch._utils import ExceptionWrapper
 
 from tests.stub_hub import stub_hub
 from trainer.data.batches import StepBatches
+from trainer.data.cache import clean
 from trainer.data.loading import fingerprint
 from trainer.data.module import PairData
 from trainer.data.parts import SLICE_ROWS
@@ -37,6 +38,7 @@ from trainer.data.workers import worker_context
 from trainer.encoder import EncoderSpec
 from trainer.encoder.text import TextPreparation, load_text_preparation
 
+ROOT = Path(__file__).parents[2]
 COLUMNS = {"anchor": "a", "positive": "b", "score": "s", "label": "y"}
 GROUPS = (3000, 100, 5000, 2500, 4, 4000)
 NUM_ROWS = sum(GROUPS)
@@ -285,6 +287,52 @@ def test_work_is_shared_and_what_a_kill_left_is_done_again(
     reader.join(60)
     assert table._path(0).exists()
     assert not list(table.folder.glob("*.unfinished"))
+
+
+HOLD = """
+import sys
+from trainer.data.cache import keep_open
+from pathlib import Path
+keep_open(Path(sys.argv[1]), {})
+print("in use", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_blocks_that_a_process_uses_are_not_cleaned(
+    parquet: Path, frame: pd.DataFrame, text: TextPreparation, tmp_path: Path
+) -> None:
+    """By whoever cleans: this process, or another; they are when nobody lives that uses them."""
+    bound = 1_200_000
+    table = StreamedTable(Source(str(parquet), COLUMNS, streaming=True), text, tmp_path, bound)
+    table.ids("anchor", np.arange(5))
+    command = [sys.executable, "-m", "trainer", "cache", "clean", "--all", "--data.cache_dir", str(tmp_path)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert said.startswith("freed 0 bytes (0 folders)")
+    assert "(1 folder) that a running process builds or uses" in said
+    assert table._path(0).exists()
+    for start in range(0, NUM_ROWS, 500):  # the stream itself drops its oldest
+        check_rows(table, frame, text, np.arange(start, start + 10))
+    assert sum(path.stat().st_size for path in table.folder.glob("*.arrow")) < 1.2 * bound
+    assert clean(tmp_path, 0.0)[0] == []
+
+
+def test_blocks_that_nobody_uses_are_cleaned(tmp_path: Path) -> None:
+    """Also a folder without a report, as an older version left it; whoever comes then makes it again."""
+    folder = tmp_path / "blocks" / ("0123456789ab" * 2)
+    (folder / "locks").mkdir(parents=True)
+    (folder / "slice-00000000.arrow").write_bytes(bytes(100))
+    for _ in range(2):
+        argv = [sys.executable, "-c", HOLD, str(folder)]
+        with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, text=True) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "in use\n"
+            assert [entry.folder for entry in clean(tmp_path, 0.0)[1]] == [folder]
+            process.kill()
+        assert [entry.folder for entry in clean(tmp_path, 0.0)[0]] == [folder]
+        assert not folder.exists()
+    folder.mkdir(parents=True)  # without a report, and nobody holds it
+    assert [entry.folder for entry in clean(tmp_path, 0.0)[0]] == [folder]
 
 
 # -- through the loader ----------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """A folder of the cache is written by one process, appears whole or not at all, and never changes after.
 
-Its ``report.json`` names size and sha256 of every file in it; what else stands there is the builder's.
+Its ``report.json`` names size and sha256 of every file in it; what else stands there is the builder's. A folder of
+blocks grows and shrinks instead: its report names no files, and is there to be held.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, get_args
@@ -50,6 +51,18 @@ def use(folder: Path, build: Callable[[Path], None], verify: bool = False) -> No
     build_once(folder, build, verify)
     while not _hold(folder):  # it was removed in between
         build_once(folder, build)
+
+
+def keep_open(folder: Path, report: Mapping[str, Any]) -> None:
+    """``use`` of a folder that grows while it is in use: it is made where it is missing, with ``report`` alone."""
+    while not _hold(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):  # whoever removes it holds this one
+            folder.mkdir(exist_ok=True)
+            unfinished = folder / f"{_REPORT}{_UNFINISHED}"
+            if not (folder / _REPORT).exists():
+                unfinished.write_text(json.dumps(report), encoding="utf-8")
+                unfinished.rename(folder / _REPORT)
 
 
 def build_once(folder: Path, build: Callable[[Path], None], verify: bool = False) -> None:

@@ -24,7 +24,7 @@ import pyarrow as pa
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
-from trainer.data.cache import place_of
+from trainer.data.cache import keep_open, place_of
 from trainer.data.checks import checked_rows
 from trainer.data.parts import SLICE_ROWS, BlockShuffle
 from trainer.data.rowgroups import (
@@ -102,6 +102,7 @@ class StreamedTable:
         self._first_slice = np.concatenate([[0], np.cumsum(slices_of_group)])
         key = f"{_VERSION} {fingerprint(source)} {text.fingerprint}"
         self.folder = place_of(self.cache_dir, "blocks", hashlib.sha256(key.encode()).hexdigest()[:24])
+        keep_open(self.folder, {"source": source.path, "num_rows": self.num_rows})
         self._open: OrderedDict[int, _Slice] = OrderedDict()
         self._in_use: list[Collection[int]] = []
         self._ahead: threading.Thread | None = None
