@@ -1,7 +1,9 @@
 """What a source makes of the rows it reads: against pandas, and against what the words promise."""
 
+import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -212,6 +214,47 @@ def test_columns_by_position(tmp_path: Path) -> None:
     assert load(named, tmp_path / "cache")[0] == {"anchor": "a", "positive": "c"}, "a name goes before a position"
     with pytest.raises(ValueError, match=r"no column 5 \(columns.positive\); there are 3, 0 to 2: id, left, right"):
         load(Source(str(tmp_path / "rows.csv"), {"anchor": 1, "positive": 5}), tmp_path / "cache")
+
+
+def test_names_and_positions_side_by_side(tmp_path: Path) -> None:
+    """In a file of YAML a key is text: there a position is quoted."""
+    frame = pd.DataFrame(
+        {
+            "premise": ["p", "p", "q", "q"],
+            "hypothesis": ["a", "b", "c", "d"],
+            "label": [0, 2, 0, 2],
+            "lang": ["en", "en", "he", "he"],
+        }
+    )
+    frame.to_csv(tmp_path / "nli.csv", index=False)
+    frame.to_parquet(tmp_path / "nli.parquet")
+    triplet = {"anchor": "p", "positive": "a", "negative": "b"}
+    for file in ("nli.csv", "nli.parquet"):
+        path = str(tmp_path / file)
+        for lang in ("lang", 3, "3"):
+            columns = {"anchor": 0, "positive": 1, "label": 2}
+            source = Source(path, columns, where={lang: "en"}, triplets=(0, 2))  # type: ignore[arg-type]
+            assert load(source, tmp_path / "cache").to_list() == [triplet]
+        quoted = Source(path, {"anchor": "0", "positive": "hypothesis"}, where={"3": "he"})
+        assert load(quoted, tmp_path / "cache")["positive"][:] == ["c", "d"]
+        with pytest.raises(ValueError, match=r"no column 4 \(where\); there are 4, 0 to 3: premise, hypothesis"):
+            load(Source(path, {"anchor": "0", "positive": "1"}, where={"4": "he"}), tmp_path / "cache")
+    frame.rename(columns={"lang": "0"}).to_parquet(tmp_path / "named.parquet")
+    named = Source(str(tmp_path / "named.parquet"), {"anchor": "premise", "positive": "hypothesis"}, where={"0": "he"})
+    assert load(named, tmp_path / "cache")["positive"][:] == ["c", "d"], "a name goes before a position"
+
+
+@pytest.mark.parametrize("where", [{10: "a", 2: ["b"]}, {"x": "a", "b": 1}])
+def test_the_order_of_where_is_none_of_the_key(where: dict[Any, Any], tmp_path: Path) -> None:
+    """And keys are those of caches that are there: of where's items in plain order."""
+    path = tmp_path / "r.csv"
+    path.write_text("a,b\nx,y\n")
+    columns = {"anchor": "a", "positive": "b"}
+    turned = dict(reversed(where.items()))
+    first, second = (fingerprint(Source(str(path), columns, where=one)) for one in (where, turned))
+    contents = [hashlib.sha256(path.read_bytes()).hexdigest() + ".csv"]
+    spec = json.dumps([1, contents, sorted(columns.items()), [None, None, sorted(where.items())], ["fail", 100]])
+    assert first == second == hashlib.sha256(spec.encode()).hexdigest()[:24]
 
 
 def test_a_field_that_some_rows_lack_is_a_bad_row(tmp_path: Path) -> None:

@@ -53,11 +53,16 @@ class Column:
             return None
 
 
+def is_position(wanted: str | int) -> bool:
+    """Whether it means a column by its place, where none has that name."""
+    return isinstance(wanted, int) or wanted.isdecimal()
+
+
 def find_column(wanted: str | int, file: str, found: Sequence[str], asked_by: str) -> Column:
     """The column that a config means by ``wanted``: a name, a position from 0, or ``name.field``.
 
     Args:
-        wanted: as in the config.
+        wanted: as in the config, whose keys are text: there a position is written "3".
         file: its name, for the error.
         found: its columns; none where it has no row, and then any name is taken.
         asked_by: the key of the config, for the error.
@@ -74,6 +79,8 @@ def find_column(wanted: str | int, file: str, found: Sequence[str], asked_by: st
             f"{file}: no column {wanted} ({asked_by}); there are {len(found)}, 0 to {len(found) - 1}: "
             f"{', '.join(found)}{_other_separator(file, found)}"
         )
+    if is_position(wanted) and found and wanted not in found:
+        return find_column(int(wanted), file, found, asked_by)
     name, *fields = wanted.split(".")
     if wanted in found or not found or not fields:
         name, fields = wanted, []

@@ -135,7 +135,7 @@ def fingerprint(source: Source) -> str:
     maps = [
         source.score_range and list(source.score_range),
         source.label_map and sorted(source.label_map.items()),
-        source.where and sorted(source.where.items()),
+        source.where and sorted(source.where.items(), key=lambda item: (isinstance(item[0], str), item[0])),
     ]
     budget = [source.on_bad_row, source.max_bad_rows]
     lists = [source.max_negatives] if source.may_lack_texts else []

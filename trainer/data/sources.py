@@ -8,6 +8,7 @@ from typing import ClassVar, Literal, Optional, Union
 
 from jsonargparse import lazy_instance
 
+from trainer.data.columns import is_position
 from trainer.data.files import did_you_mean
 from trainer.data.values import rule
 from trainer.encoder.spec import EncoderSpec
@@ -46,8 +47,8 @@ class Source:
         revision: branch, tag or commit of a hub data set.
         on_bad_row: fail names the bad rows and stops, skip leaves them out and counts them.
         max_bad_rows: most rows that skip leaves out.
-        where: column in the data (its name, or its position from 0) -> the value, the values, or the comparison
-            ('>= 0.7') that a row must meet.
+        where: column in the data (its name, or its position from 0, in quotes: "3") -> the value, the values, or the
+            comparison ('>= 0.7') that a row must meet.
         triplets: [label of a positive, label of a negative]: the rows of one anchor, e.g. NLI's premise with its
             hypotheses, become triplets; columns names anchor, positive (both kinds) and label.
         holdout: share of the rows that a training source leaves out and a validation source of the same path keeps.
@@ -264,7 +265,7 @@ class Source:
     def read_columns(self) -> Optional[set[str]]:
         """Columns of the data to read, None for all: a position has no name before the file is open."""
         asked = [*self.columns.values(), *(self.where or {})]
-        if any(isinstance(column, int) for column in asked):
+        if any(map(is_position, asked)):
             return None
         return {part for column in asked for part in (str(column), str(column).split(".")[0])}
 
