@@ -10,6 +10,7 @@ Shape suffixes: B rows of this rank, b rows of the global batch, N candidates, D
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -26,6 +27,13 @@ SENTENCE_BERT = """@inproceedings{reimers-2019-sentence-bert,
     year = "2019",
     url = "https://arxiv.org/abs/1908.10084",
 }"""
+
+
+def refuse_not_positive(name: str, value: float, or_zero: bool = False) -> None:
+    """Raises ValueError unless ``value`` is finite and above 0, or 0 where that means something."""
+    # Written so that NaN, which compares as false, is refused.
+    if not (0.0 < value < math.inf or (or_zero and value == 0.0)):
+        raise ValueError(f"{name} is {value:g}; it must be {'0 or more' if or_zero else 'above 0'}, and finite")
 
 
 class Loss(nn.Module, ABC):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from trainer.batch import Targets
 from trainer.distributed.gather import gather_rows
-from trainer.losses.base import Loss
+from trainer.losses.base import Loss, refuse_not_positive
 from trainer.losses.similarity import pairwise_cosine
 
 
@@ -35,6 +35,7 @@ class CoSENT(Loss):
 
     def __init__(self, scale: float = 20.0) -> None:
         super().__init__()
+        refuse_not_positive(f"{type(self).__name__} scale", scale)
         self.scale = scale
 
     def forward(self, columns: Sequence[Tensor], targets: Targets) -> Tensor:

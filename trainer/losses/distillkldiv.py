@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trainer.batch import Targets
-from trainer.losses.base import Loss
+from trainer.losses.base import Loss, refuse_not_positive
 from trainer.losses.marginmse import candidate_scores
 from trainer.losses.similarity import Similarity, pairwise_similarity
 
@@ -45,8 +45,8 @@ class DistillKLDiv(Loss):
         super().__init__()
         self.scale = scale
         self.teacher_scale = scale if teacher_scale is None else teacher_scale
-        if min(self.scale, self.teacher_scale) <= 0.0:
-            raise ValueError(f"DistillKLDiv scales are {self.scale:g} and {self.teacher_scale:g}; set them above 0")
+        refuse_not_positive("DistillKLDiv scale", self.scale)
+        refuse_not_positive("DistillKLDiv teacher_scale", self.teacher_scale)
         self.similarity: Similarity = similarity
 
     def scores_taken(self, num_candidates: int) -> tuple[int, ...]:

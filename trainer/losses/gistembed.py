@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trainer.batch import Targets
-from trainer.losses.base import Loss
+from trainer.losses.base import Loss, refuse_not_positive
 from trainer.losses.inbatch import InBatch, Judge
 from trainer.losses.logsumexp import MAX_WHOLE
 from trainer.losses.similarity import similarity_matrix
@@ -55,6 +55,7 @@ class GISTEmbed(Loss):
         mask_false_negatives: bool = True,
     ) -> None:
         super().__init__()
+        refuse_not_positive("GISTEmbed scale", scale)
         self.scale = scale
         self.margin_strategy = margin_strategy
         self.margin = margin

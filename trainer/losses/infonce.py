@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trainer.batch import Targets
-from trainer.losses.base import Loss
+from trainer.losses.base import Loss, refuse_not_positive
 from trainer.losses.inbatch import Candidates, InBatch
 from trainer.losses.logsumexp import MAX_WHOLE
 from trainer.losses.similarity import Similarity
@@ -66,6 +66,7 @@ class InfoNCE(Loss):
         mask_false_negatives: bool = True,
     ) -> None:
         super().__init__()
+        refuse_not_positive("InfoNCE scale", scale)
         if "query_to_doc" not in directions:
             raise ValueError(f"InfoNCE directions are {', '.join(directions)}; add query_to_doc, it holds the positive")
         without = sorted({"query_to_query", "doc_to_doc"} & set(directions))

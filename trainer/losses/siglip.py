@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from trainer.batch import Targets
-from trainer.losses.base import Loss
+from trainer.losses.base import Loss, refuse_not_positive
 from trainer.losses.inbatch import Candidates, InBatch
 from trainer.losses.logsumexp import MAX_WHOLE
 from trainer.losses.similarity import similarity_matrix
@@ -44,8 +44,7 @@ class SigLIP(Loss):
 
     def __init__(self, scale: float = 10.0, bias: float = -10.0, mask_false_negatives: bool = True) -> None:
         super().__init__()
-        if scale <= 0.0:
-            raise ValueError(f"SigLIP scale is {scale:g}; it must be above 0, for its logarithm is trained")
+        refuse_not_positive("SigLIP scale", scale)  # its logarithm is trained
         self.scale = scale
         self.bias = bias
         self.mask_false_negatives = mask_false_negatives
