@@ -87,6 +87,17 @@ def test_triplet_equals_sentence_transformers() -> None:
     assert ours[Triplet.primary] < 0.6
 
 
+def test_a_margin_that_every_row_passes() -> None:
+    """sentence-transformers counts all rows as right, where a margin of 0 finds less than 60 %."""
+    rows, model, _ = make_rows(("anchor", "positive", "negative"))
+    texts = (rows["anchor"], rows["positive"], rows["negative"])
+    found = TripletEvaluator(*texts, similarity_fn_names=["cosine"], margin=-5.0, write_csv=False)(model)
+    assert found == {"cosine_accuracy": 1.0}
+    for margin in (-5.0, math.nan):
+        with pytest.raises(ValueError, match=f"^Triplet evaluator: margin is {margin:g}; it must be 0 or more"):
+            Triplet(margin=margin)
+
+
 def test_texts_are_the_columns_one_behind_the_other() -> None:
     rows = {"anchor": ["a", "b"], "positive": ["c", "d"], "negative": ["e", "f"], "score": [0.0, 1.0]}
     assert STS().texts(rows) == ["a", "b", "c", "d"]

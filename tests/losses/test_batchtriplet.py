@@ -111,3 +111,15 @@ def test_a_text_that_stands_twice(labels: list[int], distance: Distance) -> None
     assert float(value) == pytest.approx(_numpy_loss(texts, labels, distance, 1.0, "hard"), abs=1e-5)
     _, exact_gradients = value_and_gradients(lambda x: loss(x, targets), [texts.double()])
     assert torch.allclose(gradients[0].double(), exact_gradients[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("mining", PEERS)
+def test_a_margin_below_0_teaches_nothing(mining: Mining) -> None:
+    """Texts of length 1 are 2 apart at most; sentence-transformers' losses are 0 whatever the embeddings."""
+    labels = LABELS["three classes"]
+    texts = torch.nn.functional.normalize(draw(1, len(labels))[0], dim=-1)
+    peer = PEERS[mining](embedded(), margin=-2.0)
+    assert float(peer([{"sentence_embedding": texts}], torch.tensor(labels))) == 0.0
+    for margin in (-2.0, float("nan")):
+        with pytest.raises(ValueError, match=f"^BatchTriplet margin is {margin:g}; it must be 0 or more, and finite$"):
+            BatchTriplet(mining, margin)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from sentence_transformers.sentence_transformer.losses import ContrastiveLoss, S
 
 from tests.losses.side_by_side import assert_equals_peer, assert_no_rows_give_zero, draw, embedded, targets_of
 from trainer.batch import Targets
-from trainer.losses import Contrastive
+from trainer.losses import Contrastive, OnlineContrastive
 from trainer.losses.similarity import Distance
 
 PEERS: dict[Distance, tuple[Any, str]] = {
@@ -34,3 +35,12 @@ def test_equals_sentence_transformers(distance: Distance, margin: float) -> None
 def test_a_rank_without_rows() -> None:
     empty = torch.empty(0, dtype=torch.int64)
     assert_no_rows_give_zero(Contrastive(), draw(2, 1), Targets((1, 0), empty, labels_B=empty, rank=1))
+
+
+@pytest.mark.parametrize("loss", [Contrastive, OnlineContrastive])
+@pytest.mark.parametrize("margin", [0.0, -1.0, math.nan])
+def test_a_margin_at_which_label_0_costs_nothing(loss: type[Contrastive], margin: float) -> None:
+    features = [{"sentence_embedding": column} for column in draw(2, 12)]
+    assert not float(ContrastiveLoss(embedded(), margin=margin)(features, torch.zeros(12))) > 0.0
+    with pytest.raises(ValueError, match=f"^{loss.__name__} margin is {margin:g}; it must be above 0, and finite$"):
+        loss(margin)

@@ -8,7 +8,7 @@ from sentence_transformers.sentence_transformer.losses import EmbedDistillLoss
 from torch.testing import assert_close
 
 from tests.losses.side_by_side import D, assert_equals_peer, draw, embedded, targets_of
-from trainer.losses import EmbedDistill
+from trainer.losses import MSE, EmbedDistill
 
 
 @pytest.mark.parametrize("distance", ["mse", "l2", "cosine"])
@@ -37,3 +37,10 @@ def test_a_teacher_of_another_size() -> None:
     targets = targets_of(4, extras={"teacher": torch.zeros(4, 2, 7)})
     with pytest.raises(ValueError, match="embeddings of 24 dimensions with a teacher's of 7; set projection_dim to 7"):
         EmbedDistill()(draw(2, 4), targets)
+
+
+@pytest.mark.parametrize("loss", [EmbedDistill, MSE])
+@pytest.mark.parametrize("dimension", [0, -1])
+def test_a_teacher_without_dimensions(loss: Any, dimension: int) -> None:
+    with pytest.raises(ValueError, match=f"^{loss.__name__} projection_dim is {dimension}; it must be 1 or more$"):
+        loss(projection_dim=dimension)

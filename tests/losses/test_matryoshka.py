@@ -33,7 +33,7 @@ CASES: dict[str, tuple[Loss, Callable[[Any], Any], dict[str, Any], Tensor | None
 }
 
 
-@pytest.mark.parametrize("weights", [None, [0.5, 2.0, 1.0]])
+@pytest.mark.parametrize("weights", [None, [0.5, 2.0, 1.0], [1.0, 2.0, 0.0]])
 @pytest.mark.parametrize("name", CASES)
 def test_equals_sentence_transformers(name: str, weights: list[float] | None) -> None:
     loss, make_peer, known, labels = CASES[name]
@@ -77,6 +77,9 @@ def test_a_guide_is_not_cut_where_a_goal_is() -> None:
         ([], None, r"dims are \[\]"),
         ([8, 8], None, r"dims are \[8, 8\]; name different dimensions"),
         ([8, 4], [1.0], "has 2 dims and 1 weights; give one for each"),
+        ([8, 4], [1.0, -1.0], "^Matryoshka: a weight is -1; it must be 0 or more, and finite$"),
+        ([8, 4], [1.0, float("nan")], "^Matryoshka: a weight is nan; it must be 0 or more, and finite$"),
+        ([8, 4], [0.0, 0.0], "^Matryoshka has no weight above 0; give one$"),
         ([25], None, "dims has 25, but embeddings have 24 dimensions; take 24 and smaller ones"),
     ],
 )

@@ -35,3 +35,9 @@ def test_a_rank_without_rows() -> None:
     loss.build(D)
     empty = torch.empty(0, dtype=torch.int64)
     assert_no_rows_give_zero(loss, draw(2, 1), Targets((1, 0), empty, labels_B=empty, rank=1))
+
+
+@pytest.mark.parametrize("num_labels", [1, 0, -1])
+def test_nothing_to_choose_between(num_labels: int) -> None:
+    with pytest.raises(ValueError, match=f"^Softmax num_labels is {num_labels}; it must be 2 or more"):
+        Softmax(num_labels)

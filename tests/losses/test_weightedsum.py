@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 from sentence_transformers.sentence_transformer.losses import (
     GlobalOrthogonalRegularizationLoss,
@@ -50,3 +52,9 @@ def test_it_wants_what_its_losses_want() -> None:
 def test_weights_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match="WeightedSum has 1 losses and 2 weights"):
         WeightedSum([InfoNCE()], [1.0, 2.0])
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, math.nan, math.inf])
+def test_a_weight_that_is_none(weight: float) -> None:
+    with pytest.raises(ValueError, match=f"^WeightedSum: a weight is {weight:g}; it must be above 0, and finite$"):
+        WeightedSum([InfoNCE(), GlobalOrthogonalRegularization()], [1.0, weight])

@@ -1,5 +1,7 @@
 """Triplet accuracy: is the anchor nearer to its positive than to its negative?"""
 
+import math
+
 from torch import Tensor
 
 from trainer.evaluation.base import SIMILARITIES, Evaluator, Rows
@@ -20,6 +22,8 @@ class Triplet(Evaluator):
     primary = "cosine_accuracy"
 
     def __init__(self, margin: float = 0.0) -> None:
+        if not 0.0 <= margin < math.inf:
+            raise ValueError(f"Triplet evaluator: margin is {margin:g}; it must be 0 or more, and finite")
         self.margin = margin
 
     def score(self, embeddings_ND: Tensor, rows: Rows) -> dict[str, float]:

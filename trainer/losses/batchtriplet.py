@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from trainer.batch import Targets
 from trainer.distributed.gather import gather_rows
-from trainer.losses.base import Loss
+from trainer.losses.base import Loss, refuse_not_positive
 from trainer.losses.similarity import distance_limit, distance_matrix
 
 
@@ -55,6 +55,8 @@ class BatchTriplet(Loss):
         distance: Literal["euclidean", "cosine"] = "euclidean",
     ) -> None:
         super().__init__()
+        if not isinstance(margin, str):
+            refuse_not_positive(f"{type(self).__name__} margin", margin, or_zero=True)
         self.mining = mining
         self.margin = margin
         self.distance: Literal["euclidean", "cosine"] = distance

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trainer.batch import Targets
-from trainer.losses.base import Loss
+from trainer.losses.base import Loss, refuse_not_positive
 from trainer.losses.similarity import Distance, distance_limit, pairwise_distance
 
 
@@ -37,6 +37,7 @@ class Contrastive(Loss):
 
     def __init__(self, margin: float = 0.5, distance: Distance = "cosine") -> None:
         super().__init__()
+        refuse_not_positive(f"{type(self).__name__} margin", margin)
         self.margin = margin
         self.distance: Distance = distance
 

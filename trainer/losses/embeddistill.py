@@ -43,6 +43,8 @@ class EmbedDistill(Loss):
 
     def __init__(self, distance: Metric = "cosine", projection_dim: Optional[int] = None) -> None:
         super().__init__()
+        if projection_dim is not None and projection_dim < 1:
+            raise ValueError(f"{type(self).__name__} projection_dim is {projection_dim}; it must be 1 or more")
         self.distance: Metric = distance
         self.projection_dim = projection_dim
 

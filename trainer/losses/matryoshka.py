@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainer.batch import Targets
-from trainer.losses.base import Loss
+from trainer.losses.base import Loss, refuse_not_positive
 
 
 class Matryoshka(Loss):
@@ -41,6 +41,10 @@ class Matryoshka(Loss):
             raise ValueError(f"Matryoshka dims are {dims}; name different dimensions, each 1 or more")
         if weights is not None and len(weights) != len(dims):
             raise ValueError(f"Matryoshka has {len(dims)} dims and {len(weights)} weights; give one for each")
+        for weight in weights or []:
+            refuse_not_positive("Matryoshka: a weight", weight, or_zero=True)
+        if weights is not None and not any(weights):
+            raise ValueError("Matryoshka has no weight above 0; give one")
         self.dims = dims
         self.weights = weights or [1.0] * len(dims)
         self.losses = nn.ModuleList(deepcopy(loss) for _ in dims)

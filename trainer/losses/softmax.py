@@ -28,6 +28,8 @@ class Softmax(Loss):
 
     def __init__(self, num_labels: int = 3) -> None:
         super().__init__()
+        if num_labels < 2:
+            raise ValueError(f"Softmax num_labels is {num_labels}; it must be 2 or more, one for each class")
         self.num_labels = num_labels
 
     def build(self, embedding_dimension: int) -> None:

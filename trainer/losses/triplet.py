@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trainer.batch import Targets
-from trainer.losses.base import Loss
+from trainer.losses.base import Loss, refuse_not_positive
 from trainer.losses.batchtriplet import BatchTriplet
 from trainer.losses.similarity import Distance, distance_limit, pairwise_distance
 
@@ -30,6 +30,7 @@ class Triplet(Loss):
 
     def __init__(self, margin: float = 5.0, distance: Distance = "euclidean") -> None:
         super().__init__()
+        refuse_not_positive("Triplet margin", margin, or_zero=True)
         self.margin = margin
         self.distance: Distance = distance
 

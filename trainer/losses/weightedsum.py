@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.batch import Targets
-from trainer.losses.base import Loss
+from trainer.losses.base import Loss, refuse_not_positive
 
 
 class WeightedSum(Loss):
@@ -26,6 +26,8 @@ class WeightedSum(Loss):
             raise ValueError("WeightedSum has no losses; name one or more")
         if weights is not None and len(weights) != len(losses):
             raise ValueError(f"WeightedSum has {len(losses)} losses and {len(weights)} weights; give one for each")
+        for weight in weights or []:
+            refuse_not_positive("WeightedSum: a weight", weight)
         self.losses = nn.ModuleList(losses)
         self.weights = weights or [1.0] * len(losses)
         self.needs = frozenset[str]().union(*(loss.needs for loss in losses))
