@@ -329,6 +329,10 @@ BAD_FLAGS = {
         "fewer rows set max_rows of the set in data.validation"
         for which, value in (("val", "2"), ("val", "1"), ("val", "0.5"), ("val", "-1"), ("test", "2"))
     },
+    "--trainer.gradient_clip_val -1": "flag --trainer.gradient_clip_val: trainer.gradient_clip_val is -1; it must be "
+    "above 0, or 0 to clip nothing",
+    "--trainer.gradient_clip_val .nan": "flag --trainer.gradient_clip_val: trainer.gradient_clip_val is nan; it must "
+    "be above 0, or 0 to clip nothing",
     "--trainer.precision bf16-true": "flag --trainer.precision: trainer.precision is bf16-true, but weights stay in "
     "float32: take one of 32-true, bf16-mixed, 16-mixed",
     "--trainer.devices many": "the trainer can't be built from these settings: `devices` selected with "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -276,6 +277,11 @@ def test_clipping_by_value_is_lightnings(tiny_encoder: Path, pairs: Path) -> Non
         ({"warmup_ratio": 1.0}, "model.warmup_ratio is 1.0; it is a share of the steps, 0 to below 1"),
         ({"warmup_ratio": -0.1}, "model.warmup_ratio is -0.1; it is a share of the steps, 0 to below 1"),
         ({"max_tokens": 0}, "model.max_tokens is 0; it must be 1 or more"),
+        ({"learning_rate": 0.0}, "model.learning_rate is 0; it must be above 0, and finite"),
+        ({"learning_rate": -0.1}, "model.learning_rate is -0.1; it must be above 0, and finite"),
+        ({"learning_rate": math.nan}, "model.learning_rate is nan; it must be above 0, and finite"),
+        ({"weight_decay": -10.0}, "model.weight_decay is -10; it must be 0 or more, and finite"),
+        ({"weight_decay": math.inf}, "model.weight_decay is inf; it must be 0 or more, and finite"),
     ],
 )
 def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:

@@ -162,7 +162,7 @@ class TrainerCLI(LightningCLI):
         self._refuse_limits(options.trainer)
 
     def _refuse_limits(self, limits: Any) -> None:
-        """What leaves no step between two evaluations or in an epoch, and parts of a set."""
+        """What leaves no step between two evaluations or in an epoch, parts of a set, and clipping below 0."""
         for key, instead in ABOVE_ZERO.items():
             value, place = limits[key], self.written.place(f"trainer.{key}")
             if isinstance(value, (int, float)) and not value > 0:
@@ -174,6 +174,12 @@ class TrainerCLI(LightningCLI):
                     f"{place}: trainer.{key} is {value}, but whole sets are scored: take 0 (nothing) or 1.0 (all); for "
                     "fewer rows set max_rows of the set in data.validation"
                 )
+        limit = limits.gradient_clip_val
+        if limit is not None and not limit >= 0.0:  # NaN compares as false
+            place = self.written.place("trainer.gradient_clip_val")
+            raise ConfigError(
+                f"{place}: trainer.gradient_clip_val is {limit:g}; it must be above 0, or 0 to clip nothing"
+            )
 
     def _known_keys(self) -> dict[str, Any]:
         method = {"ckpt_path": str | None, "weights_only": bool | None, "verbose": bool}

@@ -26,6 +26,7 @@ from trainer.evaluation.classification import Classification
 from trainer.finite import FiniteSteps
 from trainer.host_memory import keep_freed_pages
 from trainer.losses import Loss
+from trainer.losses.base import refuse_not_positive
 from trainer.memory import explained_memory
 from trainer.optimizer import clip, count_steps, gradient_norm, parameter_groups
 
@@ -74,6 +75,8 @@ class EmbeddingModule(LightningModule):
             raise ValueError(f"model.warmup_ratio is {warmup_ratio}; it is a share of the steps, 0 to below 1")
         if max_tokens < 1:
             raise ValueError(f"model.max_tokens is {max_tokens}; it must be 1 or more")
+        refuse_not_positive("model.learning_rate", learning_rate)
+        refuse_not_positive("model.weight_decay", weight_decay, or_zero=True)
         self.encoder_spec = encoder
         self.document_spec = document_encoder
         self.loss = loss
