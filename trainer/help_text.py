@@ -94,8 +94,9 @@ COMPARE = """\
 usage: trainer compare RUN [RUN...] [--out report.html]
 
 What differs in the configs, the metrics (best and last), what the runs took.
-Runs whose configs differ in the seed alone are one column: mean and standard
-deviation. Where they lie and how they are watched does not count.
+Runs whose configs differ in the seed alone, on the same kind and number of
+devices, are one column: mean and standard deviation. Where they lie and how
+they are watched does not count.
 
 A RUN is one of
   runs/stsb/seed=1              a run directory, or a folder of them: runs/stsb

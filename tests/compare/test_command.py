@@ -40,6 +40,19 @@ def test_tables_and_report_of_three_recipes_and_three_seeds(runs: Path, capsys: 
     assert f"<b>{sum(best) / 3:.4f}" in page.replace("<td class=best>", "<b>")
 
 
+def test_notes_stand_above_the_tables_and_in_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, steps in (("a/seed=1", 300), ("a/seed=1_job=2", 300), ("a/seed=2", 100)):
+        make_run(tmp_path / name, seed=2 if name == "a/seed=2" else 1, steps=steps)
+    assert main(["compare", str(tmp_path), "--out", str(tmp_path / "r.html")]) == 0
+    first, steps_note, seed_note, *_ = capsys.readouterr().out.splitlines()
+    assert first == "3 runs in 1 group"
+    assert re.match(r"note: \S+: its runs stand at different steps, \S+seed=2 at 100 and \S+ at 300; ", steps_note)
+    assert re.match(r"note: \S+: seed 1 stands 2 times \(", seed_note)
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    for note in (steps_note, seed_note):
+        assert note.removeprefix("note: ") in page
+
+
 class Page(HTMLParser):
     """What a page would fetch, its text and whether every element is closed."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ import pytest
 from tests.compare.made_runs import best_of, make_run, make_runs
 from trainer.compare.command import read_runs
 from trainer.compare.fold import MISSING, Spread, cost, differences, fold, metrics_of, primary_metrics
+from trainer.compare.show import cost_cells, notes
+from trainer.compare.show import metric as shown
 from trainer.tracking.runs import RunRecord
 from trainer.tracking.wandb import Tracking, make_logger
 
@@ -71,6 +74,58 @@ def test_a_run_directory_and_offline_files_are_seeds_of_one_group(tmp_path: Path
     wandb.finish()
     groups = fold(read_runs([str(folders[0]), str(folders[1] / "wandb")]))
     assert [group.seeds for group in groups] == [[1, 2]]
+
+
+@pytest.mark.parametrize(("key", "other"), [("device", "NVIDIA H100"), ("ranks", 8), ("nodes", 2)])
+def test_runs_on_other_machines_are_groups_of_their_own(tmp_path: Path, key: str, other: Any) -> None:
+    """They cost something else, though the config (trainer.devices: auto) is the same."""
+    folders = make_runs(tmp_path, recipes=1, seeds=4)
+    for folder in folders[1:3]:
+        about = json.loads((folder / "run.json").read_text())
+        (folder / "run.json").write_text(json.dumps({**about, key: other}))
+    groups = fold(read_runs([str(tmp_path)]))
+    assert [group.seeds for group in groups] == [[1, 4], [2, 3]]
+    own = {"device": "x86_64 CPU", "ranks": 1, "nodes": 1}
+    assert differences(groups) == {f"run.{key}": [own[key], other]}
+    expected = {"device": "1 x NVIDIA H100", "ranks": "8 x x86_64 CPU", "nodes": "1 x x86_64 CPU (2 nodes)"}
+    assert [cost(group).device for group in groups] == ["1 x x86_64 CPU", expected[key]]
+
+
+def test_a_machine_that_is_not_known_separates_nothing() -> None:
+    """W&B may know the ranks alone; two that are known still do not meet."""
+    known: list[dict[str, Any]] = [{"ranks": 2}, {"ranks": 2, "device": "A"}, {"ranks": 2, "device": "B"}, {}]
+    config = {"model": {"learning_rate": 1}}
+    runs = [RunRecord(f"/r/{i}", {**config, "seed_everything": i}, [{"step": 1}], a) for i, a in enumerate(known)]
+    groups = fold(runs)
+    assert [group.seeds for group in groups] == [[0, 1, 3], [2]]
+    assert [cost(group).device for group in groups] == ["2 x A", "2 x B"]
+
+
+def test_a_run_that_has_hardly_begun_is_told_in_the_table(tmp_path: Path) -> None:
+    """It has an evaluation, but neither a loss nor a speed yet."""
+    folders = make_runs(tmp_path, recipes=1, seeds=3)
+    log = folders[1] / "metrics.jsonl"
+    log.write_text(log.read_text().splitlines(keepends=True)[0])
+    groups = fold(read_runs([str(tmp_path)]))
+    (group,) = groups
+    losses = [best_of(folder, "train/loss") for folder in (folders[0], folders[2])]
+    expected = f"{np.mean(losses):.4f} ± {np.std(losses, ddof=1):.4f}, 2 of 3 runs"
+    assert shown(group.best("train/loss")) == expected
+    assert "of 3 runs" not in shown(group.best(METRIC))
+    assert [cell.endswith(", 2 of 3 runs") for cell in cost_cells(group, cost(group))[5:7]] == [True, True]
+    assert notes(groups) == [
+        "cosine: its runs stand at different steps, cosine/seed=2 at 0 and cosine/seed=3 at 300; its means mix them: "
+        "wait for those behind, or leave them out"
+    ]
+
+
+def test_a_seed_that_stands_twice_is_told(tmp_path: Path) -> None:
+    make_runs(tmp_path, recipes=1, seeds=2)
+    assert notes(fold(read_runs([str(tmp_path)]))) == []
+    make_run(tmp_path / "cosine" / "seed=1_job=7", seed=1)
+    (note,) = notes(fold(read_runs([str(tmp_path)])))
+    assert "seed 1 stands 2 times (" in note
+    assert "seed=1_job=7" in note
 
 
 def test_only_the_keys_that_differ(tmp_path: Path) -> None:

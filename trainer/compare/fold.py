@@ -1,4 +1,4 @@
-"""Runs whose configs differ in nothing but the seed are one group: a mean and a spread."""
+"""Runs that differ in nothing but the seed, in config and machine, are one group: a mean and a spread."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ _NOT_COMPARED = re.compile(
     r"seed_everything|data\.(seed|cache_dir)|ckpt_path|weights_only|trainer\.(default_root_dir|logger|enable_.*)"
     r"|(tracking|watch|check|resume)\..*|config"
 )
+_MACHINE = ("device", "ranks", "nodes")  # of run.json: what a run costs follows from them
 _OF_ONE_RUN = re.compile(r"(^|[_\-/])(seed|job|s)[=\-_]?\d+(?=$|[_\-/])")
 AXES = {
     "step": "optimizer steps",
@@ -30,16 +31,22 @@ AXES = {
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean over runs and their standard deviation (of a sample; None of a single run)."""
+    """Mean over runs and their standard deviation (of a sample; None of a single run).
+
+    Attributes:
+        missing: runs beside these that have no value.
+    """
 
     mean: float
     deviation: Optional[float]
     count: int
+    missing: int = 0
 
     @classmethod
     def of(cls, values: Iterable[Optional[float]]) -> Optional[Spread]:
         """None where no run has a value."""
-        known = [value for value in values if value is not None]
+        given = list(values)
+        known = [value for value in given if value is not None]
         if not known:
             return None
         # Of what they are above the first, so that equal values have no spread. statistics.stdev counts in fractions:
@@ -48,7 +55,7 @@ class Spread:
         mean = math.fsum(above) / len(above)
         squares = math.fsum((value - mean) ** 2 for value in above)
         deviation = math.sqrt(squares / (len(above) - 1)) if len(above) > 1 else None
-        return cls(known[0] + mean, deviation, len(known))
+        return cls(known[0] + mean, deviation, len(known), len(given) - len(known))
 
 
 @dataclass(frozen=True)
@@ -61,10 +68,10 @@ class Point:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one config.
+    """Runs of one config on one kind of machine.
 
     Attributes:
-        settings: key of the config -> value, without what differs between seeds.
+        settings: key of the config -> value, without what differs between seeds; and `run.<key>`, the machine.
     """
 
     name: str
@@ -118,20 +125,36 @@ def primary_metrics(groups: Sequence[Group]) -> list[str]:
 
 def fold(runs: Sequence[RunRecord]) -> list[Group]:
     """Groups in the order of their first run."""
-    of_settings: dict[str, list[RunRecord]] = {}
+    found: list[tuple[str, list[RunRecord]]] = []
     names = _short_names([run.name for run in runs])
     for run, name in zip(runs, names, strict=True):
         settings = _settings(run.config)
         # Without a config nothing says that two runs are seeds of one.
         key = json.dumps(_integral(settings), sort_keys=True, default=str) if settings else name
-        of_settings.setdefault(key, []).append(RunRecord(name, run.config, run.rows, run.about))
+        record = RunRecord(name, run.config, run.rows, run.about)
+        fitting = (members for other, members in found if other == key and _fits(record, members))
+        if (members := next(fitting, None)) is None:
+            found.append((key, members := []))
+        members.append(record)
     groups: list[Group] = []
-    for members in of_settings.values():
+    for _, members in found:
         name, number = _group_name(members), 2
         while name in [group.name for group in groups]:
             name, number = f"{_group_name(members)} ({number})", number + 1
-        groups.append(Group(name, members, _settings(members[0].config)))
+        machine = {f"run.{key}": value for run in reversed(members) for key, value in _machine(run).items()}
+        groups.append(Group(name, members, {**_settings(members[0].config), **machine}))
     return groups
+
+
+def _machine(run: RunRecord) -> dict[str, Any]:
+    """What is known of it: W&B may know less than run.json."""
+    return {key: value for key in _MACHINE if (value := run.about.get(key)) not in (None, "?")}
+
+
+def _fits(run: RunRecord, members: Sequence[RunRecord]) -> bool:
+    """Whether nothing that is known of the machines speaks against it."""
+    mine = _machine(run)
+    return all(mine.get(key, value) == value for other in members for key, value in _machine(other).items())
 
 
 def _short_names(names: Sequence[str]) -> list[str]:
@@ -219,7 +242,9 @@ def cost(group: Group) -> Cost:
         found = ([value for row in run.rows if (value := number(row, name)) is not None] for run in runs)
         return Spread.of(statistics.median(values) if values else None for values in found)
 
-    devices = dict.fromkeys(f"{run.about.get('ranks', '?')} x {run.about.get('device', '?')}" for run in runs)
+    machine = [group.settings.get(f"run.{key}") for key in _MACHINE]
+    device, ranks, nodes = (value or "?" for value in machine)
+    several = f" ({nodes} nodes)" if nodes not in ("?", 1) else ""
     return Cost(
         steps=of_last("step"),
         rows=of_last("train/rows_seen"),
@@ -229,5 +254,5 @@ def cost(group: Group) -> Cost:
         wall_s=of_last("train/wall_s"),
         gpu_hours=of_last("train/gpu_hours"),
         peak_gib=of_last("train/device_peak_gib") or of_last("train/host_peak_gib"),
-        device=", ".join(devices),
+        device=f"{ranks} x {device}{several}",
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from trainer.compare.fold import AXES, Group, cost, differences, metrics_of, primary_metrics
 from trainer.compare.plots import PALETTE, STYLE, colour, curves, dots, histograms
-from trainer.compare.show import COST_ROWS, cost_cells, has_other_losses, heading, metric, setting, winners
+from trainer.compare.show import COST_ROWS, cost_cells, has_other_losses, heading, metric, notes, setting, winners
 from trainer.tracking.runs import best, last
 
 PAGE = Path(__file__).with_name("page.html")
@@ -48,10 +48,11 @@ def render_report(groups: Sequence[Group]) -> str:
 
 def _legend(groups: Sequence[Group]) -> Iterator[str]:
     for number, group in enumerate(groups):
-        seeds = f"{len(group.runs)} seeds" if len(group.runs) > 1 else "1 run"
+        kind = "seeds" if len(set(map(str, group.seeds))) == len(group.runs) else "runs"
+        runs = f"{len(group.runs)} {kind}" if len(group.runs) > 1 else "1 run"
         yield (
             f'<label class="chip g{number % 8}"><input type="checkbox" id="show{number}" checked>'
-            f'<i></i><b data-name="{number}">{escape(group.name)}</b> <span>{seeds}</span></label>'
+            f'<i></i><b data-name="{number}">{escape(group.name)}</b> <span>{runs}</span></label>'
         )
 
 
@@ -85,6 +86,7 @@ def _summary(groups: Sequence[Group]) -> str:
         rows.append(_row([group.name, *cells, *tail], bold, colour(number)))
     head = ["", *(heading(name, name.removeprefix("eval/")) for name in columns), "rows/s", "wall time", "device hours"]
     note = "Best value of each run: mean ± standard deviation over its seeds."
+    note += "".join(f"<br>Note: {escape(one)}." for one in notes(groups))
     return _section("Results", f'<div class="plots big">{figures}</div>' + _table(head, rows), note)
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Optional
 
 from trainer.compare.fold import MISSING, Cost, Group, Spread, differences
 from trainer.tracking.direction import direction
+from trainer.tracking.runs import last
 
 ARROWS = {"max": "↑", "min": "↓", None: ""}
 
@@ -15,26 +17,33 @@ def metric(value: Optional[Spread]) -> str:
     """Four decimals, as metrics are published."""
     if value is None:
         return "–"
-    return f"{value.mean:.4f}" + (f" ± {value.deviation:.4f}" if value.deviation is not None else "")
+    spread = f" ± {value.deviation:.4f}" if value.deviation is not None else ""
+    return f"{value.mean:.4f}{spread}{_of_runs(value)}"
+
+
+def _of_runs(value: Spread) -> str:
+    """Said where some runs have no value."""
+    return f", {value.count} of {value.count + value.missing} runs" if value.missing else ""
 
 
 def amount(value: Optional[Spread]) -> str:
     """Three or more figures, and the spread where it shows."""
     if value is None:
         return "–"
-    digits = 0 if abs(value.mean) >= 100 else 1 if abs(value.mean) >= 10 else 2 if abs(value.mean) >= 0.1 else 4
+    size = abs(value.mean)
+    digits = 0 if size == 0 or size >= 100 else 1 if size >= 10 else 2 if size >= 0.1 else 4
     spread = f"{value.deviation:,.{digits}f}" if value.deviation else ""
-    return f"{value.mean:,.{digits}f}" + (f" ± {spread}" if spread.strip("0.,") else "")
+    return f"{value.mean:,.{digits}f}" + (f" ± {spread}" if spread.strip("0.,") else "") + _of_runs(value)
 
 
 def duration(value: Optional[Spread]) -> str:
     if value is None:
         return "–"
     if value.mean < 60:
-        return f"{value.mean:.1f} s"
+        return f"{value.mean:.1f} s{_of_runs(value)}"
     minutes, seconds = divmod(round(value.mean), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s"
+    return (f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s") + _of_runs(value)
 
 
 def setting(value: Any) -> str:
@@ -75,6 +84,27 @@ def winners(groups: Sequence[Group], name: str) -> set[int]:
         return set()
     top = (max if which == "max" else min)(means.values())
     return {number for number, mean in means.items() if mean == top}
+
+
+def notes(groups: Sequence[Group]) -> list[str]:
+    """What speaks against a mean or a deviation, a sentence for each."""
+    said = []
+    for group in groups:
+        reached = sorted(((last(run.rows, "step") or 0, run.name) for run in group.runs), key=lambda one: one[0])
+        (least, short), (most, long) = reached[0], reached[-1]
+        if least < most:
+            said.append(
+                f"{group.name}: its runs stand at different steps, {short} at {least:,} and {long} at {most:,}; its "
+                "means mix them: wait for those behind, or leave them out"
+            )
+        for seed, count in Counter(str(run.seed) for run in group.runs if run.seed is not None).items():
+            if count > 1:
+                names = ", ".join(run.name for run in group.runs if str(run.seed) == seed)
+                said.append(
+                    f"{group.name}: seed {seed} stands {count} times ({names}), so the deviation is not one over "
+                    "seeds: leave all but one out"
+                )
+    return said
 
 
 COST_ROWS = (

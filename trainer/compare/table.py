@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trainer.compare.fold import Group, cost, differences, metrics_of
-from trainer.compare.show import COST_ROWS, cost_cells, heading, metric, setting, winners
+from trainer.compare.show import COST_ROWS, cost_cells, heading, metric, notes, setting, winners
 
 _AT_ONCE = 5  # groups beside each other
 
@@ -18,6 +18,8 @@ def print_comparison(groups: Sequence[Group], console: Console) -> None:
     """What differs in the configs, the metrics, what it took: a column for each group, five at a time."""
     num_runs = sum(len(group.runs) for group in groups)
     console.print(f"{num_runs} run{'s' * (num_runs > 1)} in {len(groups)} group{'s' * (len(groups) > 1)}")
+    for note in notes(groups):
+        console.print(f"note: {note}", soft_wrap=True)
     differing = differences(groups)
     names = [*metrics_of(groups, "eval/"), *metrics_of(groups, "train/loss")]
     for some in _blocks(groups):
