@@ -13,7 +13,7 @@ import pytest
 from tests.compare.made_runs import best_of, make_run, make_runs
 from trainer.compare.command import read_runs
 from trainer.compare.fold import MISSING, Spread, cost, differences, fold, metrics_of, primary_metrics
-from trainer.compare.show import cost_cells, notes
+from trainer.compare.show import cost_cells, differing_losses, notes, winners
 from trainer.compare.show import metric as shown
 from trainer.tracking.runs import RunRecord
 from trainer.tracking.wandb import Tracking, make_logger
@@ -117,6 +117,72 @@ def test_a_run_that_has_hardly_begun_is_told_in_the_table(tmp_path: Path) -> Non
         "cosine: its runs stand at different steps, cosine/seed=2 at 0 and cosine/seed=3 at 300; its means mix them: "
         "wait for those behind, or leave them out"
     ]
+
+
+def made(name: str, score: float, loss: float, config: dict[str, Any]) -> RunRecord:
+    rows = [{"step": 1, METRIC: score, "eval/sts/spearman_cosine": score, "train/loss": loss}]
+    return RunRecord(f"/r/{name}", config, rows)
+
+
+def dev_set(**changed: Any) -> dict[str, Any]:
+    return {"name": "dev", "path": "stsb-dev.jsonl", "evaluator": {"class_path": "trainer.evaluation.STS"}, **changed}
+
+
+@pytest.mark.parametrize(
+    ("changed", "differing"),
+    [
+        ({"path": "hard-dev.jsonl"}, "path"),
+        ({"max_rows": 100}, "max_rows"),
+        ({"score_range": [0, 5], "split": "test"}, "score_range, split"),
+        ({"evaluator": {"class_path": "trainer.evaluation.Triplet"}}, "evaluator"),
+    ],
+)
+def test_sets_of_one_name_but_other_data_have_no_winner(changed: dict[str, Any], differing: str) -> None:
+    """The other set has one: it is the same in both, whatever its place in the list."""
+    sts = {"name": "sts", "path": "sts.jsonl"}
+    sets = [[dev_set(), sts], [sts, dev_set(**changed)]]
+    groups = fold([made(f"{n}x", 0.8 - n / 10, 1.0, {"data": {"validation": one}}) for n, one in enumerate(sets)])
+    assert winners(groups, METRIC) == set()
+    assert winners(groups, "eval/sts/spearman_cosine") == {0}
+    assert notes(groups) == [f"dev is not the same set in all groups ({differing} of data.validation): no bold there"]
+
+
+@pytest.mark.parametrize(
+    "changed", [{"prompts": {"anchor": "query: "}}, {"on_bad_row": "skip"}, {"max_rows": None}, {"weight": 2.0}]
+)
+def test_what_leaves_a_set_as_it_is_leaves_its_winner(changed: dict[str, Any]) -> None:
+    """Prompts are the encoder's side of it; a key that an older version did not write is the null of today."""
+    sets = [[dev_set()], [dev_set(**changed)]]
+    groups = fold([made(f"{n}x", 0.8 - n / 10, 1.0, {"data": {"validation": one}}) for n, one in enumerate(sets)])
+    assert winners(groups, METRIC) == {0}
+    assert notes(groups) == []
+
+
+def test_a_group_without_the_set_takes_no_part() -> None:
+    runs = [made(f"{n}x", 0.8 - n / 10, 1.0, {"lr": n, "data": {"validation": [dev_set()]}}) for n in range(2)]
+    groups = fold([*runs, RunRecord("/r/other", {"data": {"validation": None}}, [{"step": 1, "train/loss": 1.0}])])
+    assert winners(groups, METRIC) == {0}
+    assert notes(groups) == []
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "what"),
+    [
+        ({"data": {"batch_size": 16}}, {"data": {"batch_size": 256}}, ["batch sizes"]),
+        ({"data": {"train": [{"path": "a"}]}}, {"data": {"train": [{"path": "b"}]}}, ["training data"]),
+        ({"model": {"teacher": None}}, {"model": {"teacher": {"backbone": "t"}}}, ["teachers"]),
+        ({"model": {"loss": {"class_path": "A"}}}, {"model": {"loss": {"class_path": "B"}}}, ["losses"]),
+        ({"model": {"losses": None}}, {"model": {"losses": {"a": {"class_path": "B"}}}}, ["losses"]),
+        ({"model": {"learning_rate": 1e-4}}, {"model": {"learning_rate": 1e-5}}, []),
+        ({"data": {"num_workers": 0}}, {"data": {"num_workers": 2}}, []),
+    ],
+)
+def test_losses_of_different_kinds_have_no_winner(one: dict, other: dict, what: list[str]) -> None:
+    """InfoNCE among 256 rows starts ln 16 = 2.8 above InfoNCE among 16."""
+    groups = fold([made("ax", 0.5, 1.2, one), made("bx", 0.6, 3.9, other)])
+    assert differing_losses(groups) == what
+    assert winners(groups, "train/loss") == (set() if what else {0})
+    assert winners(groups, METRIC) == {1}
 
 
 def test_a_seed_that_stands_twice_is_told(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from trainer.compare.fold import AXES, Group, cost, differences, metrics_of, primary_metrics
 from trainer.compare.plots import PALETTE, STYLE, colour, curves, dots, histograms
-from trainer.compare.show import COST_ROWS, cost_cells, has_other_losses, heading, metric, notes, setting, winners
+from trainer.compare.show import COST_ROWS, cost_cells, differing_losses, heading, metric, notes, setting, winners
 from trainer.tracking.runs import best, last
 
 PAGE = Path(__file__).with_name("page.html")
@@ -107,8 +107,10 @@ def _curves(groups: Sequence[Group]) -> str:
     others = [name for name in [*metrics_of(groups, "eval/"), *logged] if name not in main]
     more = "".join(_figure(heading(name), _plot(groups, name, "step")) for name in others)
     note = "The band is one standard deviation over seeds."
-    if has_other_losses(groups):
-        note += " The losses differ, so their values can't be compared; only the course of each can."
+    if differing := differing_losses(groups):
+        note += (
+            f" Other {', '.join(differing)}: the values of the losses can't be compared; only the course of each can."
+        )
     body = f'<div class="switch">{switch}</div><div class="plots big">{figures}</div>' if figures else ""
     if more:
         body += f'<details><summary>{len(others)} more curves</summary><div class="plots">{more}</div></details>'

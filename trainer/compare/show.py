@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Optional
 
-from trainer.compare.fold import MISSING, Cost, Group, Spread, differences
+from trainer.compare.fold import MISSING, Cost, Group, Spread, differences, metrics_of
 from trainer.tracking.direction import direction
 from trainer.tracking.runs import last
 
+# What a training loss follows from besides the weights: an in-batch loss grows with the logarithm of the batch.
+_OF_LOSS = {
+    "losses": r"model\.loss(es)?",
+    "teachers": r"model\.teacher",
+    "batch sizes": r"data\.batch_size",
+    "training data": r"data\.(train|max_rows|mixing|no_duplicates)",
+}
+# Of a validation set: prompts are the encoder's side, as model.encoder.prompt is; a bad row ends a run or is in no set.
+_SAME_SCORES = re.compile(r"name|prompts(\..*)?|on_bad_row|max_bad_rows|streaming|loss|weight")
 ARROWS = {"max": "↑", "min": "↓", None: ""}
 
 
@@ -69,26 +79,51 @@ def heading(name: str, short: Optional[str] = None) -> str:
     return f"{short or name} {ARROWS[direction(name)]}".rstrip()
 
 
-def has_other_losses(groups: Sequence[Group]) -> bool:
-    """Whether the groups train with different losses, whose values are numbers of different kinds."""
-    return any(key.startswith("model.loss") for key in differences(groups))
+def differing_losses(groups: Sequence[Group]) -> list[str]:
+    """In words, what makes the losses of the groups numbers of different kinds; nothing where they can be compared."""
+    keys = differences(groups)
+    return [what for what, of_it in _OF_LOSS.items() if any(re.fullmatch(rf"({of_it})(\..*)?", key) for key in keys)]
+
+
+def _set_differences(groups: Sequence[Group], name: str) -> list[str]:
+    """The keys in which a validation set of one name differs between groups, as far as its scores follow from them."""
+    found = [_set_settings(group, name) for group in groups]
+    return sorted(key for key in set().union(*found) if any(one.get(key) != found[0].get(key) for one in found))
+
+
+def _set_settings(group: Group, name: str) -> dict[str, Any]:
+    """What a config says of a validation set; the place of the set in the list does not count."""
+    names = (key for key in group.settings if re.fullmatch(r"data\.validation\.\d+\.name", key))
+    place = next((key.removesuffix("name") for key in names if str(group.settings[key]) == name), None)
+    if place is None:
+        return {}
+    of_set = {key.removeprefix(place): value for key, value in group.settings.items() if key.startswith(place)}
+    return {key: value for key, value in of_set.items() if value is not None and not _SAME_SCORES.fullmatch(key)}
 
 
 def winners(groups: Sequence[Group], name: str) -> set[int]:
     """The groups with the best mean of a metric; none where all are equal or can't be compared."""
     which = direction(name)
-    if name.startswith("train/loss") and has_other_losses(groups):
+    if name.startswith("train/loss") and differing_losses(groups):
         return set()
     means = {number: found.mean for number, group in enumerate(groups) if (found := group.best(name))}
     if which is None or len(set(means.values())) < 2:
+        return set()
+    if name.startswith("eval/") and _set_differences([groups[number] for number in means], name.split("/")[1]):
         return set()
     top = (max if which == "max" else min)(means.values())
     return {number for number, mean in means.items() if mean == top}
 
 
 def notes(groups: Sequence[Group]) -> list[str]:
-    """What speaks against a mean or a deviation, a sentence for each."""
+    """What speaks against a mean, a deviation or a comparison, a sentence for each."""
     said = []
+    for name in dict.fromkeys(metric.split("/")[1] for metric in metrics_of(groups, "eval/")):
+        scored = [group for group in groups if metrics_of([group], f"eval/{name}/")]
+        if keys := _set_differences(scored, name):
+            said.append(
+                f"{name} is not the same set in all groups ({', '.join(keys)} of data.validation): no bold there"
+            )
     for group in groups:
         reached = sorted(((last(run.rows, "step") or 0, run.name) for run in group.runs), key=lambda one: one[0])
         (least, short), (most, long) = reached[0], reached[-1]
