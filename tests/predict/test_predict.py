@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from numpy.testing import assert_allclose
@@ -290,7 +291,24 @@ def test_bad_rows_are_named_or_left_out(tiny_encoder: Path, tmp_path: Path, caps
     assert np.load(tmp_path / "out/shard-00000.ids.npy").tolist() == ["1", "3"]
 
 
-def test_another_runs_shards_are_not_touched(
+def test_ids_that_mislead_are_said(tiny_encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "rows.jsonl"
+    bodies = ["a man", "", "   ", None, "a woman"]
+    path.write_text("".join(json.dumps({"key": f"k{i % 4}", "body": body}) + "\n" for i, body in enumerate(bodies)))
+    skip = ["--on-bad-row", "skip"]
+    assert run(tiny_encoder, path, tmp_path / "numbers", *skip) == 0
+    said = capsys.readouterr().out
+    assert "note: 3 bad rows are left out, and ids are numbers of the rows that are left, from 0; name a column" in said
+    assert json.loads((tmp_path / "numbers/_manifest.json").read_text())["skipped"] == 3
+    assert pq.read_table(tmp_path / "numbers")["id"].to_pylist() == [0, 1]
+
+    assert run(tiny_encoder, path, tmp_path / "named", *skip, "--id", "key") == 0  # k0 stands in rows 1 and 5
+    said = capsys.readouterr().out
+    assert "note: in 1 of 2 rows stands the id of an earlier row, the first such id is 'k0'; all rows" in said
+    assert pq.read_table(tmp_path / "named")["id"].to_pylist() == ["k0", "k0"]
+
+
+def test__another_runs_shards_are_not_touched(
     tiny_encoder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(tiny_encoder, corpus, tmp_path / "out") == 0

@@ -57,15 +57,18 @@ def predict(args: Sequence[str]) -> int:
     """
     options = flags().read(args)
     from trainer.data.cache import default_cache_dir
-    from trainer.data.loading import fingerprint, load
+    from trainer.data.loading import fingerprint, load, num_skipped
     from trainer.data.sources import Source
+    from trainer.predict.ids import about_ids
     from trainer.predict.shards import Shards
+    from trainer.run_dir import is_first_rank
 
     interruption.stop_if_asked()  # the imports took seconds
     with said_once():
         text = Source(options.data, {"text": options.text}, split=options.split, on_bad_row=options.on_bad_row)
         source = replace(text, columns={**text.columns, "id": options.id}) if options.id else text
-        rows = load(source, options.cache_dir or default_cache_dir())
+        cache_dir = options.cache_dir or default_cache_dir()
+        rows, skipped = load(source, cache_dir), num_skipped(source, cache_dir)
         spec = choose_prompt(encoder_spec(options, options.task), options.prompt, options.prompt_name, options.task)
     encoder, device = start(options, spec)
     settings = read_settings(options, encoder)
@@ -79,7 +82,9 @@ def predict(args: Sequence[str]) -> int:
         has_ids=bool(options.id),
     )
     # The texts alone: whoever uses the embeddings asks whether they are those of a column.
-    begin(shards, encoder, spec, settings, {"data": fingerprint(text), "id": options.id})
+    begin(shards, encoder, spec, settings, {"data": fingerprint(text), "id": options.id, "skipped": skipped})
+    if is_first_rank(os.environ) and (said := about_ids(rows, skipped)):
+        print(f"note: {said}", flush=True)
     try:
         work = embed(encoder, rows, "text", shards, settings, device)
     finally:
