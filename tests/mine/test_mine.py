@@ -290,6 +290,29 @@ def test_embeddings_that_predict_wrote_need_no_model(
     assert "1 of 1 shards are missing, the first is shard-00000.parquet" in capsys.readouterr().err
 
 
+def test_short_queries_and_long_documents_are_of_one_model(
+    folder: Path, tiny_encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    peer = SentenceTransformer(str(tiny_encoder), device="cpu")
+    texts = list(dict.fromkeys(row["a"] for row in read(folder / "pairs.jsonl")))
+    documents = dict(zip(texts, peer.encode(texts, normalize_embeddings=True), strict=True))
+    peer.max_seq_length = 6
+    for column, flags in (("q", ["--max-length", "6"]), ("a", [])):
+        where = ["--data", str(folder / "pairs.jsonl"), "--text", column, "--out", str(tmp_path / column)]
+        assert main(["predict", "--model", str(tiny_encoder), "--accelerator", "cpu", *where, *flags]) == 0
+    given = ["--anchor-embeddings", str(tmp_path / "q"), "--positive-embeddings", str(tmp_path / "a")]
+    assert run(folder, tmp_path / "given.jsonl", *given, "--output-scores") == 0
+    for row in read(tmp_path / "given.jsonl")[::10]:
+        query = peer.encode([row["anchor"]], normalize_embeddings=True)[0]
+        found = [float(query @ documents[text]) for text in (row["positive"], *row["negatives"])]
+        np.testing.assert_allclose(row["scores"], found, atol=1e-5)
+
+    capsys.readouterr()
+    where = ["--data", str(folder / "pairs.jsonl"), "--text", "q", "--out", str(tmp_path / "q"), "--max-length", "7"]
+    assert main(["predict", "--model", str(tiny_encoder), "--accelerator", "cpu", *where]) == 1
+    assert "holds the embeddings of another run: max_length was 6, now 7;" in capsys.readouterr().err
+
+
 def test_anchors_and_documents_by_their_towers(
     folder: Path, tiny_encoders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

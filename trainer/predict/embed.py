@@ -65,12 +65,13 @@ class Work:
 
 
 def fingerprint(encoder: Encoder) -> str:
-    """Hash of all that turns a text into an embedding, but the prompt: weights, architecture, tokenizer, pooling."""
+    """Hash of what embeds: weights, architecture, tokenizer, pooling. Not of prompt and max_length, in which queries
+    and documents of one model may differ."""
     config = encoder.backbone.config.to_diff_dict()
     for key in ("transformers_version", "_name_or_path", "dtype"):
         config.pop(key, None)
     about = [
-        replace(encoder.text, prompt="").fingerprint,
+        replace(encoder.text, prompt="", max_length=0).fingerprint,
         str(encoder.head),
         json.dumps(config, sort_keys=True, default=str),
     ]
