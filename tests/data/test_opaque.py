@@ -15,6 +15,7 @@ from trainer.data import opaque
 from trainer.data.loading import fingerprint, load
 from trainer.data.module import PairData
 from trainer.data.opaque import OpaqueBatches, OpaqueStream, Reader
+from trainer.data.rowgroups import StreamError
 from trainer.data.sources import Source
 from trainer.data.steps import StepLoader, StepSampler
 from trainer.data.workers import worker_context
@@ -156,6 +157,43 @@ def test_a_bad_cell_of_a_stream_is_named_by_its_line(text: TextPreparation, tmp_
     path.write_text('a,b\nx,"two\nlines"\nx,y,z\n')
     with pytest.raises(ValueError, match=r"x.csv:4: 3 cells, the header has 2\n.*1 bad row among those just read"):
         Reader(OpaqueStream(Source(str(path), {"anchor": "a", "positive": "b"}, streaming=True), text, 0), 0, 1)
+
+
+@pytest.mark.parametrize("num_readers", [1, 2])
+def test_json_lines_that_datasets_cannot_read_are_named(
+    num_readers: int, small_buffers: None, text: TextPreparation, tmp_path: Path
+) -> None:
+    """With the rows that were given before, 16 a buffer; loading it names the line."""
+    good = b"".join(b'{"a": "row %d", "b": "y"}\n' % number for number in range(40))
+    path = tmp_path / "x.jsonl"
+    source = Source(str(path), {"anchor": "a", "positive": "b"}, streaming=True)
+    share = " of share 1 of 2" if num_readers == 2 else ""
+    remedy = "; read it once with streaming: false, which names the line"
+    for content, cause in [
+        (good + b'{"a": "x\xff", "b": "y"}\n', f"cannot be read behind row {32 // num_readers}{share}: 'utf-8' codec"),
+        (good + b'{"a": "x", "b":\n', f"cannot be read behind row 0{share}: JSON parse error"),
+    ]:
+        path.write_bytes(content)
+        with pytest.raises(StreamError) as caught:
+            Reader(OpaqueStream(source, text, 0), 0, num_readers).take(48 // num_readers)
+        assert str(caught.value).startswith(f"{path}: {cause}")
+        assert str(caught.value).endswith(remedy)
+        assert "\n" not in str(caught.value)
+        with pytest.raises(ValueError, match=r"x.jsonl:41: .*"):
+            load(replace(source, streaming=False), tmp_path / "cache")
+
+
+@pytest.mark.parametrize(("name", "content"), [("x.jsonl", ""), ("x.csv", ""), ("x.tsv", "a\tb\n")])
+def test_a_stream_without_rows_is_said_as_loading_says_it(
+    name: str, content: str, text: TextPreparation, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(content)
+    source = Source(str(tmp_path / name), {"anchor": "a", "positive": "b"})
+    with pytest.raises(ValueError, match="x") as loaded:
+        load(source, tmp_path / "cache")
+    with pytest.raises(ValueError, match="x") as streamed:
+        Reader(OpaqueStream(replace(source, streaming=True), text, 0), 0, 1)
+    assert str(streamed.value) == str(loaded.value) == f"{tmp_path / name}: there is no row"
 
 
 def test_a_header_by_position_is_said_before_the_first_step(

@@ -25,7 +25,7 @@ from trainer.batch import PackedBatch
 from trainer.data.checks import checked_rows
 from trainer.data.collate import pack, pack_towers, targets_of
 from trainer.data.delimited import stream_delimited, warn_of_headers
-from trainer.data.files import JSON_LINES, data_format, is_hub_id
+from trainer.data.files import JSON_LINES, cause_of, data_format, is_hub_id
 from trainer.data.order import split_rows
 from trainer.data.permutation import mix, permute
 from trainer.data.rowgroups import StreamError, file_urls
@@ -61,6 +61,14 @@ class OpaqueStream:
         self.source, self.text, self.seed, self.max_rows = source, text, seed, max_rows
         self.columns = source.text_columns
 
+    @property
+    def remedy(self) -> str:
+        """What to do about an error of `datasets`, whose readers name neither file nor line."""
+        if is_hub_id(self.source.path):
+            return "; set streaming: false to fetch it whole first"
+        copied = "copy it to this machine and " if "://" in self.source.path else ""
+        return f"; {copied}read it once with streaming: false, which names the line"
+
     def warn(self) -> None:
         """Say before the first step what reading says without streaming."""
         if not is_hub_id(self.source.path):
@@ -74,24 +82,27 @@ class OpaqueStream:
             ValueError: there is no such file, or no reader for it.
         """
         source = self.source
+        urls = [] if is_hub_id(source.path) else file_urls(source) or []
+        suffixes = sorted({data_format(Path(url)) for url in urls})
+        if urls and (len(suffixes) > 1 or suffixes[0] not in _FORMATS):
+            raise ValueError(
+                f"{source.path}: cannot be streamed: files of the formats {', '.join(suffixes)}; a stream has one of "
+                f"{', '.join(_FORMATS)}"
+            )
         try:
-            if is_hub_id(source.path):
+            if not urls:
                 rows = load_dataset(
                     source.path, name=source.subset, split=source.split, revision=source.revision, streaming=True
                 )
+            elif suffixes[0] in _DELIMITED:
+                rows = IterableDataset.from_generator(_delimited_rows, gen_kwargs={"urls": urls})
             else:
-                urls = file_urls(source) or []
-                suffixes = sorted({data_format(Path(url)) for url in urls})
-                if len(suffixes) > 1 or suffixes[0] not in _FORMATS:
-                    raise ValueError(
-                        f"files of the formats {', '.join(suffixes)}; a stream has one of {', '.join(_FORMATS)}"
-                    )
-                if suffixes[0] in _DELIMITED:
-                    rows = IterableDataset.from_generator(_delimited_rows, gen_kwargs={"urls": urls})
-                else:
-                    rows = load_dataset("json", data_files=urls, split="train", streaming=True)
+                rows = load_dataset("json", data_files=urls, split="train", streaming=True)
+        except StopIteration:  # of the reader of JSON lines, which looks for the first row of all files
+            raise StreamError(f"{source.path}: there is no row") from None
         except Exception as error:  # the hub, the network, the format: each has its own type
-            raise ValueError(f"{source.path}: cannot be streamed: {str(error) or type(error).__name__}") from error
+            cause = f"{cause_of(error).rstrip('.') if str(error) else type(error).__name__}{self.remedy}"
+            raise StreamError(f"{source.path}: cannot be streamed: {cause}") from error
         return rows if self.max_rows is None else rows.take(self.max_rows)
 
 
@@ -186,11 +197,23 @@ class Reader:
         self._fill()
 
     def _fill(self) -> None:
-        batch = next(self._batches, None)
+        path = self.stream.source.path
+        try:
+            batch = next(self._batches, None)
+        except StreamError:
+            raise
+        except Exception as error:  # the network, the format: each has its own type
+            share = f" of share {self.number + 1} of {self.num_readers}" if self.num_readers > 1 else ""
+            cause = cause_of(error).rstrip(".")
+            raise StreamError(
+                f"{path}: cannot be read behind row {self._before:,}{share}: {cause}{self.stream.remedy}"
+            ) from error
         if batch is None:
+            if self._before == 0 and self.num_readers == 1:
+                raise StreamError(f"{path}: there is no row")
             if self._before == 0:
-                raise ValueError(
-                    f"{self.stream.source.path}: no row for reader {self.number + 1} of {self.num_readers} (ranks x "
+                raise StreamError(
+                    f"{path}: no row for reader {self.number + 1} of {self.num_readers} (ranks x "
                     "data.num_workers); the stream is empty, or take fewer readers"
                 )
             self._pass, self._buffer, self._before = self._pass + 1, 0, 0
