@@ -55,6 +55,7 @@ class Watch(Callback):
         if timeout_s <= 0:
             raise ValueError(f"watch.timeout_s is {timeout_s}; it must be above 0")
         self.timeout_s = timeout_s
+        self._collapse = Collapse()
         self._beats: Heartbeats | None = None
         self._armed = False
         self._hung = False
@@ -69,7 +70,7 @@ class Watch(Callback):
         self._run_dir = Path(trainer.default_root_dir)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if stage == "fit" and isinstance(callback, MetricsLog):
-                callback.listeners += [LossSpikes(), Collapse()]
+                callback.listeners += [LossSpikes(), self._collapse]
         self._take_children(trainer)
         self._armed, self._hung, self._leaving_at = False, False, None
         if gather.world_size() > 1:
@@ -109,6 +110,12 @@ class Watch(Callback):
         self._stop.set()
         if self._beats:
             self._beats.end("")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"first_health": dict(self._collapse.first)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._collapse.first = dict(state_dict["first_health"])
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self._beats is None:

@@ -19,19 +19,24 @@ _CAUSES = (
 
 
 class Collapse:
-    """Listens to the metrics log: one warning for each set. What counts is the change since the first evaluation that
-    it saw, for some encoders put all texts close to each other before any training."""
+    """Listens to the metrics log: one warning for each set. What counts is the change since the first evaluation of the
+    run, for some encoders put all texts close to each other before any training.
+
+    Attributes:
+        first: what the first evaluation found. A restart does not evaluate before its first step, so whoever owns this
+            keeps it in the checkpoint.
+    """
 
     def __init__(self) -> None:
-        self._first: dict[str, float] = {}
+        self.first: dict[str, float] = {}
         self._warned: set[str] = set()
 
     def __call__(self, metrics: Mapping[str, float], step: int) -> None:
         for name, value in metrics.items():
-            if not name.startswith("health/"):
-                continue
             one, _, kind = name.removeprefix("health/").rpartition("/")
-            first = self._first.setdefault(name, value)
+            if not name.startswith("health/") or kind not in ("negative_p50", "effective_rank"):
+                continue
+            first = self.first.setdefault(name, value)
             if one in self._warned:
                 continue
             if kind == "negative_p50" and value > ALIKE and value > first + RISE:
