@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,72 @@ def test_where(tmp_path: Path, where: dict[str, object], kept: list[int]) -> Non
     for name in (str(path), _as_parquet(rows, tmp_path)):
         source = Source(name, {"anchor": "a", "positive": "b"}, where=where)  # type: ignore[arg-type]
         assert [int(row["anchor"][1:]) for row in load(source, tmp_path / "cache")] == kept
+
+
+NONE_LEFT = [
+    ({"triplets": ("entailment", "contradiction")}, "of 3 that were read: column 'label' holds '0.0', '2.0'; "
+     "asked for 'entailment' or 'contradiction'"),
+    ({"triplets": (0, 2)}, "of 3 that were read: column 'label' holds '0.0', '2.0'; asked for '0' or '2'"),
+    ({"where": {"3": "fr"}}, "of 3 that were read: column 'lang' holds 'en', 'he'; asked for 'fr'"),
+    ({"where": {"lang": "en", "ok": True}},
+     "of 3 that were read: column 'ok' holds 'False', 'no'; asked for 'true'. "
+     "column 'lang' holds 'he'; asked for 'en'"),
+    ({"where": {"lang": "fr"}, "on_bad_row": "skip"}, "of 3 that were read: column 'lang' holds"),
+    ({"where": {"label": ">= 3"}}, "of 3 that were read: column 'label' holds '0.0', '2.0'; asked for '>= 3'"),
+    ({"where": {"id": "x"}}, "of 3 that were read: column 'id' holds '1', '2', '3'; asked for 'x'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "said"), NONE_LEFT)
+def test_what_the_data_hold_where_nothing_is_left(options: dict[str, Any], said: str, tmp_path: Path) -> None:
+    path = tmp_path / "r.csv"
+    path.write_text("a,b,label,lang,ok,id\np,h1,0.0,en,False,1\np,h2,2.0,he,True,2\nq,h3,2.0,en,no,3\n")
+    source = Source(str(path), {"anchor": "a", "positive": "b", "label": 2}, **options)
+    with pytest.raises(ValueError, match=re.escape(f"{path}: there is no row left {said}")):
+        load(source, tmp_path / "cache")
+
+
+def test_bad_rows_and_many_values_where_nothing_is_left(tmp_path: Path) -> None:
+    rows = [{"a": f"r{i}", "b": "s", "lang": ["en"] * (i > 9) or None, "n": i} for i in range(20)]
+    path = write(tmp_path / "r.jsonl", pd.DataFrame([*rows, {"a": "", "b": "s", "n": 99}]))
+    columns = {"anchor": "a", "positive": "b"}
+    with pytest.raises(ValueError, match=r"left of 21 that were read: column 'n' holds '0', '1', '2', '3', '4', ...; "):
+        load(Source(path, columns, where={"n": "> 99"}), tmp_path / "cache")
+    with pytest.raises(ValueError, match=r"holds null, '\['en'\]'; asked for 'en'"):
+        load(Source(path, columns, where={"lang": "en"}), tmp_path / "cache")
+    bad = (
+        r"left after 1 bad ones were skipped; the first: .*:21: column 'a' is empty; and of 20 others: column 'n' holds"
+    )
+    with pytest.raises(ValueError, match=bad):
+        load(Source(path, columns, where={"n": ">= 99"}, on_bad_row="skip"), tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "kept"),
+    [
+        (True, ["true", "True", True]),
+        (False, ["False"]),
+        (1.0, ["1", "1.0", 1, 1.0]),
+        (1, ["1", 1, 1.0]),
+        ("1", ["1", 1, 1.0]),
+        ([0.0, "x"], ["0.0", "x"]),
+    ],
+)
+def test_where_meets_values_and_texts_that_read_alike(wanted: Any, kept: list[object], tmp_path: Path) -> None:
+    """A whole number asked for is not a text like 1.0: a column of versions holds both."""
+    cells = ["true", "True", True, "False", "1", "1.0", 1, 1.0, "1.1", "0.0", "x", None]
+    path = tmp_path / "r.jsonl"
+    path.write_text("\n".join(json.dumps({"a": f"r{i}", "b": "s", "v": cell}) for i, cell in enumerate(cells)))
+    rows = load(Source(str(path), {"anchor": "a", "positive": "b"}, where={"v": wanted}), tmp_path / "cache")
+    assert [repr(cells[int(row["anchor"][1:])]) for row in rows] == [repr(one) for one in kept]
+
+
+def test_where_meets_what_pandas_writes_into_csv(tmp_path: Path) -> None:
+    frame = pd.DataFrame({"a": list("pqrs"), "b": list("wxyz"), "ok": [True, False] * 2, "n": [0, 1, None, 2]})
+    frame.to_csv(tmp_path / "r.csv", index=False)
+    for where, kept in (({"ok": True}, "pr"), ({"ok": False}, "qs"), ({"n": 1.0}, "q"), ({"n": [0.0, 2.0]}, "ps")):
+        source = Source(str(tmp_path / "r.csv"), {"anchor": "a", "positive": "b"}, where=where)  # type: ignore[arg-type]
+        assert load(source, tmp_path / "cache")["anchor"][:] == list(kept)
 
 
 def _as_parquet(rows: list[dict[str, object]], folder: Path) -> str:

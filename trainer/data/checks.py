@@ -22,6 +22,7 @@ from trainer.data.values import (
     label_check,
     rule,
     score_check,
+    shown,
     texts_check,
 )
 
@@ -36,12 +37,16 @@ _PEEKED = 100  # rows that show whether labels are words
 
 
 def checked_rows(source: Source, rows: Rows, bad: BadRows) -> Iterator[list[Any]]:
-    """Cells of the good rows in canonical order; bad ones are told to ``bad``, what ``where`` drops is neither."""
+    """Cells of the good rows in canonical order; bad ones, and those that ``where`` drops, are told to ``bad``."""
     columns = {
         name: find_column(column, rows.name, rows.columns, f"columns.{name}") for name, column in source.columns.items()
     }
     where = (source.where or {}).items()
-    wanted = [(find_column(column, rows.name, rows.columns, "where"), rule(values)) for column, values in where]
+    wanted = [
+        ((key, str(column)), column, rule(values))
+        for key, values in where
+        for column in [find_column(key, rows.name, rows.columns, "where")]
+    ]
     records = _refuse_words(source, rows, columns)
     checks = _checks(source, rows, columns)
     has_lists = not columns.keys().isdisjoint(("positives", "negatives"))
@@ -51,8 +56,10 @@ def checked_rows(source: Source, rows: Rows, bad: BadRows) -> Iterator[list[Any]
             continue
         cells = []
         try:
-            for column, test in wanted:
-                if not test(column.cell(row), rows.class_names.get(column.name)):
+            for asked, column, test in wanted:
+                cell, class_names = column.cell(row), rows.class_names.get(column.name)
+                if not test(cell, class_names):
+                    bad.drop(asked, cell, class_names)
                     break
             else:
                 for column, check in checks:
@@ -133,14 +140,21 @@ def _words_remedy(name: str, words: list[str]) -> str:
     return f"holds words: {', '.join(words)}. Map them to {kind}: {written.strip()[1:-1]}"
 
 
+def _asked(wanted: object) -> str:
+    return " or ".join(map(shown, wanted if isinstance(wanted, list) else [wanted]))
+
+
 class BadRows:
-    """Counts the rows that cannot be used and quotes the first ones."""
+    """Counts the rows that cannot be used and quotes the first ones; beside them, those that ``where`` drops."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
         self.budget = source.max_bad_rows if source.on_bad_row == "skip" else 0
         self.count = 0
         self.first: list[str] = []
+        self.num_dropped = 0
+        # First values that were dropped, by the key of where and the name of its column.
+        self._dropped: dict[tuple[int | str, str], list[str]] = {}
         self.scale: tuple[float, float] | None = None  # that holds every score, where score_range does not
 
     def widen(self, span: tuple[float, float]) -> None:
@@ -153,6 +167,28 @@ class BadRows:
             self.first.append(reason)
         if self.count >= self.budget + _COUNTED:
             self._refuse(f"{self.count:,} or more bad rows")
+
+    def drop(self, asked: tuple[int | str, str], cell: object, class_names: list[str] | None) -> None:
+        """A row whose ``cell`` is not what ``where`` asks: by its key, of the column of that name."""
+        self.num_dropped += 1
+        values = self._dropped.setdefault(asked, [])
+        if len(values) <= _LISTED and (value := shown(cell, class_names)) not in values:
+            values.append(value)
+
+    def why_none(self) -> str:
+        """Where no row is left, what became of those that were read; empty where none was."""
+        causes = []
+        if self.count:
+            causes.append(f" after {self.count} bad ones were skipped; the first: {self.first[0]}")
+        if self.num_dropped:
+            asked, read = self.source.where or {}, "others" if self.count else "that were read"
+            held = [
+                f"column '{name}' holds {', '.join(values[:_LISTED])}{', ...' * (len(values) > _LISTED)}; "
+                f"asked for {_asked(asked[key])}"
+                for (key, name), values in self._dropped.items()
+            ]
+            causes.append(f" of {self.num_dropped:,} {read}: {'. '.join(held)}")
+        return f" left{'; and'.join(causes)}" if causes else ""
 
     def close(self) -> None:
         """Called behind the last row: now the count is complete."""

@@ -139,8 +139,19 @@ def fingerprint(source: Source) -> str:
     ]
     budget = [source.on_bad_row, source.max_bad_rows]
     lists = [source.max_negatives] if source.may_lack_texts else []
-    spec = json.dumps([_VERSION, contents, columns, maps, budget, *lists], ensure_ascii=True)
+    spelt = ["spelt"] if _asks_by_spelling(source) else []
+    spec = json.dumps([_VERSION, contents, columns, maps, budget, *lists, *spelt], ensure_ascii=True)
     return hashlib.sha256(spec.encode()).hexdigest()[:24]
+
+
+def _asks_by_spelling(source: Source) -> bool:
+    """Whether ``where`` keeps texts that it did not keep at first; so the others have their rows where they lay."""
+    asked = (values if isinstance(values, list) else [values] for values in (source.where or {}).values())
+    return any(
+        isinstance(value, bool) or (isinstance(value, float) and value.is_integer())
+        for values in asked
+        for value in values
+    )
 
 
 def _folder(source: Source, cache_dir: Path) -> Path:
@@ -181,8 +192,7 @@ def _build(source: Source, folder: Path) -> None:
                 file.add_row(cells)
     bad.close()
     if file.num_rows == 0:
-        skipped = f" left after {bad.count} bad ones were skipped; the first: {bad.first[0]}" if bad.count else ""
-        raise ValueError(f"{source.path}: there is no row{skipped}")
+        raise ValueError(f"{source.path}: there is no row{bad.why_none()}")
     report = {"source": source.path, "num_rows": file.num_rows, "num_skipped": bad.count}
     (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
 

@@ -133,7 +133,8 @@ _COMPARISONS: dict[str, Callable[[float, float], bool]] = {
 def rule(wanted: object) -> Callable[[object, Sequence[str] | None], bool]:
     """A test of cells: one of some values, or ``'>= 0.7'`` (also ``<= > < !=``).
 
-    The test takes the cell and the class names of its column, if it has some.
+    The test takes the cell and the class names of its column, if it has some. True and 1.0 are also met by a text of
+    just these letters: a config can't say whether it means the text, and pandas writes CSV so.
 
     Raises:
         ValueError: a comparison that compares with nothing.
@@ -150,8 +151,13 @@ def rule(wanted: object) -> Callable[[object, Sequence[str] | None], bool]:
             return lambda value, names: operand not in _keys(value, names)
         compare = _COMPARISONS[sign]
         return lambda value, names: compare(to_number(value), limit)
-    kept = {_key(value) for value in (wanted if isinstance(wanted, list) else [wanted])}
+    kept = {text for value in (wanted if isinstance(wanted, list) else [wanted]) for text in (_key(value), str(value))}
     return lambda value, names: not kept.isdisjoint(_keys(value, names))
+
+
+def shown(value: object, names: Sequence[str] | None = None) -> str:
+    """A value as `rule` compares it, for a message."""
+    return "null" if value is None else f"'{_keys(value, names)[0]:.40}'"
 
 
 def is_word(value: object) -> bool:
