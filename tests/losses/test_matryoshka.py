@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from sentence_transformers.sentence_transformer import losses as peers
@@ -62,6 +63,26 @@ def test_it_is_what_it_wraps() -> None:
     loss.build(D)
     loss(draw(2, 4), targets_of(4, texts_BC=texts))
     assert float(loss.last_metrics["false_negative_rate"]) == pytest.approx(2 / 12)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_head_learns_the_whole_teacher_beside_a_loss_that_cuts_it(order: int) -> None:
+    summed = WeightedSum([EmbedDistill("mse", projection_dim=D), MSE()][::order])
+    loss = Matryoshka(summed, [D, 8])
+    loss.build(D)
+    columns = draw(2, 12)
+    teacher_BCD = TEACHER_BCD.double().numpy()
+    heads = {weight.shape[1]: weight for weight in loss.parameters() if weight.dim() == 2}
+    biases = [bias for bias in loss.parameters() if bias.dim() == 1]
+    expected = 0.0
+    for dimension, bias in zip(loss.dims, biases, strict=True):
+        texts_BCd = torch.stack(columns, dim=1).double().numpy()[..., :dimension]
+        texts_BCd = texts_BCd / np.linalg.norm(texts_BCd, axis=-1, keepdims=True)
+        projected = texts_BCd @ heads[dimension].detach().double().numpy().T + bias.detach().double().numpy()
+        expected += np.mean((projected - teacher_BCD) ** 2)
+        expected += np.mean((texts_BCd - teacher_BCD[:, :1, :dimension]) ** 2)
+    value = loss(columns, targets_of(12, extras={"teacher": TEACHER_BCD}))
+    assert float(value) == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_guide_is_not_cut_where_a_goal_is() -> None:

@@ -53,7 +53,10 @@ class EmbedDistill(Loss):
             self.projection = nn.Linear(embedding_dimension, self.projection_dim)
 
     def forward(self, columns: Sequence[Tensor], targets: Targets) -> Tensor:
-        goals_BCD = self.goals(targets.extras.get("truncated_teacher", targets.extras["teacher"]), len(columns))
+        teacher_BCD = targets.extras["teacher"]
+        if self.projection_dim is None:  # else the head's goal is whole, whatever a loss beside this one has truncated
+            teacher_BCD = targets.extras.get("truncated_teacher", teacher_BCD)
+        goals_BCD = self.goals(teacher_BCD, len(columns))
         if self.projection_dim is not None:
             columns = [self.projection(column).float() for column in columns]
         if columns[0].shape[1] != goals_BCD.shape[2]:
