@@ -11,7 +11,7 @@ from datasets import Dataset
 from sentence_transformers import SentenceTransformer
 
 from tests.evaluation.test_sharded import MAX_TOKENS, Recorder, Set, make_rows
-from tests.two_ranks import TwoRanks
+from tests.two_ranks import RankError, TwoRanks
 from trainer.distributed import gather
 from trainer.encoder import Encoder, EncoderSpec
 from trainer.evaluation import LabelAccuracy
@@ -63,3 +63,20 @@ def test_a_loss_without_classes_is_refused(tiny_encoder: Path) -> None:
         module.classify(None, columns)
     with pytest.raises(ValueError, match=r"loss is 'nil', but model\.losses has nli"):
         module.classify("nil", columns)
+
+
+@pytest.mark.parametrize(("first", "said"), [(1, "1 to 3"), (-1, "-1 to 1")])
+def test_labels_that_the_head_does_not_have(
+    two_ranks: TwoRanks, tiny_encoder: Path, demo_texts: list[str], first: int, said: str
+) -> None:
+    """Rows of such a label could never be right; all ranks stop together."""
+    data = make_rows(demo_texts[:50], 12)
+    rows = data.add_column("label", [first + i % 3 for i in range(12)]).to_dict()
+    message = f"the 12 rows have labels {said}, the head has 3 classes, 0 to 2. Set label_map of this validation set"
+    with pytest.raises(ValueError, match=message):
+        run(tiny_encoder, rows)
+    with pytest.raises(RankError) as caught:
+        two_ranks(run, tiny_encoder, rows)
+    assert str(caught.value).count(message) >= 2
+    assert "rank 0: " in str(caught.value)
+    assert "rank 1: " in str(caught.value)
