@@ -114,6 +114,24 @@ def _prepare(folder: Path, **spec: object) -> TextPreparation:
     return load_text_preparation(EncoderSpec(str(folder), **spec))  # type: ignore[arg-type]
 
 
+def test_a_prompt_that_leaves_no_text_is_refused(folder: Path) -> None:
+    """Just where sentence-transformers gives different texts the same pieces."""
+    peer = SentenceTransformer(str(folder), device="cpu")
+    prompt, texts = "find what answers this: ", ["apples", "the rain", "12"]
+
+    def fed(length: int) -> list[list[int]]:
+        peer.max_seq_length = length
+        return _peer_ids(peer, [prompt + text for text in texts])
+
+    last = max(length for length in range(3, 16) if fed(length)[0] == fed(length)[1] == fed(length)[2])
+    said = rf"max_length is {last}, 2 special ones included: no text is left; .*set max_length to {last + 1} or more$"
+    with pytest.raises(ValueError, match=said):
+        _prepare(folder, max_length=last, prompt=prompt)
+    assert _prepare(folder, max_length=last + 1, prompt=prompt)(texts) == fed(last + 1)
+    with pytest.raises(ValueError, match=r"no text is left; take a shorter prompt$"):
+        _prepare(folder, prompt="word " * 600)
+
+
 def test_fingerprint_follows_the_ids(tiny_encoders: dict[str, Path], demo_texts: list[str]) -> None:
     """The same for the same preparation, used or not, in this process or another; else another."""
     bert = tiny_encoders["bert"]

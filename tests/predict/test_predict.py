@@ -65,7 +65,9 @@ def test_values_and_order_are_those_of_sentence_transformers(
     assert said.endswith("250 rows of 32 float32 numbers in 3 parquet files\n")
 
 
-def test_prompt_truncation_length_and_npy(tiny_encoder: Path, corpus: Path, tmp_path: Path) -> None:
+def test_prompt_truncation_length_and_npy(
+    tiny_encoder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = shutil.copytree(tiny_encoder, tmp_path / "model")
     config = json.loads((folder / "config_sentence_transformers.json").read_text())
     config["prompts"] = {"query": "look for: ", "document": ""}
@@ -78,6 +80,9 @@ def test_prompt_truncation_length_and_npy(tiny_encoder: Path, corpus: Path, tmp_
     peer.max_seq_length = 12
     texts = texts_of(corpus)
     expected = peer.encode(texts, prompt_name="query", truncate_dim=20, normalize_embeddings=True)
+    fed = peer.preprocess(["look for: " + text for text in texts])["attention_mask"].sum(dim=1)
+    full = f"{int((fed == 12).sum())} of 250 texts have 12 pieces or more with the prompt; --max-length keeps that many"
+    assert full in capsys.readouterr().out
     assert found.dtype == np.float16
     assert_allclose(found, expected, atol=1e-3)
     assert_allclose(np.linalg.norm(found.astype(np.float32), axis=1), 1.0, atol=2e-3)
@@ -250,6 +255,7 @@ def test_a_damaged_shard_is_written_again(tiny_encoder: Path, corpus: Path, tmp_
         (["--model", "RECIPE"], 1, "is a folder of 1 run(s): seed=1; name one: "),
         (["--prompt-name", "queri"], 1, "has no prompt 'queri'; it has document, query. Did you mean 'query'?"),
         (["--truncate-dim", "33"], 1, "--truncate-dim is 33, but the model's embeddings have 32"),
+        (["--prompt", "word " * 300], 1, "no text is left; take a shorter prompt"),
         (["--max-length", "999"], 1, "--max-length is 999, but "),
         (["--accelerator", "gpu"], 1, "--accelerator gpu: torch "),
         (["--normalise"], 2, "'--normalise' is no flag of trainer predict. Did you mean '--normalize'?"),

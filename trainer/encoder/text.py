@@ -25,6 +25,8 @@ _one_at_a_time = threading.Lock()
 
 TASKS = ("query", "document")
 
+_NO_LIMIT = 1 << 31  # pieces, more than any text has
+
 
 @dataclass
 class TextPreparation:
@@ -96,10 +98,15 @@ class TextPreparation:
         # A trailing separator is not part of the prompt when text follows it.
         return len(ids) - (1 if ids and ids[-1] in self.tokenizer.all_special_ids else 0)
 
-    @property
+    @cached_property
     def shortest(self) -> int:
-        """Pieces that every text has: the special ones."""
-        return self.tokenizer.num_special_tokens_to_add(pair=False)
+        """Pieces that every text has: the special ones and those of the prompt."""
+        special = self.tokenizer.num_special_tokens_to_add(pair=False)
+        if not self.prompt:
+            return special
+        # A blank behind the prompt is often a piece only where no text follows.
+        whole = replace(self, prompt=self.prompt.rstrip(), max_length=_NO_LIMIT)
+        return max(special, len(whole([""])[0]))
 
     @cached_property
     def no_text(self) -> list[int]:
@@ -190,11 +197,23 @@ def load_text_preparation(spec: EncoderSpec) -> TextPreparation:
             num_rows = None
     text = TextPreparation(tokenizer, max_length, prompt, num_rows=num_rows)
     if max_length <= text.shortest:
-        raise ValueError(
-            f"model.encoder.max_length is {max_length}, but {text.shortest} pieces of every text are special; set "
-            f"max_length to {text.shortest + 1} or more"
-        )
+        _refuse_no_room(text, positions)
     return text
+
+
+def _refuse_no_room(text: TextPreparation, positions: int | None) -> None:
+    special = replace(text, prompt="").shortest
+    raised = f"set max_length to {text.shortest + 1} or more"
+    if text.shortest == special:
+        raise ValueError(
+            f"model.encoder.max_length is {text.max_length}, but {special} pieces of every text are special; {raised}"
+        )
+    fits = positions is None or text.shortest < positions
+    raise ValueError(
+        f"the prompt '{text.prompt[:40]}{'...' * (len(text.prompt) > 40)}' has {text.shortest - special} pieces, and "
+        f"model.encoder.max_length is {text.max_length}, {special} special ones included: no text is left; take a "
+        f"shorter prompt{f', or {raised}' * fits}"
+    )
 
 
 def _refuse_beyond(cause: str, tokenizer: PreTrainedTokenizerBase, piece: int, num_rows: int) -> None:

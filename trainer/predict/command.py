@@ -89,7 +89,7 @@ def predict(args: Sequence[str]) -> int:
         work = embed(encoder, rows, "text", shards, settings, device)
     finally:
         end(options.out)
-    report(shards, work)
+    report(shards, work, encoder.text.max_length)
     return 0
 
 
@@ -156,7 +156,7 @@ def encoder_spec(options: argparse.Namespace, task: str | None) -> EncoderSpec:
     )
     if read_routes(spec):
         spec = replace(spec, route=task)
-    load_text_preparation(spec)  # what is wrong with it is said before anything starts
+    load_text_preparation(replace(spec, prompt=""))  # what is wrong with it is said before anything starts
     return spec
 
 
@@ -165,11 +165,11 @@ def choose_prompt(spec: EncoderSpec, prompt: str | None, name: str | None, task:
     with the model's default.
 
     Raises:
-        ValueError: the model has no prompt of that name, or both were given.
+        ValueError: the model has no prompt of that name, both were given, or a prompt leaves no room for a text.
     """
     from trainer.data.files import did_you_mean
     from trainer.encoder.folder import read_prompts
-    from trainer.encoder.text import task_prompt
+    from trainer.encoder.text import load_text_preparation, task_prompt
 
     if prompt is not None and name is not None:
         raise ValueError("--prompt and --prompt-name were both given; give one of them")
@@ -177,13 +177,17 @@ def choose_prompt(spec: EncoderSpec, prompt: str | None, name: str | None, task:
     if name is None:
         if prompt is None and task is not None:
             prompt = task_prompt(prompts, task)
-        return replace(spec, prompt=prompt)
-    if name not in prompts:
+    elif name not in prompts:
         raise ValueError(
             f"'{spec.backbone}' has no prompt '{name}'; it has {', '.join(prompts) or 'none'}."
             f"{did_you_mean(name, prompts)} Or write it out: --prompt '{name}: '"
         )
-    return replace(spec, prompt=prompts[name] or "")
+    else:
+        prompt = prompts[name] or ""
+    chosen = replace(spec, prompt=prompt)
+    if prompt:
+        load_text_preparation(chosen)  # mining would find out about documents when its queries are embedded
+    return chosen
 
 
 def start(options: argparse.Namespace, spec: EncoderSpec) -> tuple[Encoder, torch.device]:
@@ -269,7 +273,7 @@ def end(out: Path) -> None:
     release_lock(out, os.environ)
 
 
-def report(shards: Shards, work: Work) -> None:
+def report(shards: Shards, work: Work, max_length: int) -> None:
     """What was done, on the first rank."""
     from trainer.distributed import gather
 
@@ -283,6 +287,11 @@ def report(shards: Shards, work: Work) -> None:
             f"{work.num_texts:,} texts, {work.num_tokens:,} tokens in {work.seconds:.1f} s on {ranks} "
             f"rank{'s' * (ranks > 1)}: {work.num_texts / work.seconds:,.0f} texts/s, "
             f"{work.num_tokens / work.seconds:,.0f} tokens/s"
+        )
+    if work.num_full:
+        print(
+            f"{work.num_full:,} of {work.num_texts:,} texts have {max_length:,} pieces or more with the prompt; "
+            "--max-length keeps that many"
         )
     print(
         f"{shards.folder}: {shards.num_rows:,} rows of {shards.dimension} {shards.dtype} numbers in "

@@ -56,10 +56,11 @@ class Settings:
 
 @dataclass
 class Work:
-    """What was done: by one rank, or by all."""
+    """What was done: by one rank, or by all. Full texts have max_length pieces: they were cut, unless they just fit."""
 
     num_shards: int = 0
     num_texts: int = 0
+    num_full: int = 0
     num_tokens: int = 0
     seconds: float = 0.0
 
@@ -138,6 +139,8 @@ def embed_rows(
             _write(shards, left[place], _embed_shard(encoder, texts, settings, device), rows)
             work.num_shards += 1
             work.num_texts += len(texts.text_N)
+            is_full_U = texts.ids_U.lengths_S >= encoder.text.max_length
+            work.num_full += int(is_full_U[texts.text_N.numpy()].sum())
             work.num_tokens += int(texts.ids_U.lengths_S.sum())
             # Shards are handed out in order: all but a few before this one are finished too.
             done = max(finished, min((place + 1) * shards.shard_rows, num_rows))
@@ -150,6 +153,7 @@ def embed_rows(
     return Work(
         num_shards=sum(one.num_shards for one in everyone),
         num_texts=sum(one.num_texts for one in everyone),
+        num_full=sum(one.num_full for one in everyone),
         num_tokens=sum(one.num_tokens for one in everyone),
         seconds=time.perf_counter() - begin,
     )
