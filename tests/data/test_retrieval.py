@@ -194,6 +194,16 @@ def test_missing_documents_and_ids_that_stand_twice_are_listed(tmp_path: Path) -
         load_one(tmp_path, path=str(folder), on_bad_row="skip", max_bad_rows=9)
 
 
+def test_judgements_that_contradict_each_other_are_listed(tmp_path: Path) -> None:
+    """The same grade twice is no harm; with skip the first grade stays."""
+    folder = write_beir(tmp_path / "set", [*JUDGED, ("q0", "d0", 2), ("q0", "d1", 0)])
+    with pytest.raises(ValueError, match="1 bad row; mend them, or set on_bad_row: skip") as refusal:
+        load_one(tmp_path, path=str(folder))
+    line = str(refusal.value).splitlines()[0]
+    assert line.endswith("test.tsv:8: judges document 'd1' for query 'q0' with 0, and a row before it with 1")
+    assert load_one(tmp_path, path=str(folder), on_bad_row="skip") == EXPECTED
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

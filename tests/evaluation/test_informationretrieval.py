@@ -121,6 +121,23 @@ def test_metrics_equal_those_of_sentence_transformers() -> None:
         assert ours[name] == pytest.approx(value, abs=1e-6), name
 
 
+def test_an_empty_list_is_none_of_a_metric() -> None:
+    """As in sentence-transformers; the first metric that is left is the primary one."""
+    collection, queries, documents = make_collection()
+    evaluator = InformationRetrieval(ndcg_at=[], mrr_at=[], map_at=[5, 20], accuracy_at=[])
+    ours = evaluator.score_neighbours(top_k(queries, documents, evaluator.depth), collection)
+    assert list(ours) == ["cosine_map@5", "cosine_map@20"]
+    assert evaluator.primary == "cosine_map@20"
+    default = InformationRetrieval(map_at=[5, 20])
+    assert default.primary == "cosine_ndcg@10"
+    whole = default.score_neighbours(top_k(queries, documents, default.depth), collection)
+    assert ours.items() <= whole.items()
+    with pytest.raises(ValueError, match="ndcg_at, mrr_at, map_at and accuracy_at are empty; fill one"):
+        InformationRetrieval(ndcg_at=[], mrr_at=[], map_at=[], accuracy_at=[])
+    with pytest.raises(ValueError, match="a depth of 0; each must be 1 or more"):
+        InformationRetrieval(mrr_at=[0])
+
+
 def test_a_query_that_stands_in_the_corpus() -> None:
     """Left out where asked, as BEIR does: pytrec-eval over a run without it, at full depth."""
     collection, queries, documents = make_collection()

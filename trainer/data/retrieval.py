@@ -31,7 +31,7 @@ from trainer.data.sources import EvalSource
 from trainer.data.values import BadValueError, check_id, check_text, to_number
 from trainer.evaluation.search import Collection
 
-_VERSION = 1  # of the cached sets: raise it when the same files and spec give other ones
+_VERSION = 2  # of the cached sets: raise it when the same files and spec give other ones
 _BATCH_ROWS = 10_000
 # Names that a column usually has; the first that is there is taken.
 _USUAL: dict[str, tuple[str, ...]] = {
@@ -56,7 +56,8 @@ def load_collections(source: EvalSource, cache_dir: Path, verify: bool = False) 
         verify: read the files that are there, and build them again where one is damaged.
 
     Raises:
-        ValueError: missing files or columns, ids that stand twice, judged documents that are not in the corpus.
+        ValueError: missing files or columns, ids that stand twice, judgements that contradict each other, judged
+            documents that are not in the corpus.
     """
     found = {}
     for parts in find_parts(source):
@@ -142,7 +143,10 @@ def _build(source: EvalSource, parts: Parts, folder: Path) -> None:
             what, where = ("document", "corpus") if query_id in query_texts else ("query", "queries")
             bad.add(f"{place}: judges {what} '{document_id if what == 'document' else query_id}', not in the {where}")
         else:
-            judged.setdefault(query_id, {})[numbers[document_id]] = relevance
+            before = judged.setdefault(query_id, {}).setdefault(numbers[document_id], relevance)
+            if before != relevance:
+                pair = f"document '{document_id}' for query '{query_id}'"
+                bad.add(f"{place}: judges {pair} with {relevance}, and a row before it with {before}")
     bad.close()
     kept = [query_id for query_id in query_texts if max(judged.get(query_id, {}).values(), default=0) > 0]
     if not kept:

@@ -28,8 +28,8 @@ class InformationRetrieval(Search):
 
     Args:
         similarity: of a query with a document.
-        ndcg_at, mrr_at, map_at: depths of these.
-        accuracy_at: depths of accuracy, precision and recall.
+        ndcg_at, mrr_at, map_at: depths of these ([10], [10], [100]); empty for none.
+        accuracy_at: depths of accuracy, precision and recall ([1, 3, 5, 10]); empty for none.
         ignore_identical_ids: leave out the document that has the id of the query, as BEIR does: in ArguAna and Quora a
             query stands in the corpus, too.
     """
@@ -44,17 +44,21 @@ class InformationRetrieval(Search):
         ignore_identical_ids: bool = False,
     ) -> None:
         self.similarity = similarity
-        self.ndcg_at = ndcg_at or [10]
-        self.mrr_at = mrr_at or [10]
-        self.map_at = map_at or [100]
-        self.accuracy_at = accuracy_at or [1, 3, 5, 10]
-        depths = [*self.ndcg_at, *self.mrr_at, *self.map_at, *self.accuracy_at]
+        self.ndcg_at = [10] if ndcg_at is None else ndcg_at
+        self.mrr_at = [10] if mrr_at is None else mrr_at
+        self.map_at = [100] if map_at is None else map_at
+        self.accuracy_at = [1, 3, 5, 10] if accuracy_at is None else accuracy_at
+        named = {"ndcg": self.ndcg_at, "mrr": self.mrr_at, "map": self.map_at, "accuracy": self.accuracy_at}
+        depths = [depth for of_metric in named.values() for depth in of_metric]
+        if not depths:
+            raise ValueError("InformationRetrieval: ndcg_at, mrr_at, map_at and accuracy_at are empty; fill one")
         if min(depths) < 1:
             raise ValueError(f"InformationRetrieval: a depth of {min(depths)}; each must be 1 or more")
         self.ignore_identical_ids = ignore_identical_ids
         self.num_ranked = max(depths)
         self.depth = self.num_ranked + int(ignore_identical_ids)
-        self.primary = f"{similarity}_ndcg@{max(self.ndcg_at)}"
+        first = next(name for name, of_metric in named.items() if of_metric)
+        self.primary = f"{similarity}_{first}@{max(named[first])}"
 
     def score_neighbours(self, neighbours: Neighbours, collection: Collection) -> dict[str, float]:
         judged = collection.relevance_Q
