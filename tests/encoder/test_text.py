@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModel
 
 from trainer.encoder.spec import EncoderSpec
@@ -176,6 +178,25 @@ def test_a_tokenizer_in_python_is_refused(tiny_encoder: Path, tmp_path: Path) ->
     (tmp_path / "slow" / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match=r"has a tokenizer in Python \(BertJapaneseTokenizer\).*tokenizer\.json$"):
         _prepare(tmp_path / "slow")
+
+
+def test_a_folder_of_another_kind_is_named(tiny_encoder: Path, tmp_path: Path) -> None:
+    backend = json.loads((tiny_encoder / "tokenizer.json").read_text())
+    static = StaticEmbedding(Tokenizer.from_str(json.dumps(backend)), embedding_dim=8)
+    SentenceTransformer(modules=[static], device="cpu").save_pretrained(str(tmp_path / "static"))
+    with pytest.raises(ValueError, match=r"static' begins with a StaticEmbedding of .*begins with a Transformer$"):
+        _prepare(tmp_path / "static")
+    checkpoint = tmp_path / "run/checkpoints/step-00000004"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.ckpt").touch()
+    with pytest.raises(ValueError, match=rf"is a checkpoint of a fit.*: make one with trainer export {checkpoint} OUT"):
+        _prepare(checkpoint)
+    (tmp_path / "run/model").mkdir()
+    with pytest.raises(ValueError, match=rf"folder: name {tmp_path}/run/model, which its run has written, or make one"):
+        _prepare(checkpoint)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"^model\.encoder\.backbone '.*' can't be read by transformers: Unrecognized"):
+        _prepare(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from tokenizers import normalizers
@@ -16,6 +17,7 @@ from transformers.tokenization_utils_base import PaddingStrategy, TruncationStra
 
 from trainer.encoder.folder import OWN_MODULES, read_json, read_modules
 from trainer.encoder.spec import EncoderSpec
+from trainer.manifest import STATE
 
 # Position tables of these start behind the padding index.
 _OFFSET_MODEL_TYPES = frozenset({"roberta", "xlm-roberta", "camembert", "mpnet"})
@@ -146,12 +148,14 @@ def load_text_preparation(spec: EncoderSpec) -> TextPreparation:
     """Read the tokenizer, the length and the prompt of an encoder; no weights.
 
     Raises:
-        ValueError: no such folder or hub id, code that was not allowed, a tokenizer without tokenizer.json, one that
-            pads with a piece the embedding has no row for, or max_length over the positions of the backbone.
+        ValueError: no such folder or hub id, a checkpoint, a model that begins with no Transformer, code that was not
+            allowed, a tokenizer without tokenizer.json, one that pads with a piece the embedding has no row for, or
+            max_length over the positions of the backbone, or with no room for a text.
     """
     where: dict[str, Any] = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
     modules = read_modules(spec)
     subfolder = modules[0]["path"]
+    _refuse_other_folders(spec, modules[0]["type"])
     if not spec.trust_remote_code:
         _refuse_code(spec, subfolder, [module["type"] for module in modules])
     try:
@@ -162,6 +166,9 @@ def load_text_preparation(spec: EncoderSpec) -> TextPreparation:
         raise ValueError(
             f"model.encoder.backbone '{spec.backbone}' is neither a model folder nor a reachable hub id: {cause}"
         ) from error
+    except ValueError as error:  # a config.json without model_type, or of a type that transformers does not know
+        cause = str(error).splitlines()[0]
+        raise ValueError(f"model.encoder.backbone '{spec.backbone}' can't be read by transformers: {cause}") from error
     if not tokenizer.is_fast:
         raise ValueError(
             f"model.encoder.backbone '{spec.backbone}' has a tokenizer in Python ({type(tokenizer).__name__}), and "
@@ -199,6 +206,24 @@ def load_text_preparation(spec: EncoderSpec) -> TextPreparation:
     if max_length <= text.shortest:
         _refuse_no_room(text, positions)
     return text
+
+
+def _refuse_other_folders(spec: EncoderSpec, first_module: str) -> None:
+    """Folders that people take for a model of ours, in words that say what to name instead."""
+    folder = Path(spec.backbone)
+    if (folder / STATE).is_file():
+        best = folder.resolve().parent.parent / "model"
+        raise ValueError(
+            f"model.encoder.backbone '{spec.backbone}' is a checkpoint of a fit, not a model folder: "
+            f"{f'name {best}, which its run has written, or ' * best.is_dir()}make one with trainer export "
+            f"{spec.backbone} OUT, and name OUT"
+        )
+    kind = first_module.rpartition(".")[2]
+    if first_module.startswith(OWN_MODULES) and kind not in ("", "Transformer"):
+        raise ValueError(
+            f"model.encoder.backbone '{spec.backbone}' begins with a {kind} of sentence-transformers (modules.json); "
+            "take a model that begins with a Transformer"
+        )
 
 
 def _refuse_no_room(text: TextPreparation, positions: int | None) -> None:
