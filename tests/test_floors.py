@@ -48,7 +48,8 @@ FLOORS = {
           trainer.evaluation.labelaccuracy trainer.evaluation.labelretrieval trainer.evaluation.mse
           trainer.evaluation.reranking trainer.evaluation.search trainer.evaluation.sts
           trainer.evaluation.topk trainer.evaluation.translation trainer.evaluation.triplet
-          trainer.mine trainer.mine.pairs trainer.mine.select trainer.predict trainer.predict.shards""",
+          trainer.mine trainer.mine.pairs trainer.mine.select trainer.predict trainer.predict.ids
+          trainer.predict.shards""",
     1: """trainer trainer.batch trainer.data trainer.distributed trainer.distributed.gather
           trainer.files trainer.host_memory trainer.interruption""",
 }

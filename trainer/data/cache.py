@@ -152,8 +152,9 @@ def _hold(folder: Path) -> bool:
         os.utime(folder / _REPORT)
     except OSError:  # a read-only disk, or another user's cache
         pass
-    if folder in _held:
-        os.close(_held.pop(folder))
+    before = _held.pop(folder, None)  # a stream builds in two threads
+    if before is not None:
+        os.close(before)
     _held[folder] = file
     return True
 

@@ -102,10 +102,10 @@ class StreamedTable:
         self._first_slice = np.concatenate([[0], np.cumsum(slices_of_group)])
         key = f"{_VERSION} {fingerprint(source)} {text.fingerprint}"
         self.folder = place_of(self.cache_dir, "blocks", hashlib.sha256(key.encode()).hexdigest()[:24])
-        keep_open(self.folder, {"source": source.path, "num_rows": self.num_rows})
         self._open: OrderedDict[int, _Slice] = OrderedDict()
         self._in_use: list[Collection[int]] = []
         self._ahead: threading.Thread | None = None
+        self._is_held = False  # by this process, from its first slice on
         self._unchecked_bytes = max_bytes  # written since the folder's size was last looked at
 
     def __reduce__(self) -> tuple[type[StreamedTable], tuple[Source, TextPreparation, Path, int]]:
@@ -190,6 +190,9 @@ class StreamedTable:
 
     def _build_all(self, slices: Iterable[int], wait: bool) -> None:
         """Build what is missing. One that another process is building is left for last, then waited for."""
+        if not self._is_held:
+            keep_open(self.folder, {"source": self.source.path, "num_rows": self.num_rows})
+            self._is_held = True
         missing = [number for number in slices if not self._path(number).exists()]
         while missing:
             left = [number for number in missing if not self._build_slice(number, wait=False)]
