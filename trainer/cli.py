@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import difflib
 import errno
 import os
@@ -38,7 +39,9 @@ def main(argv: list[str] | None = None) -> int:
     # The loss of a rank is said in one sentence, which 30 lines of C++ would hide.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
-        return _dispatch([arg for arg in args if arg != "--debug"])
+        code = _dispatch([arg for arg in args if arg != "--debug"])
+        atexit.register(_leave_ranks)
+        return code
     except ConfigError as error:
         if debug:
             raise
@@ -46,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
             print(redact_credentials(str(error)), file=sys.stderr)
         return 2
     except interruption.Interrupted as stop:
+        atexit.register(_leave_ranks)
         return int(stop.code or 1)
     except SystemExit:
         if interruption.received() is None:
@@ -63,6 +67,14 @@ def main(argv: list[str] | None = None) -> int:
         if not _is_said(user_error):
             print(redact_credentials(_sentence(user_error)), file=sys.stderr)
         return 1
+
+
+def _leave_ranks() -> None:
+    """End the process group in order. One that is left to the clean-up of C++ aborts a process that was done, now and
+    then ("terminate called without an active exception"), and its job has failed."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _dispatch(args: list[str]) -> int:
