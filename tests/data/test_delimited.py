@@ -162,6 +162,9 @@ def test_a_first_line_that_may_be_a_row_is_said(suffix: str, tmp_path: Path, cap
     delimited.warn_of_headers(Source(str(path), {"anchor": 0, "positive": 1}, streaming=True), [str(path)])
     assert [record.getMessage() for record in caplog.records] == [said]
     caplog.clear()
+    load(Source(str(path), {"anchor": "0", "positive": "1"}, where={"1": ["dos", "tres"]}), tmp_path / "c")
+    assert [record.getMessage() for record in caplog.records] == [said]
+    caplog.clear()
     load(Source(str(path), {"anchor": "one", "positive": 1}), tmp_path / "c")
     load(Source(str(path), {"anchor": 0, "positive": 1}, where={"uno": "dos"}), tmp_path / "c")
     assert not caplog.records

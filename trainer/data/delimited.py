@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.csv
 
 from trainer.data.blocks import PEEKED, checked_batch, is_plain, no_batch, parsed_blocks
-from trainer.data.columns import find_column
+from trainer.data.columns import find_column, is_position
 from trainer.data.files import data_format
 from trainer.data.rows import MAX_TEXT_CHARS, Block, Record, Rows, text_blocks
 from trainer.data.values import is_word
@@ -106,7 +106,7 @@ def _warn_of_header(source: Source, path: Path | str, header: list[str]) -> None
 
 def _by_position(source: Source) -> bool:
     """Whether the config has no name that a file without a header would lack."""
-    return all(isinstance(column, int) for column in (*source.columns.values(), *(source.where or {})))
+    return all(map(is_position, (*source.columns.values(), *(source.where or {}))))
 
 
 def _cells_of(path: Path | str) -> Callable[[Block, Iterator[Block]], Iterator[_Cells]]:
