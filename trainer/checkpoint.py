@@ -93,9 +93,9 @@ class Checkpoints(Checkpoint):
         measured = self._evaluation(trainer).last_metrics
         if trainer.global_step == 0 and self.monitor and measured and self.monitor not in measured:
             raise not_measured("checkpoint.monitor", self.monitor, measured)
-        # Nor is a step the best that lies in another run, whose checkpoint this one began from.
-        here = gather.broadcast_object(self.best_step in manifest.steps(self.run_dir))
-        if not here:
+        # The best step of another run, whose checkpoint this one began from, does not lie here. One rank looks: another
+        # may look when later steps are set aside.
+        if not gather.broadcast_object(self.best_step in manifest.steps(self.run_dir)):
             self.best_value = self.best_step = None
         if trainer.is_global_zero:
             self._leave_later_steps(trainer.global_step)

@@ -96,9 +96,8 @@ def _held_out(validation: EvalSource, cache_dir: Path) -> tuple[pa.Array, pa.Arr
 
 def _row_keys(columns: Sequence[pa.Array]) -> pa.Array:
     """One string a row: its first two texts, the smaller one first."""
-    if len(columns) == 1:
-        return columns[0]
-    return joined([pc.min_element_wise(*columns[:2]), pc.max_element_wise(*columns[:2])])
+    texts = columns[:2]
+    return joined([pc.min_element_wise(*texts), pc.max_element_wise(*texts)][: len(texts)])
 
 
 def _chunks(train: Sequence[Source], cache_dir: Path, max_rows: Optional[int]) -> Iterator[list[pa.Array]]:
