@@ -22,7 +22,7 @@ from tests.batches import build_batch, gradients_of, largest_difference, norm_of
 from tests.two_ranks import TwoRanks
 from trainer.batch import PackedBatch
 from trainer.distributed import gather
-from trainer.encoder import Encoder, EncoderSpec
+from trainer.encoder import Encoder, EncoderSpec, attention, encoder
 from trainer.encoder.text import load_text_preparation
 from trainer.losses import (
     MSE,
@@ -308,3 +308,18 @@ def test_weights_after_20_steps(two_ranks: TwoRanks, tiny_encoder: Path, demo_te
     (_, one), (_, other) = two_ranks(weights_after, run, steps, RATES[loss])
     assert all(torch.equal(one[name], other[name]) for name in one), "the ranks differ"
     assert largest_difference(one, expected) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["bert", "modernbert"])
+def test_attention_of_a_gpu_gives_the_same(
+    tiny_encoders: dict[str, Path], demo_texts: list[str], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Jagged tensors, and buckets for windows, beside the attention of a CPU."""
+    run = make_run(tiny_encoders[kind], "InfoNCE", demo_texts, 15)
+    monkeypatch.setattr(encoder, "_TOKEN_STEP", 1)  # a GPU's stream has no padding
+    expected_loss, expected = gradients(run)
+    monkeypatch.setattr(attention, "_GPUS", {"cpu"})
+    monkeypatch.setattr(attention.Packing, "takes_host", lambda *_: False)
+    loss, found = gradients(run)
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert relative_error(found, expected) < 1e-5

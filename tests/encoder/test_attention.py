@@ -30,11 +30,14 @@ LENGTHS = {
 }
 
 
-@pytest.fixture(params=["host", "sdpa"])
-def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both ways of attention without dropout on a CPU; the second is a GPU's."""
-    if request.param == "sdpa":
-        monkeypatch.setattr(attention, "_LONG", 0)
+@pytest.fixture(params=["host", "buckets", "jagged"])
+def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """All ways of attention that run on a CPU; the last two are a GPU's."""
+    if request.param != "host":
+        monkeypatch.setattr(Packing, "takes_host", lambda *_: False)
+    if request.param == "jagged":
+        monkeypatch.setattr(attention, "_GPUS", {"cpu"})
+    return str(request.param)
 
 
 def _streams(num_tokens: int) -> list[Tensor]:
@@ -79,10 +82,11 @@ def test_packed_is_plain_per_segment(lengths: tuple[int, ...], scale: float | No
     _assert_same_gradients((out, ours), (expected, theirs), 1e-6)
 
 
-@pytest.mark.usefixtures("route")
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
-def test_padding_at_the_end_is_nothing(lengths: tuple[int, ...]) -> None:
+def test_padding_at_the_end_is_nothing(lengths: tuple[int, ...], route: str) -> None:
     """Whatever stands behind the last bucket: its attention and its gradient are 0, and nobody sees it."""
+    if route == "jagged":
+        return  # a GPU's stream has no padding
     num_tokens = sum(lengths)
     packing = plan_buckets(lengths, CPU)
     padded, alone = _streams(num_tokens + 5), _streams(num_tokens)
@@ -161,6 +165,7 @@ def _weights_under_dropout(lengths: tuple[int, ...], rate: float) -> list[Tensor
     return [segment.transpose(0, 1)[..., :n] * n for segment, n in zip(segments, lengths, strict=True)]
 
 
+@pytest.mark.usefixtures("route")
 @pytest.mark.parametrize("lengths", [(40,) * 8, (31, 34, 36, 37, 39, 40, 40, 40)], ids=["equal", "ragged"])
 @pytest.mark.parametrize("rate", [0.1, 0.5])
 def test_dropout_has_its_rate_and_expectation(lengths: tuple[int, ...], rate: float) -> None:
@@ -180,6 +185,7 @@ def test_dropout_has_its_rate_and_expectation(lengths: tuple[int, ...], rate: fl
     assert not torch.equal(weights[-1], weights[-2])
 
 
+@pytest.mark.usefixtures("route")
 def test_no_dropout_is_exact() -> None:
     for segment in _weights_under_dropout((3, 5, 5), 0.0):
         assert_close(segment, torch.ones_like(segment))

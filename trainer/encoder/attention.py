@@ -1,30 +1,40 @@
 """Attention over packed segments, registered with transformers under one name.
 
-The stream holds segments sorted by length. It is cut into a few buckets of neighbouring segments; in a bucket
-attention is padded to the longest segment, which is little longer than the shortest. Nothing outside attention
-is ever padded. A GPU has torch's attention (SDPA), whose dropout is its own; on a CPU, :func:`attend_on_host` is
-faster with dropout and for short texts. Causal attention and sliding windows are counted inside a segment.
+The stream holds segments sorted by length. A GPU attends without padding: in half precision and without dropout by
+torch's ``varlen_attn``, else by its attention (SDPA) over a jagged tensor, which picks a kernel by type and device and
+has its dropout. Causal layers and sliding windows that the first does not take are cut into a few buckets of
+neighbouring segments, each padded to its longest, which is little longer than its shortest. On a CPU
+:func:`attend_on_host` is faster with dropout and for short texts, and buckets for the others. Who sees whom is counted
+inside a segment.
 
 Shape suffixes: T tokens of the stream, N heads, D head dimension, S segments, L longest segment of a bucket.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
+from inspect import signature
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from trainer.encoder.host_attention import Bins, HostAttention, attend_on_host, plan_bins, within
 
+# Said once by each process that makes a jagged tensor.
+warnings.filterwarnings("ignore", message="The PyTorch API of nested tensors is in prototype stage")
+
 PACKED_ATTENTION = "packed_segments"
 
+# Devices whose kernels need no padding.
+_GPUS = {"cuda"}
 # On a CPU, without dropout: longer segments take SDPA, which keeps no matrix of probabilities.
 _LONG = 128
 
@@ -74,6 +84,13 @@ class Packing:
 
     lengths: Sequence[int]
     device: torch.device
+
+    @cached_property
+    def boundaries(self) -> Tensor:
+        """(S + 1,) int32: where segments start, and the end of the last."""
+        starts = torch.zeros(len(self.lengths) + 1, dtype=torch.int32)
+        torch.cumsum(torch.tensor(self.lengths), 0, dtype=torch.int32, out=starts[1:])
+        return starts.to(self.device, non_blocking=True)
 
     @cached_property
     def buckets(self) -> Sequence[Bucket]:
@@ -159,17 +176,77 @@ def packed_attention(
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         host = HostAttention(packing.bins, query.shape[1], scale, dropout, sliding_window, is_causal)
         return attend_on_host(query, key, value, host), None
-    buckets = packing.buckets
-    num_padding = query.shape[2] - buckets[-1].stop
+    if sliding_window is not None and sliding_window >= packing.lengths[-1]:
+        sliding_window = None
+    streams = [x[0].transpose(0, 1) for x in (query, key, value)]
+    if packing.device.type in _GPUS:
+        if dropout == 0.0 and _takes_varlen(value):
+            return _attend_by_varlen(streams, packing, scaling, sliding_window, is_causal)[None], None
+        if sliding_window is None and not is_causal:
+            return _attend_jagged(streams, packing, dropout, scaling)[None], None
+    return _attend_in_buckets(streams, packing.buckets, dropout, scaling, sliding_window, is_causal)[None], None
+
+
+@cache
+def _has_varlen(device: torch.device) -> bool:
+    """On GPUs since Ampere; with windows since torch 2.11."""
+    has_windows = "window_size" in signature(varlen_attn).parameters
+    return has_windows and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _takes_varlen(value: Tensor) -> bool:
+    head_size = value.shape[-1]
+    is_half = value.dtype in (torch.bfloat16, torch.float16)
+    return is_half and head_size % 8 == 0 and head_size <= 256 and _has_varlen(value.device)
+
+
+def _attend_by_varlen(
+    streams: Sequence[Tensor], packing: Packing, scaling: float | None, window: int | None, is_causal: bool
+) -> Tensor:
+    """Queries, keys and values (T, N, D) to (T, N, D), in the type of the values."""
+    query, key, value = (x.to(streams[2].dtype) for x in streams)
+    behind = -1 if window is None else window - 1
+    boundaries, longest = packing.boundaries, packing.lengths[-1]
+    inputs = query, key, value, boundaries, boundaries, longest, longest
+    attended = varlen_attn(*inputs, scale=scaling, window_size=(behind, 0 if is_causal else behind))
+    assert isinstance(attended, Tensor)
+    return attended
+
+
+def _attend_jagged(streams: Sequence[Tensor], packing: Packing, dropout: float, scaling: float | None) -> Tensor:
+    """Queries, keys and values (T, N, D) to (T, N, D), in the type of the values."""
+    shortest, longest = packing.lengths[0], packing.lengths[-1]
+    query, key, value = (
+        # Told the extremes, it does not ask the device for them.
+        torch.nested.nested_tensor_from_jagged(
+            x.to(streams[2].dtype).contiguous(), packing.boundaries, min_seqlen=shortest, max_seqlen=longest
+        ).transpose(1, 2)
+        for x in streams
+    )
+    attended = scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scaling)
+    tokens: Tensor = attended.transpose(1, 2).values()
+    return tokens
+
+
+def _attend_in_buckets(
+    streams_TND: Sequence[Tensor],
+    buckets: Sequence[Bucket],
+    dropout: float,
+    scaling: float | None,
+    window: int | None,
+    is_causal: bool,
+) -> Tensor:
+    """Queries, keys and values (T, N, D) to (T, N, D); 0 for what stands behind the last bucket."""
+    num_padding = len(streams_TND[0]) - buckets[-1].stop
     sizes = [*(bucket.stop - bucket.start for bucket in buckets), num_padding]
     # One split, not a slice per bucket: the backward of a slice fills a gradient as long as the stream.
-    streams = [x[0].transpose(0, 1).split(sizes) for x in (query, key, value)]
+    streams = [x_TND.split(sizes) for x_TND in streams_TND]
     parts = []
     for bucket, *tokens in zip(buckets, *(stream[:-1] for stream in streams), strict=True):
         q_SNLD, k_SNLD, v_SNLD = (_padded(x_TND, bucket) for x_TND in tokens)
         mask, causal = bucket.mask, False
-        if sliding_window is not None and sliding_window < bucket.longest:
-            mask = bucket.window(sliding_window, is_causal, query.device)
+        if window is not None and window < bucket.longest:
+            mask = bucket.window(window, is_causal, q_SNLD.device)
         elif is_causal:  # hides padding, too
             mask, causal = None, True
         out_SNLD = scaled_dot_product_attention(
@@ -179,7 +256,7 @@ def packed_attention(
         parts.append(out if bucket.real is None else out.index_select(0, bucket.real))
     if num_padding:
         parts.append(torch.zeros_like(streams[0][-1]))
-    return torch.cat(parts).unsqueeze(0), None
+    return torch.cat(parts)
 
 
 AttentionInterface.register(PACKED_ATTENTION, packed_attention)

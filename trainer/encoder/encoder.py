@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from trainer.batch import PackedBatch
 from trainer.distributed import gather
-from trainer.encoder.attention import PACKED_ATTENTION, padded_layout, plan_buckets
+from trainer.encoder.attention import PACKED_ATTENTION, Packing, padded_layout, plan_buckets
 from trainer.encoder.dropout import HostDropout, use_host_dropout
 from trainer.encoder.host_layer import use_host_layers
 from trainer.encoder.shell import override_modules, share_tokenizer, take_route
@@ -213,7 +213,9 @@ class Encoder(nn.Module):
             chunks = [(slice(0, 1), slice(0, batch.lengths[0]))] * num_idle + chunks
         parts = []
         for number, (segments, tokens) in enumerate(chunks, start=1):
-            inputs = batch.input_ids_T[tokens], batch.positions_T[tokens], batch.lengths[segments]
+            # Made here: a forward that is computed again must meet the same jagged tensors.
+            packing = plan_buckets(batch.lengths[segments], batch.input_ids_T.device)
+            inputs = batch.input_ids_T[tokens], batch.positions_T[tokens], packing
             # The last graph is the first that backward consumes: it is gone before another chunk is embedded again.
             if number < len(chunks) and torch.is_grad_enabled():
                 parts.append(checkpoint(self._embed_stream, *inputs, use_reentrant=False))
@@ -237,8 +239,8 @@ class Encoder(nn.Module):
         for start, stop in pairwise(reversed(bounds)):
             yield slice(start, stop), slice(stops[start], stops[stop])
 
-    def _embed_stream(self, input_ids_T: Tensor, positions_T: Tensor, lengths: Sequence[int]) -> Tensor:
-        device, num_tokens = input_ids_T.device, len(input_ids_T)
+    def _embed_stream(self, input_ids_T: Tensor, positions_T: Tensor, packing: Packing) -> Tensor:
+        lengths, device, num_tokens = packing.lengths, packing.device, len(input_ids_T)
         if self.packed:
             if device.type == "cpu" and (num_padding := -num_tokens % _TOKEN_STEP):
                 # Any piece whose row is trained: nothing attends to it, nothing is pooled of it.
@@ -247,7 +249,7 @@ class Encoder(nn.Module):
             hidden_TH = self.backbone(
                 input_ids=input_ids_T[None],
                 position_ids=positions_T[None] + self._position_offset,
-                packing=plan_buckets(lengths, device),
+                packing=packing,
                 **self._options,
             ).last_hidden_state[0, :num_tokens]
         else:
