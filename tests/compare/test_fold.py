@@ -13,7 +13,7 @@ import pytest
 from tests.compare.made_runs import best_of, make_run, make_runs
 from trainer.compare.command import read_runs
 from trainer.compare.fold import MISSING, Spread, cost, differences, fold, metrics_of, primary_metrics
-from trainer.compare.show import cost_cells, differing_losses, notes, winners
+from trainer.compare.show import amount, cost_cells, differing_losses, notes, winners
 from trainer.compare.show import metric as shown
 from trainer.tracking.runs import RunRecord
 from trainer.tracking.wandb import Tracking, make_logger
@@ -266,3 +266,8 @@ def test_cost_is_the_median_rate_and_the_last_sums(tmp_path: Path) -> None:
     assert found.rows == Spread(300 * 32, None, 1)
     assert found.gpu_hours == Spread(pytest.approx(300 * 0.11 / 3600), None, 1)
     assert found.device == "1 x x86_64 CPU"
+
+
+def test_amounts_have_three_figures_and_a_whole_number_no_more() -> None:
+    whole, rate, wide = Spread(60.0, 0.0, 2), Spread(12.34, 0.0, 2), Spread(60.0, 2.5, 2)
+    assert [amount(one) for one in (whole, rate, wide)] == ["60", "12.3", "60.0 ± 2.5"]

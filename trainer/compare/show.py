@@ -37,11 +37,13 @@ def _of_runs(value: Spread) -> str:
 
 
 def amount(value: Optional[Spread]) -> str:
-    """Three or more figures, and the spread where it shows."""
+    """Three or more figures, all of a whole number and no more, and the spread where it shows."""
     if value is None:
         return "–"
     size = abs(value.mean)
-    digits = 0 if size == 0 or size >= 100 else 1 if size >= 10 else 2 if size >= 0.1 else 4
+    digits = 0 if size >= 100 else 1 if size >= 10 else 2 if size >= 0.1 else 4
+    if size.is_integer() and not value.deviation:
+        digits = 0
     spread = f"{value.deviation:,.{digits}f}" if value.deviation else ""
     return f"{value.mean:,.{digits}f}" + (f" ± {spread}" if spread.strip("0.,") else "") + _of_runs(value)
 
