@@ -78,8 +78,10 @@ def check_devices(parts: Parts) -> str:
     """Ranks of a node against what Slurm starts there and what they see."""
     import torch
 
+    from trainer.distributed.launch import device_count
+
     asked, options = os.environ.get("SLURM_NTASKS_PER_NODE", ""), parts.options.trainer
-    wanted = int(options.devices) if str(options.devices).isdigit() else None
+    wanted = device_count(options.devices)
     if asked and wanted and int(asked) != wanted:
         raise ValueError(f"Slurm starts {asked} tasks on a node, trainer.devices is {wanted}; make them equal")
     gpus = torch.cuda.device_count()

@@ -23,14 +23,15 @@ def check(args: Sequence[str]) -> int:
     from trainer.check.render import print_report
     from trainer.check.report import make_report
     from trainer.data.steps import limit_steps
+    from trainer.distributed.launch import device_count
     from trainer.lightning_cli import Parts
     from trainer.optimizer import count_steps
 
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # "Seed set to": nothing is drawn here
     parts = Parts(["fit", *flags], written, execute=False)
     data, module, options = parts.datamodule, parts.model, parts.options.trainer
-    devices = int(options.devices) if str(options.devices).isdigit() else 1  # of "auto" no login node knows
-    num_ranks, is_half = devices * options.num_nodes, "16" in str(options.precision)
+    num_ranks = (device_count(options.devices) or 1) * options.num_nodes  # of "auto" no login node knows
+    is_half = "16" in str(options.precision)
     data.refuse_ranks(num_ranks)
     data.setup("fit")
     if data.stream is not None:

@@ -67,6 +67,17 @@ def _fabric(accelerator: Accelerator, devices: int | None, nodes: int | None) ->
     )
 
 
+def device_count(devices: int | str | Sequence[int]) -> int | None:
+    """How many ``trainer.devices`` names on each node: a number, or GPUs by their ids ("0,1"); None of -1 and "auto",
+    all there are."""
+    if not isinstance(devices, int | str):
+        return len(devices)
+    text = str(devices).strip("[] ")
+    if "," in text:
+        return len([one for one in text.split(",") if one.strip()])
+    return int(text) if text.isdigit() else None
+
+
 def slurm_shape(environ: Mapping[str, str], devices: int | None, nodes: int | None) -> tuple[int, int]:
     """Tasks per node and nodes of the Slurm step that this process is a task of.
 
