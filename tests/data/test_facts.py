@@ -23,6 +23,7 @@ from trainer.encoder import EncoderSpec
 from trainer.encoder.folder import normalizes
 from trainer.encoder.size import backbone_size
 from trainer.encoder.text import TextPreparation, load_text_preparation
+from trainer.evaluation import Reranking
 
 COLUMNS = {"anchor": "a", "positive": "b", "score": "s", "label": "k"}
 WORDS = ["the", "cat", "bought", "a", "ring", "in", "garden", "고양이", "漢字", "שלום"]
@@ -142,6 +143,17 @@ def test_leaks_behind_prompts_and_in_swapped_columns(rows: list[dict[str, object
         dev = EvalSource(**{"path": str(path), "columns": COLUMNS, "name": "dev", **more})
         for source in train:
             assert leak_facts(dev, [source], tmp_path) == LeakFacts("dev", 180, num_texts, 180, num_texts)
+
+
+def test_leaks_count_every_negative_of_a_validation_set(tmp_path: Path) -> None:
+    records = [{"a": f"q{i}", "b": [f"r{i}"], "n": [f"other {i} {j}" for j in range(i)]} for i in range(1, 31)]
+    path = tmp_path / "lists.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    columns: dict[str, int | str] = {"anchor": "a", "positives": "b", "negatives": "n"}
+    dev = EvalSource(str(path), columns, name="dev", evaluator=Reranking())
+    num_others = sum(range(1, 31))
+    facts = leak_facts(dev, [Source(str(path), columns)], tmp_path)
+    assert facts == LeakFacts("dev", 30, 60 + num_others, 30, 60 + sum(min(i, 7) for i in range(1, 31)))
 
 
 @pytest.mark.parametrize("kind", ["bert", "mpnet", "distilbert", "modernbert", "qwen3"])

@@ -150,6 +150,12 @@ def test_a_weight_that_is_no_share_is_refused(weight: float) -> None:
         PairData([Source("x.jsonl", COLUMNS, weight=weight)], EncoderSpec("x"))
 
 
+def test_all_negatives_of_a_list_are_for_validation() -> None:
+    columns = {"anchor": "a", "positives": "b", "negatives": "n"}
+    with pytest.raises(ValueError, match=r"x.jsonl: max_negatives null is for data\.validation; give a number"):
+        PairData([Source("x.jsonl", columns, max_negatives=None)], EncoderSpec("x"))
+
+
 def test_a_length_that_does_not_fit_is_refused(tmp_path: Path, tiny_encoder: Path) -> None:
     data = make_data(tmp_path, tiny_encoder, 9, batch_size=8)
     source = data.train_sources[0]

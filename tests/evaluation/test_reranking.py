@@ -68,6 +68,36 @@ def test_lists_of_positives_and_negatives(tmp_path: Path) -> None:
     assert Reranking().score(embeddings, loaded) == pytest.approx(theirs, abs=1e-6)
 
 
+@pytest.mark.parametrize("more", [{}, {"prompts": {"negatives": "passage: "}}, {"max_rows": 45}])
+def test_all_negatives_count_unless_a_number_is_given(tmp_path: Path, more: dict[str, Any]) -> None:
+    """60 records of 1 to 30 negatives, of which a training source would take 7; no score of the worst is left out."""
+    rng = np.random.default_rng(5)
+    prompt = more.get("prompts", {}).get("negatives", "")
+    records, table = [], {}
+    for query in range(60):
+        anchor = rng.normal(size=12)
+        negatives = [f"other {query} {place}" for place in range(30 if query == 0 else rng.integers(1, 31))]
+        records.append({"query": f"query {query}", "positive": [f"right {query}"], "negative": negatives})
+        table[f"query {query}"] = anchor
+        table[f"right {query}"] = anchor + 1.5 * rng.normal(size=12)
+        table |= {prompt + text: 0.3 * anchor + rng.normal(size=12) for text in negatives}
+    (tmp_path / "lists.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    columns = {"anchor": "query", "positives": "positive", "negatives": "negative"}
+    source = EvalSource(str(tmp_path / "lists.jsonl"), columns, name="lists", evaluator=Reranking(), **more)
+    rows = load(source, tmp_path / "cache")
+    model = Lookup({text: vector.astype(np.float32) for text, vector in table.items()})
+    ours = Reranking().score(torch.from_numpy(model.encode(Reranking().texts(rows))), rows)
+    model.encode_query = model.encode_document = lambda texts, **kwargs: torch.from_numpy(model.encode(texts))
+    kept = set(rows["anchor"])
+    samples = [
+        {**record, "negative": [prompt + text for text in record["negative"]]}
+        for record in records
+        if record["query"] in kept
+    ]
+    assert len(samples) == more.get("max_rows", 60)
+    assert ours == pytest.approx(RerankingEvaluator(samples, write_csv=False)(model), abs=1e-6)
+
+
 def test_neither_labels_nor_negatives() -> None:
     with pytest.raises(ValueError, match=r"needs a label that says which .*; the set has anchor, positive"):
         Reranking().score(torch.randn(4, 3), {"anchor": ["q"] * 2, "positive": ["a", "b"]})

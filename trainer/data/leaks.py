@@ -14,7 +14,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 
 from trainer.data.facts import CHUNK_ROWS, cached_facts, facts_key, joined
-from trainer.data.loading import fingerprint, load
+from trainer.data.loading import as_read, fingerprint, load
 from trainer.data.retrieval import collections_fingerprint, load_collections
 from trainer.data.sources import EvalSource, Source
 
@@ -87,8 +87,8 @@ def _held_out(validation: EvalSource, cache_dir: Path) -> tuple[pa.Array, pa.Arr
         queries = pa.array([text for one in sets for text in one.queries], pa.large_string())
         documents = pa.array([text for one in sets for text in one.documents], pa.large_string())
         return queries, pc.unique(pa.chunked_array([queries, documents])), 2
-    rows = load(validation, cache_dir).with_format("arrow")[:]
-    names = validation.text_columns
+    data = load(validation, cache_dir)
+    rows, names = data.with_format("arrow")[:], as_read(validation, data).text_columns
     row_keys = _row_keys([rows[name].combine_chunks() for name in names])
     texts = pa.chunked_array([chunk for name in names for chunk in rows[name].chunks])
     return row_keys, pc.unique(texts).drop_null(), len(names)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Optional
@@ -17,6 +17,7 @@ from datasets import Dataset, load_dataset
 from trainer.data.blocks import no_batch
 from trainer.data.cache import place_of, use
 from trainer.data.checks import BadRows, checked_rows
+from trainer.data.columns import find_column
 from trainer.data.delimited import read_delimited
 from trainer.data.derived import draw, held_out, triplets
 from trainer.data.files import JSON_LINES, cause_of, data_files, data_format, did_you_mean, is_hub_id
@@ -69,6 +70,7 @@ def _base(source: Source) -> Optional[Source]:
 def _derive(source: Source, base: Source, cache_dir: Path, folder: Path) -> None:
     """Writes the rows of ``source`` out of those of its base."""
     rows, skipped = load(base, cache_dir, verify=True), num_skipped(base, cache_dir)
+    source = as_read(source, rows)
     table: pa.Table = rows.data.table
     columns = {name: table[name] for name in table.column_names}
     picked = {name: np.arange(len(rows)) for name in source.canonical_columns if name in columns}
@@ -106,6 +108,13 @@ def _derive(source: Source, base: Source, cache_dir: Path, folder: Path) -> None
             writer.write_table(pa.table(part, schema=schema).combine_chunks())
     report = {"source": source.path, "num_rows": num_rows, "num_skipped": skipped}
     (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
+
+
+def as_read(source: Source, rows: Dataset) -> Source:
+    """The source with a name for each text of its rows, also where it takes all negatives of a list."""
+    if source.max_negatives is not None:
+        return source
+    return replace(source, max_negatives=sum(name.startswith("negative_") for name in rows.column_names) or None)
 
 
 def num_skipped(source: Source, cache_dir: Path) -> int:
@@ -185,6 +194,8 @@ def hub_rows(path: str, subset: Optional[str], split: str, revision: Optional[st
 
 
 def _build(source: Source, folder: Path) -> None:
+    if source.may_lack_texts and source.max_negatives is None:  # the columns stand in front of the rows
+        source = replace(source, max_negatives=_most_negatives(source))
     bad = BadRows(source)
     with _RowsFile(source, folder / "rows.arrow") as file:
         for rows in _open(source, file.add_batch):
@@ -195,6 +206,16 @@ def _build(source: Source, folder: Path) -> None:
         raise ValueError(f"{source.path}: there is no row{bad.why_none()}")
     report = {"source": source.path, "num_rows": file.num_rows, "num_skipped": bad.count}
     (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
+
+
+def _most_negatives(source: Source) -> int:
+    """Of a record, whether it is good or not; at least 1."""
+    most = 1
+    for rows in _open(source, no_batch):
+        column = find_column(source.columns["negatives"], rows.name, rows.columns, "columns.negatives")
+        cells = (column.cell_or_none(row) for _, row in rows.records)
+        most = max(most, *(len(cell) for cell in cells if isinstance(cell, list)), 0)
+    return most
 
 
 class _RowsFile:

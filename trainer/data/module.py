@@ -103,6 +103,8 @@ class PairData(LightningDataModule):
                 )
             if not (math.isfinite(source.weight) and source.weight > 0):
                 raise ValueError(f"{source.path}: weight is {source.weight:g}; it must be above 0")
+            if source.max_negatives is None:
+                raise ValueError(f"{source.path}: max_negatives null is for data.validation; give a number")
             if document_encoder is not None and "anchor" not in source.text_columns:
                 raise ValueError(
                     f"{source.path}: model.document_encoder separates documents (positive, ...) from queries (anchor), "

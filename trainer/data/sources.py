@@ -80,7 +80,7 @@ class Source:
     holdout: float = 0.0
     holdout_by: Optional[str] = None
     max_rows: Optional[int] = None
-    max_negatives: int = 7
+    max_negatives: Optional[int] = 7
     prompts: Optional[dict[str, str]] = None
     rows_per_label: Optional[int] = None
     max_lengths: Optional[dict[str, int]] = None
@@ -129,7 +129,7 @@ class Source:
             single = [name for name in self.columns if name != plural and name.startswith(plural[:-1])]
             if plural in self.columns and single:
                 raise ValueError(f"{self.path}: columns has {plural} and {single[0]}; name one of the two")
-        if self.max_negatives < 1:
+        if self.max_negatives is not None and self.max_negatives < 1:
             raise ValueError(f"{self.path}: max_negatives is {self.max_negatives}; it must be 1 or more")
         if "positives" in self.columns and self.streaming:
             raise ValueError(
@@ -201,7 +201,8 @@ class Source:
 
     @property
     def text_columns(self) -> tuple[str, ...]:
-        """Canonical names of the texts of a row, in their order."""
+        """Canonical names of the texts of a row, in their order; without max_negatives, negatives of a list have none
+        before the rows are read."""
 
         def place(name: str) -> tuple[int, int]:
             base, _, number = name.partition("_")
@@ -211,7 +212,7 @@ class Source:
         if "positives" in self.columns:
             made.append("positive")
         if "negatives" in self.columns:
-            made += [f"negative_{number + 1}" for number in range(self.max_negatives)]
+            made += [f"negative_{number + 1}" for number in range(self.max_negatives or 0)]
         return tuple(sorted((*(name for name in self.columns if _TEXT.fullmatch(name)), *made), key=place))
 
     @property
@@ -280,6 +281,7 @@ class EvalSource(Source):
         evaluator: what to measure.
         corpus: documents to search, where path is a file of queries.
         qrels: which documents are relevant to which query: a table, or lines of TREC.
+        max_negatives: most texts taken of a row's negatives, the first ones; unset: all.
         corpus_size: search this many documents only, the judged ones among them; for a quick look while training.
         teacher: of an evaluator that compares with one.
     """
@@ -290,6 +292,7 @@ class EvalSource(Source):
     evaluator: Evaluator = field(default_factory=lambda: lazy_instance(STS))
     corpus: Optional[str] = None
     qrels: Optional[str] = None
+    max_negatives: Optional[int] = None
     corpus_size: Optional[int] = None
     teacher: Optional[EncoderSpec] = None
 
