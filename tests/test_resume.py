@@ -147,6 +147,22 @@ def test_checkpoint_at_the_end_of_an_epoch(undisturbed: Undisturbed, config: Pat
     assert_same_end(reference, run_dir)
 
 
+def test_a_run_from_the_checkpoint_of_another_is_one_of_its_own_on_wandb(config: Path) -> None:
+    """W&B's files say under which id they would be sent: that of a resume is the first one's, that of a fork is not."""
+    base, fork = config.parent / "base", config.parent / "fork"
+    flags = ("--tracking.wandb", "offline", "--trainer.max_steps", "4")
+    checkpoint = ("--ckpt_path", str(base / "checkpoints" / "step-00000003"))
+    allowed = ("--model.learning_rate", "5e-4", "--resume.allow", "learning_rate")
+    done = [fit(config, base, *flags), fit(config, fork, *flags, *checkpoint, *allowed)]
+    (base / "wandb_id").unlink()  # the checkpoint knows it, too
+    done.append(fit(config, base, *flags, *checkpoint))
+    assert [one.returncode for one in done] == [0, 0, 0], [one.stderr for one in done]
+    sent = {run: {path.stem for path in run.glob("wandb/offline-run-*/*.wandb")} for run in (base, fork)}
+    assert len(list(base.glob("wandb/offline-run-*/*.wandb"))) == 2
+    assert [len(ids) for ids in sent.values()] == [1, 1]
+    assert sent[base].isdisjoint(sent[fork])
+
+
 @pytest.mark.parametrize("stage", [pytest.param(1, marks=SLOW), pytest.param(2, marks=SLOW), 3])
 def test_zero_writes_what_ddp_writes(undisturbed: Undisturbed, config: Path, stage: int) -> None:
     """Through the command line, which starts the ranks: the same checkpoint, log and model folder, dropout on."""

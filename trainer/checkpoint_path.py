@@ -39,9 +39,7 @@ def find_checkpoint(
             refuse_used(run_dir)
     if wanted is None:
         return None
-    is_fork = (
-        command == "fit" and wanted not in ("auto", "best") and run_dir.resolve() not in Path(wanted).resolve().parents
-    )
+    is_fork = command == "fit" and wanted not in ("auto", "best") and not is_of(run_dir, Path(wanted))
     if is_fork and environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0") and newest(run_dir):
         wanted, is_fork = "auto", False
     if wanted == "auto":
@@ -63,6 +61,11 @@ def find_checkpoint(
     if is_first and wanted == "best":
         print(f"checkpoint: {path}")
     return str(path)
+
+
+def is_of(run_dir: Path, checkpoint: Path) -> bool:
+    """Whether a checkpoint is of the run in this directory, not of one that another run goes on from."""
+    return run_dir.resolve() in checkpoint.resolve().parents
 
 
 def _others(run_dir: Path) -> str:

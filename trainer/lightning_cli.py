@@ -25,7 +25,7 @@ from trainer import interruption
 from trainer.check.callback import Check
 from trainer.check.rules import refuse_unknown
 from trainer.checkpoint import Checkpoints, DirectoryCheckpointIO
-from trainer.checkpoint_path import find_checkpoint
+from trainer.checkpoint_path import find_checkpoint, is_of
 from trainer.config_errors import check_written, explain
 from trainer.config_files import ConfigError, Written, clear_replaced_lists, replaced_lists
 from trainer.data.loading import fingerprint
@@ -303,7 +303,9 @@ class TrainerCLI(LightningCLI):
                 )
         if not self.options.trainer.logger:
             tracking = self._get(self.config_init, "tracking")
-            run_id = run_id_in(Path(self.options.ckpt_path)) if first and self.options.ckpt_path else None
+            # Another run's id would write over what that run has logged.
+            taken = Path(self.options.ckpt_path) if first and self.options.ckpt_path else None
+            run_id = run_id_in(taken) if taken and is_of(self.run_dir, taken) else None
             self.trainer.logger = make_logger(tracking, self.run_dir, config, run_id)
 
     def _match_checkpoint(self, config: dict[str, Any]) -> None:

@@ -299,7 +299,7 @@ def _path(trainer: Trainer) -> Path:
 
 
 def run_id_in(checkpoint: Path) -> str | None:
-    """The tracker's id of the run that wrote a checkpoint: a run that goes on elsewhere keeps it."""
+    """The tracker's id of the run that wrote a checkpoint."""
     content = read_state(checkpoint, mmap=True)
     run_id: str | None = content.get("callbacks", {}).get(MetricsLog.__name__, {}).get("run_id")
     return run_id

@@ -73,7 +73,7 @@ def make_logger(
         run_dir: holds the id of the run, so that a resumed or requeued run stays one run, and offline data.
         config: effective config, secrets are taken out; unset: the run directory's config.yaml as it is at
             the start.
-        run_id: id to go on with where the run directory has none yet, e.g. from a checkpoint.
+        run_id: id to go on with where the run directory has none any more, from a checkpoint of this run.
     """
     mode = choose_mode(tracking.wandb)
     if mode == "off":
