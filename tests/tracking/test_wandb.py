@@ -41,6 +41,7 @@ def run(first, last, end):
         with open(sys.argv[1] + "/metrics.jsonl", "a") as file:
             file.write(json.dumps({"step": step, **row}) + "\\n")
         logger.log_metrics(row, step)
+    assert os.environ["SLURM_JWT"] and os.environ["SLURM_SITE_TOKEN"], "what the run itself needs is gone"
     logger.log_hyperparams({"password": "SECRET"})
     if end == "killed":
         time.sleep(2.5)
@@ -140,6 +141,8 @@ def test_offline_runs_of_one_directory_are_one_run(tmp_path: Path) -> None:
         "SLURM_RESTART_COUNT": "1",
         "SLURM_NTASKS": "1",
         "SLURM_PROCID": "0",
+        "SLURM_JWT": "eyJhbGciOiJIUzI1NiJ9.SECRET.SECRET",
+        "SLURM_SITE_TOKEN": "SECRET",
     }
     (tmp_path / "train.py").write_text(SCRIPT)
     argv = [sys.executable, "train.py", str(run_dir), "--hub.token=SECRET", "--key", "SECRET"]
@@ -160,6 +163,9 @@ def test_offline_runs_of_one_directory_are_one_run(tmp_path: Path) -> None:
         assert config["model"] == {"max_tokens": 512, "hf_token": "[redacted]"}
         assert config["run"]["slurm"] == {"job_id": "77", "restart_count": "1", "ntasks": "1"}
         assert config["run"]["world_size"] == 1
+        theirs = next(record["environment"]["slurm"] for record in found if "environment" in record)
+        assert theirs.items() >= {"job_id": "77", "restart_count": "1", "ntasks": "1", "procid": "0"}.items()
+        assert theirs.keys().isdisjoint(("jwt", "site_token"))
         assert len(config["run"]["git_commit"]) == 40
         defined = [record["metric"] for record in found if "metric" in record]
         axes = {metric.get("glob_name") or metric["name"]: metric for metric in defined}

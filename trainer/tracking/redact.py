@@ -10,7 +10,7 @@ from typing import Any
 REDACTED = "[redacted]"
 
 # model.max_tokens is no secret: a name in the plural of token hides strings only.
-_SECRET_NAME = re.compile(r"secret|passw|credential|api_?key|(^|[_.-])keys?$|tokens?$", re.IGNORECASE)
+_SECRET_NAME = re.compile(r"secret|passw|credential|api_?key|(^|[_.-])(keys?|jwt)$|tokens?$", re.IGNORECASE)
 # What a run reads and how, and where it lies (data/key=5/x.parquet): the words "key: x" in there hide nothing.
 _ANY_WORDS = frozenset(
     {

@@ -240,7 +240,7 @@ class RunLogger(WandbLogger):
             init_timeout=INIT_TIMEOUT_S,
             finish_timeout=FINISH_TIMEOUT_S,  # or a server that went away would hold the finished job
         )
-        with _redacted_command_line():
+        with _redacted_command_line(), _hidden_secrets():
             try:
                 if arguments["mode"] == "online" and not has_key():
                     raise ValueError("no key: set WANDB_API_KEY or run wandb login")  # it would ask, and wait
@@ -281,3 +281,16 @@ def _redacted_command_line() -> Iterator[None]:
         yield
     finally:
         sys.argv = original
+
+
+@contextmanager
+def _hidden_secrets() -> Iterator[None]:
+    """W&B's service starts inside and stores each SLURM_* variable: the token of Slurm's REST API is one."""
+    slurm = {name: value for name, value in os.environ.items() if name.startswith("SLURM_")}
+    hidden = {name: value for name, value in slurm.items() if redact(value, name) != value}
+    for name in hidden:
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
