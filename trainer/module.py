@@ -21,6 +21,8 @@ from trainer.data.teaching import teach
 from trainer.distributed import gather
 from trainer.distributed.strategies import ZeRO
 from trainer.encoder import Encoder, EncoderSpec
+from trainer.encoder.folder import embedding_dimension
+from trainer.encoder.size import UNCOUNTED
 from trainer.encoder.towers import Towers, load_encoder
 from trainer.evaluation.classification import Classification
 from trainer.finite import FiniteSteps
@@ -186,13 +188,26 @@ class EmbeddingModule(LightningModule):
         """Give ``data`` the teacher's embeddings of the sources whose loss wants them; the first call makes them.
 
         Raises:
-            ValueError: such a source is streamed.
+            ValueError: such a source is streamed, or a loss can't compare with a teacher of this size.
         """
         if self.teacher_spec is None:
             return
+        self.refuse_teacher()
         for number, source in enumerate(data.train_sources):
             if "teacher" in self.loss_of(source).needs:
                 data.teachers[number] = teach(source, self.teacher_spec, data.cache_dir, self.max_tokens, device)
+
+    def refuse_teacher(self) -> None:
+        """Raises ValueError where a loss can't compare with a teacher of this size; nothing is embedded for that."""
+        if self.teacher_spec is None:
+            return
+        try:
+            ours, theirs = embedding_dimension(self.encoder_spec), embedding_dimension(self.teacher_spec)
+        except (*UNCOUNTED, OSError):  # whoever loads the model says what is wrong with it, and the loss compares again
+            return
+        for loss in self.all_losses:
+            for part in loss.parts():
+                part.refuse_teacher(ours, theirs)
 
     def configure_model(self) -> None:
         """Load the encoder and make the heads; Lightning calls it inside the strategy's context."""

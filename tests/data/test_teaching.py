@@ -17,14 +17,16 @@ from torch import Tensor
 from tests.batches import relative_error
 from tests.tracking.small_run import make_trainer
 from tests.two_ranks import TwoRanks
+from trainer.check.report import make_report
 from trainer.data import teaching
 from trainer.data.module import PairData
 from trainer.data.sources import EvalSource, Source
 from trainer.data.teaching import teach
+from trainer.demo_encoder import write_encoder
 from trainer.encoder.spec import EncoderSpec
 from trainer.evaluation import Translation
 from trainer.evaluation.runner import Evaluation
-from trainer.losses import MSE, GISTEmbed, InfoNCE, Loss, MarginMSE
+from trainer.losses import MSE, GISTEmbed, InfoNCE, Loss, MarginMSE, Matryoshka
 from trainer.module import EmbeddingModule
 
 COLUMNS: dict[str, int | str] = {"anchor": "a", "positive": "p"}
@@ -108,6 +110,24 @@ def test_validation_reads_no_training_data(folder: Path, tmp_path: Path) -> None
 def test_a_teacher_that_is_missing_or_idle(loss: Loss, teacher: EncoderSpec | None, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         EmbeddingModule(EncoderSpec("x"), loss, teacher=teacher)
+
+
+@pytest.mark.parametrize("loss", [MSE(), Matryoshka(MSE(), [8, 4])])
+def test_a_teacher_of_another_size_is_refused_before_it_embeds(
+    folder: Path, tmp_path: Path, demo_texts: list[str], loss: Loss
+) -> None:
+    write_encoder(tmp_path / "large", demo_texts[:50], hidden=64, layers=1, heads=2, vocab=200)
+    spec = EncoderSpec(str(folder / "student"))
+    size = SentenceTransformer(spec.backbone, device="cpu").get_embedding_dimension()
+    data = PairData([Source(str(folder / "rows.jsonl"), COLUMNS)], spec, batch_size=9, cache_dir=str(tmp_path))
+    module = EmbeddingModule(spec, loss, teacher=EncoderSpec(str(tmp_path / "large")))
+    wanted = f"^MSE compares embeddings of {size} dimensions with a teacher's of 64; set projection_dim to 64"
+    with pytest.raises(ValueError, match=wanted):
+        make_trainer(tmp_path, []).fit(module, datamodule=data)
+    assert not (tmp_path / "teacher").exists()
+    data.setup("fit")
+    with pytest.raises(ValueError, match=wanted):  # which the check makes, without weights
+        make_report(module, data, 6, 6, num_ranks=1, is_half=False, strategy="auto")
 
 
 def train(folder: str, cache_dir: str, num_workers: int = 0) -> tuple[dict[str, Tensor], list[float]]:

@@ -85,6 +85,15 @@ def test_a_head_learns_the_whole_teacher_beside_a_loss_that_cuts_it(order: int) 
     assert float(value) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("loss", [EmbedDistill(), MSE(), WeightedSum([GISTEmbed(), MSE()]), Matryoshka(MSE(), [8])])
+def test_a_larger_teacher_is_not_cut_to_size(loss: Loss) -> None:
+    targets = targets_of(12, extras={"teacher": torch.randn(12, 2, 2 * D)})
+    wanted = f"compares embeddings of {D} dimensions with a teacher's of {2 * D}; set projection_dim to {2 * D}"
+    with pytest.raises(ValueError, match=wanted):
+        Matryoshka(loss, [D, 8])(draw(2, 12), targets)
+    Matryoshka(loss, [D, 8])(draw(2, 12), targets_of(12, extras={"teacher": TEACHER_BCD}))
+
+
 def test_a_guide_is_not_cut_where_a_goal_is() -> None:
     loss = WeightedSum([EmbedDistill("mse"), GISTEmbed()])
     targets = loss.truncated(targets_of(12, extras={"teacher": TEACHER_BCD}), 8)

@@ -154,6 +154,7 @@ def make_report(
              for f in unfit_columns(module.loss_of(source), source, table)]  # fmt: skip
     unfit += [f for held_out in data.validation_sources for f in unfit_validation(held_out)]
     module.refuse_classifiers(data)
+    module.refuse_teacher()
     plan = _plan(situation, data, steps_per_epoch, num_steps, num_ranks)
     return Report(
         loss=" and ".join(dict.fromkeys(map(name_of, situation.losses))),

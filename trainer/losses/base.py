@@ -82,6 +82,9 @@ class Loss(nn.Module, ABC):
         """How many scores a row may have beside so many candidates; None: any number, or it wants none."""
         return None
 
+    def refuse_teacher(self, embedding_dimension: int, teacher_dimension: int) -> None:
+        """Raises ValueError where embeddings of these sizes, whole ones, can't be compared."""
+
     def truncated(self, targets: Targets, dimension: int) -> Targets:
         """What the first ``dimension`` values of each embedding are to be compared with."""
         return targets

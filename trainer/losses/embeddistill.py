@@ -59,17 +59,21 @@ class EmbedDistill(Loss):
         goals_BCD = self.goals(teacher_BCD, len(columns))
         if self.projection_dim is not None:
             columns = [self.projection(column).float() for column in columns]
-        if columns[0].shape[1] != goals_BCD.shape[2]:
-            raise ValueError(
-                f"{type(self).__name__} compares embeddings of {columns[0].shape[1]} dimensions with a teacher's of "
-                f"{goals_BCD.shape[2]}; set projection_dim to {goals_BCD.shape[2]}, or take a teacher of that size"
-            )
+        self.refuse_teacher(columns[0].shape[1], goals_BCD.shape[2])
         terms = [self._distances(column, goals_BCD[:, c]).sum() for c, column in enumerate(columns)]
         return targets.weight * torch.stack(terms).mean()
 
     def goals(self, teacher_BCD: Tensor, num_columns: int) -> Tensor:
         """What each text is to be near to, (B, C, D)."""
         return teacher_BCD
+
+    def refuse_teacher(self, embedding_dimension: int, teacher_dimension: int) -> None:
+        ours = self.projection_dim or embedding_dimension
+        if ours != teacher_dimension:
+            raise ValueError(
+                f"{type(self).__name__} compares embeddings of {ours} dimensions with a teacher's of "
+                f"{teacher_dimension}; set projection_dim to {teacher_dimension}, or take a teacher of that size"
+            )
 
     def truncated(self, targets: Targets, dimension: int) -> Targets:
         """The teacher's first dimensions, where ours are compared with them one by one."""

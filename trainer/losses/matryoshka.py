@@ -75,6 +75,10 @@ class Matryoshka(Loss):
         return self._wrapped[0].truncated(targets, dimension)
 
     def forward(self, columns: Sequence[Tensor], targets: Targets) -> Tensor:
+        # Here both are whole; below, a larger teacher would be cut to the student's size, and fit.
+        if "teacher" in targets.extras and "truncated_teacher" not in targets.extras:
+            for part in self.parts():
+                part.refuse_teacher(columns[0].shape[1], targets.extras["teacher"].shape[2])
         values = []
         for loss, dimension, weight in zip(self._wrapped, self.dims, self.weights, strict=True):
             short = [F.normalize(column[:, :dimension], dim=-1) for column in columns]
