@@ -794,6 +794,15 @@ def test_best_checkpoint_is_taken(recipe: Path, command: str, capsys: pytest.Cap
         assert json.loads(Path("b/metrics.json").read_text())["checkpoint"] == "b/checkpoints/step-00000001"
 
 
+def test_what_cannot_be_written_was_printed(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The evaluation of a large set may have taken an hour."""
+    Path("v/metrics.json").mkdir(parents=True)
+    assert main(["validate", "--config", str(recipe), "--trainer.default_root_dir", "v"]) == 1
+    said = capsys.readouterr()
+    assert re.search(r"spearman_cosine +-?0\.\d{4}\n", said.out)
+    assert "metrics.json" in said.err
+
+
 def test_best_checkpoint_is_missing_or_damaged(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = ["--config", str(recipe), "--trainer.default_root_dir", "b", "--trainer.max_steps", "1"]
     assert main(["fit", *args, "--checkpoint.monitor", "null"]) == 0

@@ -363,8 +363,8 @@ class TrainerCLI(LightningCLI):
         if is_first_rank(os.environ):
             names = [spec.backbone for spec in self.model.encoder_specs]
             about = {"model": " and ".join(names), "checkpoint": self.options.ckpt_path}
+            print_results(metrics, [one.name for one in self.datamodule.validation_sets])  # whatever the disk says
             write_results(metrics, about, self.run_dir / name)
-            print_results(metrics, [one.name for one in self.datamodule.validation_sets])
 
     def effective_config(self) -> dict[str, Any]:
         """What the run is made of, every default written out, secrets taken out; `fit --config` reads it."""

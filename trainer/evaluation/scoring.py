@@ -6,8 +6,8 @@ Shape suffixes: N texts of a set, U distinct texts of it, B rows, D embedding, L
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Optional
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 from torch import Tensor
@@ -70,13 +70,27 @@ def _logits(classify: Classify, evaluator: Classification, embeddings_UD: Tensor
     return torch.cat([part.float().cpu() for part in parts])
 
 
+def _as_floats(one: TokenizedSet, found: Mapping[str, Any]) -> dict[str, float]:
+    """Numbers of NumPy and tensors of one value too: an evaluator of the user may give them, and JSON takes neither."""
+    metrics = {}
+    for metric, value in found.items():
+        try:
+            metrics[metric] = float(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"{one.name}: {type(one.evaluator).__name__} gives {type(value).__name__} for the metric {metric}, "
+                "which is no single number; return a float"
+            ) from error
+    return metrics
+
+
 def _score(one: TokenizedSet, score: Callable[[], dict[str, float]], rank: int, world_size: int) -> dict[str, float]:
     """Score on rank 0 and tell the others, a failure too: nobody may wait for a rank that has raised."""
     metrics: dict[str, float] = {}
     failure = None
     if rank == 0:
         try:
-            metrics = score()
+            metrics = _as_floats(one, score())
         except Exception as error:
             failure = error
     if world_size > 1:

@@ -1,0 +1,72 @@
+"""What an evaluator of the user may give as a metric, on one and on two ranks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from torch import Tensor
+
+from tests.evaluation.test_sharded import MAX_TOKENS, Recorder, Set, make_rows
+from tests.two_ranks import RankError, TwoRanks
+from trainer.distributed import gather
+from trainer.encoder import Encoder, EncoderSpec
+from trainer.evaluation import Evaluator
+from trainer.evaluation.base import Rows, cosine
+from trainer.evaluation.scoring import evaluate
+
+KINDS: dict[str, Callable[[Tensor], Any]] = {
+    "numpy": lambda cosines_B: cosines_B.numpy().mean(),
+    "numpy_0d": lambda cosines_B: np.asarray(cosines_B.numpy().mean()),
+    "tensor": lambda cosines_B: cosines_B.mean(),
+    "python": lambda cosines_B: float(cosines_B.mean()),
+    "many": lambda cosines_B: cosines_B,
+    "none": lambda cosines_B: None,
+}
+
+
+class MeanCosine(Evaluator):
+    """Of a user: whatever its arithmetic leaves."""
+
+    columns = text_columns = ("anchor", "positive")
+    primary = "mean"
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def score(self, embeddings_ND: Tensor, rows: Rows) -> dict[str, Any]:
+        return {"mean": KINDS[self.kind](cosine(*self.split(embeddings_ND, rows)))}
+
+
+def run(folder: Path, texts: list[str], kind: str) -> dict[str, float]:
+    encoder = Encoder(EncoderSpec(str(folder), compact_vocabulary="off"), max_tokens=MAX_TOKENS).eval()
+    one = Set("dev", make_rows(texts[:50], 20), MeanCosine(kind), encoder.text)
+    return evaluate(Recorder(encoder), [one], gather.rank(), gather.world_size(), MAX_TOKENS)  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("kind", ["numpy", "numpy_0d", "tensor", "python"])
+def test_any_single_number_becomes_a_float(tiny_encoder: Path, demo_texts: list[str], kind: str) -> None:
+    """metrics.jsonl and metrics.json are JSON, which knows no np.float32."""
+    rows = make_rows(demo_texts[:50], 20)
+    model = SentenceTransformer(str(tiny_encoder), device="cpu")
+    pairs = [torch.nn.functional.normalize(torch.tensor(model.encode(rows[c][:])), dim=-1) for c in MeanCosine.columns]
+    found = run(tiny_encoder, demo_texts, kind)
+    assert json.loads(json.dumps(found)) == {"eval/dev/mean": pytest.approx(float((pairs[0] * pairs[1]).sum(1).mean()))}
+
+
+@pytest.mark.parametrize(("kind", "type_name"), [("many", "Tensor"), ("none", "NoneType")])
+def test_what_is_no_number_is_named(
+    two_ranks: TwoRanks, tiny_encoder: Path, demo_texts: list[str], kind: str, type_name: str
+) -> None:
+    message = f"dev: MeanCosine gives {type_name} for the metric mean, which is no single number; return a float"
+    with pytest.raises(ValueError, match=message):
+        run(tiny_encoder, demo_texts, kind)
+    with pytest.raises(RankError) as caught:
+        two_ranks(run, tiny_encoder, demo_texts, kind)
+    assert str(caught.value).count(message) >= 2
