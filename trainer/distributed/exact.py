@@ -9,6 +9,7 @@ nor blown up by the optimizer. The one process has a module of its own, for that
 
 import copy
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -150,10 +151,6 @@ class ExactnessCheck(Callback):
         ours = {k: p.grad.cpu() for k, p in module.named_parameters() if p.grad is not None}
         theirs = record.gradients
         assert ours.keys() == theirs.keys(), set(ours) ^ set(theirs)
-        norm = torch.cat([g.flatten() for g in ours.values()]).norm()
-        difference = torch.cat([(theirs[k] - ours[k]).flatten() for k in ours]).norm() / norm
-        ratio = torch.cat([g.flatten() for g in theirs.values()]).norm() / norm
-        worst = max(ours, key=lambda k: float((theirs[k] - ours[k]).abs().max()))
         step = f"step {record.number + 1}"
         several = len(data.train_sources) > 1
         size = f"{len(rows)} rows{f' of {data.train_sources[batch.source].path}' if several else ''}"
@@ -163,9 +160,25 @@ class ExactnessCheck(Callback):
         return [
             Joint(f"{step} rows", float(others), 0.0, size),
             Joint(f"{step} loss", relative_loss, tolerance, f"{record.loss:.6f} and {value:.6f}"),
-            Joint(f"{step} gradient", float(difference), tolerance, f"largest at {worst}"),
-            Joint(f"{step} gradient norm", abs(float(ratio) - 1.0), tolerance, f"ratio {float(ratio):.7f}"),
+            *gradient_joints(step, ours, theirs, tolerance),
         ]
+
+
+def gradient_joints(
+    step: str, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], tolerance: float
+) -> list[Joint]:
+    """The gradients of the one process and of the ranks, and their norms."""
+    names = f"{step} gradient", f"{step} gradient norm"
+    if not any(g.any() for g in (*ours.values(), *theirs.values())):  # nothing to learn: a row without negatives, say
+        return [Joint(name, 0.0, tolerance, "0 on both sides") for name in names]
+    norm = torch.cat([g.flatten() for g in ours.values()]).norm()
+    difference = torch.cat([(theirs[k] - ours[k]).flatten() for k in ours]).norm() / norm
+    ratio = float(torch.cat([g.flatten() for g in theirs.values()]).norm() / norm)
+    worst = max(ours, key=lambda k: float((theirs[k] - ours[k]).abs().max()))
+    return [
+        Joint(names[0], float(difference), tolerance, f"largest at {worst}"),
+        Joint(names[1], abs(ratio - 1.0), tolerance, f"ratio {ratio:.7f}"),
+    ]
 
 
 def check_exact(cli: Any) -> int:
