@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from tests.losses.side_by_side import assert_equals_peer, draw, targets_of
-from trainer.losses import GISTEmbed
+from trainer.losses import GISTEmbed, logsumexp
 
 
 class _Precomputed(nn.Module):
@@ -58,6 +58,28 @@ def test_equals_sentence_transformers(options: dict[str, Any], num_columns: int,
     targets = targets_of(12, extras={"teacher": teacher_BCD})
     assert_equals_peer(loss, theirs, columns, targets)
     assert 0.0 < float(loss.last_metrics["false_negative_rate"]) < 0.5
+
+
+@pytest.mark.parametrize("tile", [2048, 16, 7], ids=["whole", "tiles of 16", "tiles of 7"])
+@pytest.mark.parametrize("dimension", [32, 384, 1024])
+@pytest.mark.parametrize("seed", [1, 2])  # seed 0 draws two other texts whose similarities differ by 6e-7
+def test_a_tie_stays_in(dimension: int, tile: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every fourth positive stands twice: sentence-transformers takes bound and candidates from one matrix, so that
+    both are equal; ours round each on its own, and a matrix and its tiles apart from each other."""
+    generator = torch.Generator().manual_seed(seed)
+    anchors, guide_anchors = torch.randn(2, 64, dimension, generator=generator).unbind()
+    positives = anchors + 0.8 * torch.randn(64, dimension, generator=generator)
+    guide_positives = guide_anchors + 0.8 * torch.randn(64, dimension, generator=generator)
+    positives[1::4], guide_positives[1::4] = positives[0::4], guide_positives[0::4]
+    peer = GISTEmbedLoss(_Precomputed("student"), _Precomputed("teacher"), temperature=0.05)
+    both = [{"student": anchors, "teacher": guide_anchors}, {"student": positives, "teacher": guide_positives}]
+
+    loss = GISTEmbed(scale=20.0, mask_false_negatives=False)
+    if tile < 64:
+        monkeypatch.setattr(logsumexp, "TILE", tile)
+        loss.max_whole = 1
+    targets = targets_of(64, extras={"teacher": torch.stack([guide_anchors, guide_positives], dim=1)})
+    assert float(loss([anchors, positives], targets)) == pytest.approx(float(peer(both, None)), rel=1e-5)
 
 
 def test_a_text_that_stands_twice_is_left_out_whatever_the_guide_says() -> None:
