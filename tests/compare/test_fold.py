@@ -227,8 +227,20 @@ def test_a_seed_that_stopped_early_cuts_the_curve_not_the_table(tmp_path: Path) 
     assert best.count == 2
 
 
+def test_the_untouched_base_is_not_the_best_of_a_run() -> None:
+    """As best.json and the model card have it; a run that has hardly begun has nothing else."""
+    spoilt = [{"step": 0, METRIC: 0.9}, {"step": 10, METRIC: 0.2}, {"step": 20, METRIC: 0.1}]
+    mended = [{"step": 0, METRIC: 0.5}, {"step": 10, METRIC: 0.4}, {"step": 20, METRIC: 0.6}]
+    begun = [{"step": 0, METRIC: 0.7}, {"step": 10, "train/loss": 1.0}]
+    groups = fold([RunRecord(f"/r/{n}x", {"lr": n}, rows) for n, rows in enumerate((spoilt, mended, begun))])
+    assert [group.best(METRIC) for group in groups] == [Spread(score, None, 1) for score in (0.2, 0.6, 0.7)]
+    assert winners(groups[:2], METRIC) == {1}
+    collapsed = RunRecord("/r/nan", {}, [{"step": 0, METRIC: 0.9}, {"step": 10, METRIC: None}])
+    assert fold([collapsed])[0].best(METRIC) is None
+
+
 def test_values_that_are_not_finite_are_no_values() -> None:
-    rows = [{"step": 0, METRIC: 0.5}, {"step": 1, METRIC: None}, {"step": 2, METRIC: float("nan")}]
+    rows = [{"step": 1, METRIC: 0.5}, {"step": 2, METRIC: None}, {"step": 3, METRIC: float("nan")}]
     (group,) = fold([RunRecord("x", {}, rows)])
     assert group.best(METRIC) == group.last(METRIC) == Spread(0.5, None, 1)
     assert group.best("eval/dev/cosine_accuracy_threshold") is None

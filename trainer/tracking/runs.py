@@ -77,8 +77,13 @@ def number(row: Mapping[str, Any], name: str) -> Optional[float]:
 
 
 def best(rows: Iterable[Row], metric: str) -> Optional[tuple[float, int]]:
-    """The best value and its step, the first of equals; None where neither side is better, or nothing was logged."""
+    """The best value and its step, the first of equals; None where neither side is better, or nothing was logged.
+
+    Step 0 is the untouched base, which no training has made: it counts where no later step has the metric.
+    """
     which = direction(metric)
+    rows = [row for row in rows if metric in row]
+    rows = [row for row in rows if row["step"] > 0] or rows
     found = [(value, row["step"]) for row in rows if (value := number(row, metric)) is not None]
     if which is None or not found:
         return None
