@@ -194,6 +194,27 @@ def test_offline_runs_of_one_directory_are_one_run(tmp_path: Path) -> None:
 
 
 def test_a_run_stores_the_rows_of_its_metrics_file(
+@pytest.mark.parametrize("back_at", [10, 20])
+def test_a_run_of_the_server_forgets_what_it_took_back(back_at: int) -> None:
+    """Killed behind step 30, it went on from a checkpoint: what stays in metrics.jsonl is what stays here. The server
+    keeps all rows that were sent."""
+    first = [(0, 0.1), (10, 0.5), (20, 0.9), (30, 0.95)]
+    second = [(step, 0.2 + step / 100) for step in (10, 20, 30, 40) if step >= back_at]
+    logged = enumerate([*first, *second])
+    history = [{"_step": n, "trainer/global_step": step, "eval/dev/x": score} for n, (step, score) in logged]
+    run = SimpleNamespace(name="r", config={}, scan_history=lambda: iter(history[::-1]))
+    expected = [pair for pair in first if pair[0] < back_at] + second
+    assert [(row["step"], row["eval/dev/x"]) for row in record_of(run).rows] == expected
+    # Back to the last step that was logged: no step falls.
+    again = [(20, 0.7), (40, 0.8)]
+    history = [
+        {"_step": n, "trainer/global_step": step, "eval/dev/x": score}
+        for n, (step, score) in enumerate([*first[:3], *again])
+    ]
+    expected = [*first[:2], *again]
+    assert [(row["step"], row["eval/dev/x"]) for row in record_of(run).rows] == expected
+
+
     no_wandb_settings: Path, tiny_encoder: Path, demo_texts: list[str]
 ) -> None:
     """A real run through the trainer; the config is that of the run directory."""
@@ -254,8 +275,7 @@ def test_a_run_of_the_server_reads_as_its_file(tmp_path: Path) -> None:
     found = record_of(SimpleNamespace(name="a run", config=config, scan_history=lambda: iter(history)))
     assert found.rows == [
         {"step": 0, "eval/dev/x": None, "train/loss": None},
-        {"step": 5, "train/loss": 0.5},
-        {"step": 5, "health/dev/h": [1, 2]},
+        {"step": 5, "train/loss": 0.5, "health/dev/h": [1, 2]},
     ]
     assert (found.seed, found.about, dict(found.config)) == (3, about, {"seed_everything": 3})
 

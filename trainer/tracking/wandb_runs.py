@@ -34,7 +34,7 @@ def read_offline(folders: Sequence[Path]) -> list[RunRecord]:
         of_run.setdefault(file.stem.partition("-")[2], []).append((folder, _records(file)))
     found = []
     for parts in of_run.values():
-        rows = joined([_rows(records) for _, records in parts])
+        rows = joined([_rows(_history(records)) for _, records in parts])
         started = [record["run"] for _, records in parts for record in records if "run" in record]
         if not rows or not started:
             raise ValueError(f"{parts[-1][0]} holds no metrics: the run ended before its first log; leave it out")
@@ -74,8 +74,17 @@ def read_online(place: str) -> list[RunRecord]:
 
 def record_of(run: Any) -> RunRecord:
     """A run of W&B's public API; asks for every row of its history."""
-    rows = [row for row in map(_row, run.scan_history()) if row]
-    return _record(run.name, run.config, sorted(rows, key=lambda row: row["step"]))
+    items = sorted(run.scan_history(), key=lambda item: item.get("_step", 0))  # as they were logged
+    parts: list[list[Mapping[str, Any]]] = []
+    for item in items:
+        if item.get(STEP) is None:
+            continue
+        # Only another process goes back to an earlier step. One that begins with the last step needs no part of its
+        # own: of a step's values the later ones count.
+        if not parts or item[STEP] < parts[-1][-1][STEP]:
+            parts.append([])
+        parts[-1].append(item)
+    return _record(run.name, run.config, joined(_rows(part) for part in parts))
 
 
 def _record(name: str, config: Mapping[str, Any], rows: list[Row]) -> RunRecord:
@@ -96,11 +105,15 @@ def _records(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def _rows(records: Sequence[Mapping[str, Any]]) -> list[Row]:
+def _history(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [record["history"]["item"] for record in records if "history" in record]
+
+
+def _rows(items: Sequence[Mapping[str, Any]]) -> list[Row]:
     """One row a step: W&B writes what is logged apart, as histograms are, into rows of their own."""
     rows: dict[int, Row] = {}
-    for record in records:
-        if "history" in record and (row := _row(record["history"]["item"])):
+    for item in items:
+        if row := _row(item):
             rows.setdefault(row["step"], {}).update(row)
     return list(rows.values())
 
