@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import statistics
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from tests.compare.made_runs import best_of, make_run, make_runs
 from trainer.compare.command import read_runs
 from trainer.compare.fold import MISSING, Spread, cost, differences, fold, metrics_of, primary_metrics
 from trainer.compare.show import amount, cost_cells, differing_losses, notes, winners
 from trainer.compare.show import metric as shown
+from trainer.compare.table import print_comparison
 from trainer.tracking.runs import RunRecord
 from trainer.tracking.wandb import Tracking, make_logger
 
@@ -242,9 +246,24 @@ def test_the_untouched_base_is_not_the_best_of_a_run() -> None:
 def test_values_that_are_not_finite_are_no_values() -> None:
     rows = [{"step": 1, METRIC: 0.5}, {"step": 2, METRIC: None}, {"step": 3, METRIC: float("nan")}]
     (group,) = fold([RunRecord("x", {}, rows)])
-    assert group.best(METRIC) == group.last(METRIC) == Spread(0.5, None, 1)
+    assert group.best(METRIC) == Spread(0.5, None, 1)
     assert group.best("eval/dev/cosine_accuracy_threshold") is None
     assert group.best("eval/none") is None
+
+
+def test_a_run_that_ended_in_nan_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its last score is none of those before; sums and steps are not asked."""
+    rows = [{"step": 1, METRIC: 0.5, "train/rows_seen": 9}, {"step": 2, METRIC: None}, {"step": 3, "train/loss": 1.0}]
+    lost = [{"step": 0, METRIC: 0.9}, {"step": 1, METRIC: None}]
+    runs = [RunRecord(f"/r/s{i}", {"lr": 1, "seed_everything": i}, rows) for i in (1, 2)]
+    groups = fold([*runs, RunRecord("/r/lost", {"lr": 2}, lost)])
+    ends = [group.last(METRIC) for group in groups]
+    assert [math.isnan(end.mean) for end in ends if end] == [True, True]
+    assert [shown(end) for end in ends] == ["nan", "nan"]
+    assert cost(groups[0]).rows == Spread(9.0, 0.0, 2)
+    print_comparison(groups, Console(width=100))
+    table = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.strip()}
+    assert re.search(r"↑ +0\.5000 ± 0\.0000 \(nan\) +nan$", table[METRIC].rstrip())
 
 
 def test_runs_without_a_config_are_not_taken_for_seeds() -> None:

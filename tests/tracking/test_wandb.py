@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -193,7 +194,6 @@ def test_offline_runs_of_one_directory_are_one_run(tmp_path: Path) -> None:
     assert [path for path in stored if b"SECRET" in path.read_bytes()] == []
 
 
-def test_a_run_stores_the_rows_of_its_metrics_file(
 @pytest.mark.parametrize("back_at", [10, 20])
 def test_a_run_of_the_server_forgets_what_it_took_back(back_at: int) -> None:
     """Killed behind step 30, it went on from a checkpoint: what stays in metrics.jsonl is what stays here. The server
@@ -215,6 +215,7 @@ def test_a_run_of_the_server_forgets_what_it_took_back(back_at: int) -> None:
     assert [(row["step"], row["eval/dev/x"]) for row in record_of(run).rows] == expected
 
 
+def test_a_run_stores_the_rows_of_its_metrics_file(
     no_wandb_settings: Path, tiny_encoder: Path, demo_texts: list[str]
 ) -> None:
     """A real run through the trainer; the config is that of the run directory."""
@@ -259,6 +260,35 @@ def test_a_run_of_the_server_forgets_what_it_took_back(back_at: int) -> None:
     stored = {entry["path"] for entry in model["manifest"]["contents"]}
     assert stored == {path.name for path in (run_dir / "last").iterdir()}
     assert (run_dir / "wandb" / "artifacts").is_dir(), "what waits to be sent lies elsewhere"
+
+
+def test_a_run_that_ended_in_nan_says_so(no_wandb_settings: Path) -> None:
+    """The summary and the table have neither the score of the base as the best nor an earlier score as the last."""
+    import wandb
+
+    run_dir, better = no_wandb_settings / "run", {"dev": [0.5, 0.8, math.nan], "lost": [0.9, math.nan, math.nan]}
+    run_dir.mkdir()
+    logger = make_logger(Tracking(wandb="offline"), run_dir)
+    assert logger is not None
+    for place, step in enumerate((0, 10, 20)):
+        row = {f"eval/{name}/x": scores[place] for name, scores in better.items()}
+        written = {name: None if math.isnan(value) else value for name, value in row.items()}
+        with open(run_dir / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": step, **written}) + "\n")
+        logger.log_metrics(row, step)
+    logger.finalize("success")
+    wandb.finish()
+    (fragment,) = run_dir.glob("wandb/offline-run-*/*.wandb")
+    finished_records(fragment)
+    summary = json.loads(inspect(fragment, "--summary"))["summary"]
+    # W&B's reader writes a nan as null.
+    assert summary["eval/dev/x"] == {"max": 0.8, "last": None}
+    assert summary["eval/lost/x"] == {"max": None, "last": None}
+    (path,) = run_dir.glob("wandb/offline-run-*/files/media/table/evaluations*.json")
+    assert json.loads(path.read_text())["data"] == [
+        ["dev", "x", 0.5, 0.8, 10, None],
+        ["lost", "x", 0.9, None, None, None],
+    ]
 
 
 def test_a_run_of_the_server_reads_as_its_file(tmp_path: Path) -> None:

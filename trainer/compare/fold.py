@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Optional
 
-from trainer.tracking.runs import RunRecord, best, last, number
+from trainer.tracking.runs import RunRecord, best, final, last, number
 
 # Of a config: the seed, and where a run lies and how it is watched.
 _NOT_COMPARED = re.compile(
@@ -87,7 +87,8 @@ class Group:
         return Spread.of(found[0] if (found := best(run.rows, metric)) else None for run in self.runs)
 
     def last(self, metric: str) -> Optional[Spread]:
-        return Spread.of(last(run.rows, metric) for run in self.runs)
+        """Of what each run ended in; its mean is nan where one ended so."""
+        return Spread.of(final(run.rows, metric) for run in self.runs)
 
     def curve(self, metric: str, axis: str) -> list[Point]:
         """The steps that all runs have (where there is none, that any has), in their order."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ def metric(value: Optional[Spread]) -> str:
     """Four decimals, as metrics are published."""
     if value is None:
         return "–"
-    spread = f" ± {value.deviation:.4f}" if value.deviation is not None else ""
+    spread = "" if value.deviation is None or math.isnan(value.mean) else f" ± {value.deviation:.4f}"
     return f"{value.mean:.4f}{spread}{_of_runs(value)}"
 
 

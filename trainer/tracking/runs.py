@@ -91,8 +91,14 @@ def best(rows: Iterable[Row], metric: str) -> Optional[tuple[float, int]]:
 
 
 def last(rows: Sequence[Row], name: str) -> Optional[float]:
-    """The last value that was logged."""
+    """The last finite value that was logged: of a sum or a position."""
     return next((value for row in reversed(rows) if (value := number(row, name)) is not None), None)
+
+
+def final(rows: Sequence[Row], metric: str) -> Optional[float]:
+    """What a metric ended in: nan where its last row has no finite value."""
+    row = next((row for row in reversed(rows) if metric in row), None)
+    return None if row is None else math.nan if (value := number(row, metric)) is None else value
 
 
 def read_run_dir(folder: Path) -> RunRecord:

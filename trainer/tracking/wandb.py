@@ -1,5 +1,6 @@
 """Weights & Biases. Only this file imports `wandb`, and only in a run that is tracked."""
 
+import math
 import os
 import secrets
 import shlex
@@ -22,7 +23,7 @@ from trainer.files import write_whole
 from trainer.interruption import shielded
 from trainer.tracking.direction import direction
 from trainer.tracking.redact import redact, redact_arguments
-from trainer.tracking.runs import METRICS_FILE, STEP, Row, best, last, read_log
+from trainer.tracking.runs import METRICS_FILE, STEP, Row, best, final, read_log
 from trainer.tracking.wandb_mode import choose_mode, has_key
 
 ID_FILE = "wandb_id"
@@ -175,8 +176,9 @@ class RunLogger(WandbLogger):
     def _finish_summary(self, rows: Sequence[Row]) -> None:
         """Best and last values of the run."""
         for name in dict.fromkeys(name for row in rows for name in row):
-            if top := best(rows, name):
-                self.experiment.summary.update({name: {direction(name): top[0], "last": last(rows, name)}})
+            if which := direction(name):
+                top = best(rows, name) or (math.nan, None)
+                self.experiment.summary.update({name: {which: top[0], "last": final(rows, name)}})
 
     def _log_evaluations(self, rows: Sequence[Row]) -> None:
         """The table of all evaluations: a row for each metric."""
@@ -188,7 +190,10 @@ class RunLogger(WandbLogger):
             found = [row[name] for row in rows if row.get(name) is not None]
             if found:
                 one, _, metric = name.removeprefix("eval/").rpartition("/")
-                table.add_data(one, metric, found[0], *(best(rows, name) or (None, None)), found[-1])
+                end = final(rows, name)
+                # W&B would write nan as it is, which is no JSON.
+                end = None if end is None or math.isnan(end) else end
+                table.add_data(one, metric, found[0], *(best(rows, name) or (None, None)), end)
         if names:
             self.experiment.log({"evaluations": table, STEP: rows[-1]["step"]})
 
