@@ -176,6 +176,7 @@ def test_a_group_without_the_set_takes_no_part() -> None:
         ({"data": {"train": [{"path": "a"}]}}, {"data": {"train": [{"path": "b"}]}}, ["training data"]),
         ({"model": {"teacher": None}}, {"model": {"teacher": {"backbone": "t"}}}, ["teachers"]),
         ({"model": {"loss": {"class_path": "A"}}}, {"model": {"loss": {"class_path": "B"}}}, ["losses"]),
+        ({"trainer": {"log_every_n_steps": 1}}, {"trainer": {"log_every_n_steps": 10}}, ["logging intervals"]),
         ({"model": {"losses": None}}, {"model": {"losses": {"a": {"class_path": "B"}}}}, ["losses"]),
         ({"model": {"learning_rate": 1e-4}}, {"model": {"learning_rate": 1e-5}}, []),
         ({"data": {"num_workers": 0}}, {"data": {"num_workers": 2}}, []),

@@ -17,6 +17,7 @@ _OF_LOSS = {
     "losses": r"model\.loss(es)?",
     "teachers": r"model\.teacher",
     "batch sizes": r"data\.batch_size",
+    "logging intervals": r"trainer\.log_every_n_steps",  # of noisier means the lowest is lower
     "training data": r"data\.(train|max_rows|mixing|no_duplicates)",
 }
 # Of a validation set: prompts are the encoder's side, as model.encoder.prompt is; a bad row ends a run or is in no set.
