@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 
-from tests.tracking.small_run import make_parts, make_trainer, write_rows
+from tests.tracking.small_run import BATCH, make_parts, make_trainer, write_rows
 from trainer import manifest
 from trainer.checkpoint import Checkpoints, DirectoryCheckpointIO
 from trainer.evaluation.runner import Evaluation
@@ -59,10 +60,12 @@ def fit(
     ckpt: Path | None = None,
     keep: int = 1,
     monitor: str = "auto",
+    batch_size: int = BATCH,
     **options: Any,
 ) -> Trainer:
     """12 steps, evaluated and saved at each second one."""
     module, data = make_parts(encoder, rows[0], rows[1:])
+    data.batch_size = batch_size
     callbacks = [*more, MetricsLog(), Scores(values), Checkpoints(2, keep, monitor)]
     options = {"val_check_interval": 2, "enable_checkpointing": True, **options}
     trainer = make_trainer(run_dir, callbacks, plugins=[DirectoryCheckpointIO()], **options)
@@ -154,6 +157,37 @@ def test_the_patience_of_a_run_that_goes_on_is_the_one_it_is_given(
     assert fit(tmp_path, tiny_encoder, rows, {}, stop(1), ckpt=last, **options).global_step == 12
     assert f"EarlyStopping ended the run at step 12: {METRIC} was not better for 1 evaluations; to go on" in caplog.text
     assert fit(tmp_path, tiny_encoder, rows, {}, stop(100), ckpt=last, **options).global_step == 24
+
+
+@pytest.mark.parametrize("stopped_at", [1, 5, 6, 7, 11, 12])
+def test_a_run_that_a_callback_stopped_goes_on_to_its_planned_end(
+    tmp_path: Path, tiny_encoder: Path, rows: list[Path], stopped_at: int
+) -> None:
+    """In the first epoch, in the second or between them: the weights are those of a run that nothing stopped."""
+    whole = fit(tmp_path / "whole", tiny_encoder, rows, {})
+    assert whole.global_step == 12
+    stopped = fit(tmp_path / "stopped", tiny_encoder, rows, {}, StopAt(stopped_at))
+    assert stopped.global_step == stopped_at
+    resumed = fit(tmp_path / "stopped", tiny_encoder, rows, {}, ckpt=manifest.newest(tmp_path / "stopped"))
+    assert resumed.global_step == 12
+    one, other = (trainer.lightning_module.state_dict() for trainer in (whole, resumed))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+@pytest.mark.parametrize(
+    ("before", "step", "after", "planned"),
+    [(4, 2, 2, 22), (4, 8, 2, 22), (2, 6, 4, 12), (2, 12, 4, 12), (4, 8, 8, 8), (2, 8, 8, 8)],
+)
+def test_another_batch_size_ends_at_the_steps_it_plans(
+    tmp_path: Path, tiny_encoder: Path, rows: list[Path], before: int, step: int, after: int, planned: int
+) -> None:
+    """22 rows twice: the step may lie in another epoch than by the new count, and behind the planned end or on it."""
+    stopped = fit(tmp_path, tiny_encoder, rows, {}, StopAt(step), batch_size=before)
+    assert stopped.global_step == step
+    resumed = fit(tmp_path, tiny_encoder, rows, {}, ckpt=manifest.newest(tmp_path), batch_size=after)
+    assert resumed.global_step == max(step, planned)
+    assert manifest.newest(tmp_path) == tmp_path / "checkpoints" / f"step-{max(step, planned):08d}"
 
 
 def test_the_best_step_of_another_run_is_none_of_this_one(tmp_path: Path, tiny_encoder: Path, rows: list[Path]) -> None:

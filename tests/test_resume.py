@@ -163,6 +163,23 @@ def test_a_run_from_the_checkpoint_of_another_is_one_of_its_own_on_wandb(config:
     assert sent[base].isdisjoint(sent[fork])
 
 
+def test_early_stopped_in_mid_epoch_and_going_on(undisturbed: Undisturbed, config: Path) -> None:
+    """Stopped at step 10 of 11 of its first epoch, by itself; with more patience it ends as if nothing had been."""
+    devices, reference = undisturbed(2)
+    run_dir = config.parent / "early-stopped"
+    watch = {"monitor": "eval/dev/spearman_cosine", "mode": "max", "min_delta": 5.0}
+    named = (f"--trainer.callbacks.{key}={value}" for key, value in watch.items())
+    stop = ("--trainer.callbacks+=EarlyStopping", *named)
+    flags = (*devices, "--data.num_workers", "2", *stop)
+    stopped = fit(config, run_dir, *flags, "--trainer.callbacks.patience=1")
+    assert stopped.returncode == 0, stopped.stderr
+    assert list(losses(run_dir)) == list(range(1, 11))
+    resumed = fit(config, run_dir, *flags, "--trainer.callbacks.patience=100", "--ckpt_path", "auto")
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_end(reference, run_dir)
+    assert losses(run_dir) == losses(reference)
+
+
 @pytest.mark.parametrize("stage", [pytest.param(1, marks=SLOW), pytest.param(2, marks=SLOW), 3])
 def test_zero_writes_what_ddp_writes(undisturbed: Undisturbed, config: Path, stage: int) -> None:
     """Through the command line, which starts the ranks: the same checkpoint, log and model folder, dropout on."""

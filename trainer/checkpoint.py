@@ -1,6 +1,8 @@
 """Checkpoints: when they are written, and through which door they pass.
 
-All are written at a step boundary, in ``on_train_batch_end``: the one place from which Lightning resumes exactly.
+All are written at a step boundary: in ``on_train_batch_end``, from which Lightning resumes exactly, or in
+``on_train_end`` where a run stops early. There Lightning has counted the epoch as a whole one, so steps end a run, not
+its epochs (`EmbeddingModule.on_fit_start`).
 """
 
 import logging

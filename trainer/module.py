@@ -293,6 +293,12 @@ class EmbeddingModule(LightningModule):
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def on_fit_start(self) -> None:
+        """Steps end a run, and Lightning counts no epochs: an epoch that an early stop has cut counts as a whole one in
+        its checkpoints, and one of another batch size has another length."""
+        loop, steps = self.trainer.fit_loop, self.num_training_steps
+        loop.max_epochs, loop.epoch_loop.max_steps = -1, steps
+
     def on_train_start(self) -> None:
         """What the config says about the optimizer counts, not what a checkpoint says: a resume refuses differences,
         and those that are allowed must not vanish in silence. The same config gives the same numbers, bit for bit."""

@@ -213,6 +213,8 @@ class PairData(LightningDataModule):
             raise ValueError(f"{what}, so it can't be mixed with other sources; convert it to Parquet")
         if self.trainer is not None and self.trainer.max_steps < 1:
             raise ValueError(f"{what}; set trainer.max_steps")
+        # Now: what ends the run is less where limit_train_batches leaves a part of it.
+        self._stream_steps = self.trainer.max_steps if self.trainer is not None else -1
         self.stream = OpaqueStream(source, self.text_of(source), self.seed, self.max_rows)
         self.stream.warn()
 
@@ -276,8 +278,7 @@ class PairData(LightningDataModule):
         """Steps that the rows give; of a stream, which has no end, those of the run."""
         if self.stream is None:
             return self.order.steps_per_epoch
-        assert self.trainer is not None
-        return self.trainer.max_steps
+        return self._stream_steps
 
     @property
     def steps_per_epoch(self) -> int:
