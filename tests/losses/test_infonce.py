@@ -183,6 +183,7 @@ def test_every_direction_leaves_out_what_is_no_negative(max_whole: int) -> None:
     [
         ({"directions": ["doc_to_query"]}, "InfoNCE directions are doc_to_query; add query_to_doc"),
         ({"directions": ALL, "partition": "per_direction"}, "doc_to_doc and query_to_query have no positive to find"),
+        ({"directions": (*ALL, "doc_to_query")}, "directions name doc_to_query more than once; name each once"),
         ({"hardness": "hard_negatives"}, "hardness is hard_negatives and hardness_strength 0: set both"),
         ({"hardness_strength": 2.0}, "hardness is None and hardness_strength 2: set both"),
     ],

@@ -69,6 +69,8 @@ class InfoNCE(Loss):
         refuse_not_positive("InfoNCE scale", scale)
         if "query_to_doc" not in directions:
             raise ValueError(f"InfoNCE directions are {', '.join(directions)}; add query_to_doc, it holds the positive")
+        if twice := sorted({direction for direction in directions if directions.count(direction) > 1}):
+            raise ValueError(f"InfoNCE directions name {' and '.join(twice)} more than once; name each once")
         without = sorted({"query_to_query", "doc_to_doc"} & set(directions))
         if partition == "per_direction" and without:
             raise ValueError(
