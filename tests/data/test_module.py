@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -148,6 +149,15 @@ def test_what_round_robin_leaves_out_is_said(
 def test_a_weight_that_is_no_share_is_refused(weight: float) -> None:
     with pytest.raises(ValueError, match=f"x.jsonl: weight is {weight:g}; it must be above 0"):
         PairData([Source("x.jsonl", COLUMNS, weight=weight)], EncoderSpec("x"))
+
+
+@pytest.mark.parametrize("mixing", ["proportional", "round_robin"])
+def test_a_weight_that_nothing_reads_is_refused(mixing: Any) -> None:
+    sources = [Source("x.jsonl", COLUMNS, weight=9.0), Source("y.jsonl", COLUMNS)]
+    wanted = rf"x.jsonl: weight is 9, which counts under data\.mixing weighted alone, and data\.mixing is {mixing}; set"
+    with pytest.raises(ValueError, match=wanted):
+        PairData(sources, EncoderSpec("x"), mixing=mixing)
+    PairData(sources, EncoderSpec("x"), mixing="weighted")
 
 
 def test_all_negatives_of_a_list_are_for_validation() -> None:

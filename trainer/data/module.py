@@ -103,6 +103,11 @@ class PairData(LightningDataModule):
                 )
             if not (math.isfinite(source.weight) and source.weight > 0):
                 raise ValueError(f"{source.path}: weight is {source.weight:g}; it must be above 0")
+            if mixing != "weighted" and source.weight != 1.0:
+                raise ValueError(
+                    f"{source.path}: weight is {source.weight:g}, which counts under data.mixing weighted alone, and "
+                    f"data.mixing is {mixing}; set data.mixing to weighted, or leave weight out"
+                )
             if source.max_negatives is None:
                 raise ValueError(f"{source.path}: max_negatives null is for data.validation; give a number")
             if document_encoder is not None and "anchor" not in source.text_columns:

@@ -61,7 +61,7 @@ class Source:
         max_lengths: text column -> pieces kept of each of its texts while training, special ones included (anchor: 64);
             unset: model.encoder.max_length.
         loss: which of model.losses trains on this source; unset: model.loss.
-        weight: share of the steps under data.mixing weighted.
+        weight: share of the steps under data.mixing weighted; elsewhere there is none.
         streaming: read while training instead of first. Parquet and Arrow files, here, on the hub or at an address of
             fsspec (s3://...), keep an order that resumes anywhere; other files are read from front to back.
     """
