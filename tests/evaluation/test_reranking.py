@@ -103,6 +103,12 @@ def test_neither_labels_nor_negatives() -> None:
         Reranking().score(torch.randn(4, 3), {"anchor": ["q"] * 2, "positive": ["a", "b"]})
 
 
+def test_a_label_beside_negatives_is_refused_when_the_set_is_opened() -> None:
+    rows = {"anchor": ["q"] * 2, "positive": ["good", "bad"], "label": [1, 0], "negative": ["n1", "n2"]}
+    with pytest.raises(ValueError, match=r"a label and negative, but a positive .*; leave one of the two out"):
+        Reranking().refuse_rows(rows)
+
+
 def test_grades_are_gains() -> None:
     """One query: ndcg by scikit-learn from the grades, map and mrr from grades above 0."""
     angles = np.deg2rad([10, 20, 30, 40])

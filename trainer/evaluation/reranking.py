@@ -35,7 +35,13 @@ class Reranking(Evaluator):
         self.primary = f"ndcg@{at}"
 
     def refuse_rows(self, rows: Rows) -> None:
-        if not _negatives(rows) and "label" not in _names(rows):
+        negatives = _negatives(rows)
+        if negatives and "label" in _names(rows):
+            raise ValueError(
+                f"Reranking: the set has a label and {negatives[0]}, but a positive beside negatives is relevant and "
+                "has no label; leave one of the two out of `columns`"
+            )
+        if not negatives and "label" not in _names(rows):
             raise ValueError(
                 "Reranking needs a label that says which candidates are relevant, or negatives; the set has "
                 f"{', '.join(_names(rows))}. Map one of them under `columns`"
