@@ -175,6 +175,10 @@ def test_scores_that_do_not_match_the_candidates(
     ("evaluator", "columns", "told"),
     [
         ("BinaryClassification", {"label": "l"}, "needs labels 0 and 1, both of them; the 20 rows hold 0, 1, 2"),
+        ("STS", {"score": "one"}, "Correlation needs at least two different scores; the 20 rows hold 1."),
+        ("LabelRetrieval", {"text": "a", "label": "own"}, "the 20 texts have 20 labels, each its own"),
+        ("Reranking", {"label": "one"}, "none of 20 queries has both relevant and other candidates"),
+        ("Reranking", {"label": "one", "negative": "b"}, "the set has a label and negative"),
         ("Reranking", {}, "needs a label that says which candidates are relevant, or negatives"),
         ("LabelAccuracy", {"label": "l"}, "LabelAccuracy asks InfoNCE for classes, which it does not tell"),
     ],
@@ -191,9 +195,10 @@ def test_a_set_that_its_evaluator_can_not_score(
 ) -> None:
     """Refused before a weight is read, by check as by fit."""
     monkeypatch.chdir(tmp_path)
-    rows = [{"a": t, "b": f"{t} x", "l": i % 3} for i, t in enumerate(demo_texts[:20])]
+    rows = [{"a": t, "b": f"{t} x", "l": i % 3, "one": 1, "own": i} for i, t in enumerate(demo_texts[:20])]
     path = write(tmp_path / "x.jsonl", rows)
-    held_out = [{"name": "dev", "path": str(path), "columns": {**PAIR, **columns}, "evaluator": evaluator}]
+    columns = columns if "text" in columns else {**PAIR, **columns}
+    held_out = [{"name": "dev", "path": str(path), "columns": columns, "evaluator": evaluator}]
     flags = [*common(tmp_path, tiny_encoder, "InfoNCE"), "--data.train", source(path, PAIR)]
     for command in ("check", "fit"):
         assert main([command, *flags, "--data.validation", json.dumps(held_out)]) == 1

@@ -109,6 +109,25 @@ def test_a_label_beside_negatives_is_refused_when_the_set_is_opened() -> None:
         Reranking().refuse_rows(rows)
 
 
+NO_CHOICE: dict[str, tuple[int, dict[str, list[Any]]]] = {
+    "all relevant": (1, {"anchor": ["q"] * 2, "positive": ["a", "b"], "label": [1, 2]}),
+    "none relevant": (2, {"anchor": ["q", "r"], "positive": ["a", "b"], "label": [0, 0]}),
+    "one each": (2, {"anchor": ["q", "r"], "positive": ["a", "b"], "label": [1, 0]}),
+    "no negatives": (1, {"anchor": ["q"] * 2, "positive": ["a", "b"], "negative_1": [None, None]}),
+    "positives again": (1, {"anchor": ["q"] * 2, "positive": ["a", "b"], "negative_1": ["b", None]}),
+}
+
+
+@pytest.mark.parametrize("case", NO_CHOICE)
+def test_a_set_without_a_choice_is_refused_when_it_is_opened(case: str) -> None:
+    num_queries, rows = NO_CHOICE[case]
+    wanted = f"none of {num_queries} queries has both relevant and other candidates"
+    with pytest.raises(ValueError, match=wanted):
+        Reranking().refuse_rows(rows)
+    with pytest.raises(ValueError, match=wanted):
+        Reranking().score(torch.randn(4 + sum(text is not None for text in rows.get("negative_1", [])), 3), rows)
+
+
 def test_grades_are_gains() -> None:
     """One query: ndcg by scikit-learn from the grades, map and mrr from grades above 0."""
     angles = np.deg2rad([10, 20, 30, 40])

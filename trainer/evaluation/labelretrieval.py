@@ -25,20 +25,20 @@ class LabelRetrieval(Evaluator):
     text_columns = ("text",)
     primary = "map@r"
 
+    def refuse_rows(self, rows: Rows) -> None:
+        labels = rows["label"][:]
+        if len(set(labels)) == len(labels):
+            raise ValueError(
+                f"LabelRetrieval: the {len(labels)} texts have {len(labels)} labels, each its own; "
+                "give two texts or more of a label"
+            )
+
     def score(self, embeddings_ND: Tensor, rows: Rows) -> dict[str, float]:
-        """
-        Raises:
-            ValueError: no two texts of one class.
-        """
+        self.refuse_rows(rows)
         (text_ND,) = self.split(embeddings_ND, rows)
         _, label_N, num_C = torch.tensor(rows["label"][:]).unique(return_inverse=True, return_counts=True)
         right_N = num_C[label_N] - 1
         asking = right_N.nonzero()[:, 0]
-        if not len(asking):
-            raise ValueError(
-                f"LabelRetrieval: the {len(label_N)} texts have {len(num_C)} labels, each its own; "
-                "give two texts or more of a label"
-            )
         total_3 = torch.zeros(3, dtype=torch.float64)
         depth = int(right_N.max())
         for query_Q in asking.split(_QUERIES):

@@ -46,6 +46,12 @@ class Reranking(Evaluator):
                 "Reranking needs a label that says which candidates are relevant, or negatives; the set has "
                 f"{', '.join(_names(rows))}. Map one of them under `columns`"
             )
+        kinds = _kinds(rows)
+        if all(len(found) == 1 for found in kinds.values()):
+            raise ValueError(
+                f"none of {len(kinds):,} queries has both relevant and other candidates; "
+                "check the label column, or the negatives, of this validation set"
+            )
 
     def texts(self, rows: Rows) -> list[str]:
         """Of two columns, then of the negatives that are there."""
@@ -67,11 +73,6 @@ class Reranking(Evaluator):
             precisions.append(average_precision_score(relevant, scores))
             ranks.append(1.0 / (found[0] + 1) if len(found) else 0.0)
             gains.append(ndcg_score([relevance], [scores], k=self.at))
-        if not ranks:
-            raise ValueError(
-                f"none of {len(queries):,} queries has both relevant and other candidates; "
-                "check the label column, or the negatives, of this validation set"
-            )
         return {
             "map": float(np.mean(precisions)),
             f"mrr@{self.at}": float(np.mean(ranks)),
@@ -102,6 +103,22 @@ class Reranking(Evaluator):
         for query, text, similarity in zip(anchors, positives, similarities, strict=True):
             by_text.setdefault(query, {})[text] = (1.0, similarity)
         return [list(candidates.values()) for candidates in by_text.values()]
+
+
+def _kinds(rows: Rows) -> dict[str, set[bool]]:
+    """For each query whether its candidates are relevant, and whether some are not."""
+    anchors, kinds = rows["anchor"][:], dict[str, set[bool]]()
+    if names := _negatives(rows):
+        relevant = set(zip(anchors, rows["positive"][:], strict=True))
+        kinds = {query: {True} for query in anchors}
+        for name in names:
+            for query, text in zip(anchors, rows[name][:], strict=True):
+                if text is not None and (query, text) not in relevant:
+                    kinds[query].add(False)
+        return kinds
+    for query, label in zip(anchors, rows["label"][:], strict=True):
+        kinds.setdefault(query, set()).add(label > 0)
+    return kinds
 
 
 def _names(rows: Rows) -> list[str]:

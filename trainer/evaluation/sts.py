@@ -22,14 +22,18 @@ class STS(Evaluator):
     text_columns = ("anchor", "positive")
     primary = "spearman_cosine"
 
-    def score(self, embeddings_ND: Tensor, rows: Rows) -> dict[str, float]:
-        anchor_BD, positive_BD = self.split(embeddings_ND, rows)
+    def refuse_rows(self, rows: Rows) -> None:
         gold = np.asarray(rows["score"], dtype=np.float64)
         if len(gold) < 2 or np.ptp(gold) == 0:
             raise ValueError(
                 f"Correlation needs at least two different scores; the {len(gold)} rows hold "
                 f"{len(np.unique(gold))}. Check the score column and score_range of this validation set."
             )
+
+    def score(self, embeddings_ND: Tensor, rows: Rows) -> dict[str, float]:
+        self.refuse_rows(rows)
+        anchor_BD, positive_BD = self.split(embeddings_ND, rows)
+        gold = np.asarray(rows["score"], dtype=np.float64)
         metrics: dict[str, float] = {}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConstantInputWarning)
