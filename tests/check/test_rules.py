@@ -146,6 +146,12 @@ CASES: dict[str, list[tuple[str, str, dict[str, Any], dict[str, Any]]]] = {
             {"loss": Matryoshka(Triplet(5.0), [8])},
             {"loss": BatchHardTriplet("soft")},
         ),
+        (  # scaled to length 1 by Matryoshka, not by the backbone; a sum beside it is not
+            "warning",
+            "Triplet asks for a margin of 5, but these distances are at most 2",
+            {"loss": WeightedSum([Matryoshka(WeightedSum([Triplet(5.0)]), [8]), InfoNCE()]), "normalized": False},
+            {"loss": WeightedSum([Matryoshka(InfoNCE(), [8]), Triplet(5.0)]), "normalized": False},
+        ),
     ],
     "few_rows_many_epochs": [
         (

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from trainer.check.finding import INFONCE, Finding, Severity, Situation, name_of
 from trainer.data.facts import ScoreFacts
+from trainer.losses.matryoshka import Matryoshka
 
 
 def constant_labels(situation: Situation) -> Iterator[Finding]:
@@ -119,8 +120,12 @@ def few_positives(situation: Situation) -> Iterator[Finding]:
 
 
 def unreachable_margin(situation: Situation) -> Iterator[Finding]:
-    for loss in dict.fromkeys(part for used in situation.losses for part in used.parts()):
-        limit, margin = loss.margin_limit(situation.normalized), getattr(loss, "margin", None)
+    parts = list(dict.fromkeys(part for used in situation.losses for part in used.parts()))
+    # Matryoshka scales what it cuts to length 1, whatever the backbone does.
+    scaled = {part for whole in parts if isinstance(whole, Matryoshka) for part in whole.parts()}
+    for loss in parts:
+        limit = loss.margin_limit(situation.normalized or loss in scaled)
+        margin = getattr(loss, "margin", None)
         if limit is not None and margin is not None and margin >= limit:
             yield Finding(
                 "unreachable_margin", "warning", "",
