@@ -45,6 +45,22 @@ def test_equals_sentence_transformers(name: str, weights: list[float] | None) ->
     assert_equals_peer(ours, peer, columns, targets_of(12, **known), peer_labels=labels)
 
 
+@pytest.mark.parametrize("dims", [[16, 8], [8], [D, 8], [D]])
+def test_a_whole_that_is_not_trained_is_said(dims: list[int], caplog: pytest.LogCaptureFixture) -> None:
+    """Once, where sentence-transformers warns too."""
+    Matryoshka(InfoNCE(), dims).build(D)
+    ours = [record.message for record in caplog.records if record.name == "trainer.losses.matryoshka"]
+    caplog.clear()
+    peers.MatryoshkaLoss(_Model(), peers.MultipleNegativesRankingLoss(_Model()), dims)
+    theirs = [record.message for record in caplog.records]
+    assert len(ours) == len(theirs) == (D not in dims)
+    for message in ours:
+        assert message == (
+            f"Matryoshka dims are {dims}, but embeddings have 24 dimensions: the whole of them is not trained; add 24, "
+            f"or use no more than the first {max(dims)} values"
+        )
+
+
 def test_heads_are_made_for_each_dimension() -> None:
     loss = Matryoshka(Softmax(num_labels=3), [8, 4])
     loss.build(D)

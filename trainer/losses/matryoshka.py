@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from typing import Any, Optional, cast
@@ -11,7 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainer.batch import Targets
+from trainer.distributed import gather
 from trainer.losses.base import Loss, refuse_not_positive
+
+logger = logging.getLogger(__name__)
 
 
 class Matryoshka(Loss):
@@ -67,6 +71,13 @@ class Matryoshka(Loss):
             raise ValueError(
                 f"Matryoshka dims has {max(self.dims)}, but embeddings have {embedding_dimension} dimensions; take "
                 f"{embedding_dimension} and smaller ones"
+            )
+        if embedding_dimension not in self.dims:
+            gather.warn(
+                logger,
+                f"Matryoshka dims are {self.dims}, but embeddings have {embedding_dimension} dimensions: the whole "
+                f"of them is not trained; add {embedding_dimension}, or use no more than the first {max(self.dims)} "
+                "values",
             )
         for loss, dimension in zip(self._wrapped, self.dims, strict=True):
             loss.build(dimension)
