@@ -38,6 +38,17 @@ def test_no_warning_below_the_limit(caplog: pytest.LogCaptureFixture) -> None:
     assert not warnings_for([*losses, limit - 0.001, -5.0, math.nan], caplog)
 
 
+@pytest.mark.parametrize(
+    ("still", "rise", "warned"),
+    [(0.0, 0.002, 0), (2.0, 1e-7, 0), (2.0, 0.01, 0), (2.0, 0.5, 1), (1e-3, 4e-3, 1), (0.0, 2.0, 1), (-2.0, 0.5, 1)],
+)
+def test_a_loss_that_stands_still_does_not_jump_by_rounding(
+    still: float, rise: float, warned: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """25 logs without any deviation, then one above them: of a solved task, or of collapsed embeddings."""
+    assert len(warnings_for([still] * 25 + [still + rise], caplog)) == warned
+
+
 def test_no_warning_before_there_are_enough_logs(caplog: pytest.LogCaptureFixture) -> None:
     losses = list(np.random.default_rng(0).normal(1.0, 0.1, size=19))
     assert not warnings_for([*losses, 100.0], caplog)

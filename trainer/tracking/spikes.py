@@ -13,11 +13,13 @@ from trainer.distributed import gather
 logger = logging.getLogger(__name__)
 
 NUM_LOGS, MIN_LOGS, NUM_DEVIATIONS = 50, 20, 6.0
+# Of the mean, of a mean of 0 the value itself: a loss that stands still has no deviation, and rounding would count.
+LEAST_RISE = 0.01
 
 
 class LossSpikes:
     """Listens to the metrics log: one warning when `train/loss` leaves the mean of the last 50 logs by more than
-    6 standard deviations upwards, and none again before it has come back."""
+    6 standard deviations and a hundredth of itself upwards, and none again before it has come back."""
 
     def __init__(self) -> None:
         self._losses: deque[float] = deque(maxlen=NUM_LOGS)
@@ -29,7 +31,8 @@ class LossSpikes:
             return
         if len(self._losses) >= MIN_LOGS:
             mean, deviation = statistics.fmean(self._losses), statistics.pstdev(self._losses)
-            was_high, self._high = self._high, loss > mean + NUM_DEVIATIONS * deviation
+            limit = mean + max(NUM_DEVIATIONS * deviation, LEAST_RISE * (abs(mean) or 1.0))
+            was_high, self._high = self._high, loss > limit
             if self._high and not was_high:
                 gather.warn(
                     logger,
