@@ -45,8 +45,9 @@ result, and absolute values are low. One thread of a CPU, bf16.
 - Every model is a folder that sentence-transformers loads, and its own evaluators score it (MAP@R, which it lacks, is
   `LabelRetrieval` over its embeddings). Mean and standard deviation over the seeds.
 - Settings were chosen on other rows (`--on tune`); these runs alone were scored on the dev set.
-- Rows/s are of the training alone; runs shared the machine, some with a test suite: rough figures, RESULTS.md of
-  `benchmarks` has the speed.
+- Rows/s of *published* and *ours* are rows by `train/wall_s`, which has the evaluations and checkpoints of the run in
+  it; those of ST are of its steps alone, for it ran without either. Runs shared the machine, some with a test suite:
+  rough figures, RESULTS.md of `benchmarks` has the speed.
 
 "Beats" means by more than two standard deviations, the larger of both sides.
 """
