@@ -199,6 +199,17 @@ def test_the_best_step_of_another_run_is_none_of_this_one(tmp_path: Path, tiny_e
     assert best_step(tmp_path / "second") == 8
 
 
+def test_a_run_that_ends_where_it_begins_leaves_its_checkpoint(
+    tmp_path: Path, tiny_encoder: Path, rows: list[Path]
+) -> None:
+    stop = lambda: EarlyStopping(METRIC, mode="max", patience=1)  # noqa: E731
+    assert fit(tmp_path, tiny_encoder, rows, {2: 0.5}, stop()).global_step == 4
+    last = tmp_path / "checkpoints" / "step-00000004"
+    before = [(path.name, path.stat().st_ino, path.stat().st_mtime_ns) for path in sorted(last.iterdir())]
+    assert fit(tmp_path, tiny_encoder, rows, {}, stop(), ckpt=last).global_step == 4
+    assert before == [(path.name, path.stat().st_ino, path.stat().st_mtime_ns) for path in sorted(last.iterdir())]
+
+
 def test_a_state_that_would_not_be_read_is_not_written(tmp_path: Path, tiny_encoder: Path, rows: list[Path]) -> None:
     with pytest.raises(ValueError, match=r"step-00000002 would not be read again: it holds a pathlib\.PosixPath"):
         fit(tmp_path, tiny_encoder, rows, {}, Odd())

@@ -6,6 +6,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,27 @@ def test_same_step_again_replaces_the_older_one(run_dir: Path) -> None:
     assert read_state(folder_of(run_dir, 9))["list"] == [2]
     assert problem(folder_of(run_dir, 9)) is None
     assert len(list((run_dir / "checkpoints").iterdir())) == 3
+
+
+KILLED_WHILE_REMOVING = """
+import os, shutil, signal, sys, torch
+from pathlib import Path
+from trainer.manifest import write_checkpoint
+def is_older(event, arguments):  # what python reports before it removes a folder
+    if event == "shutil.rmtree" and Path(arguments[0]).exists() and Path(arguments[0], "state.ckpt").exists():
+        os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(is_older)
+write_checkpoint({"state_dict": {"w": torch.zeros(3)}, "global_step": 9}, Path(sys.argv[1]), {"step": 9})
+"""
+
+
+def test_a_kill_while_the_older_one_is_removed_leaves_the_newer_one(run_dir: Path) -> None:
+    """The same step again: its folder is at no time the one that is being removed."""
+    command = [sys.executable, "-c", KILLED_WHILE_REMOVING, str(folder_of(run_dir, 9))]
+    killed = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert newest_valid(run_dir) == (folder_of(run_dir, 9), {})
+    assert torch.equal(read_state(folder_of(run_dir, 9))["state_dict"]["w"], torch.zeros(3))
 
 
 def test_best_is_a_name_not_a_copy(run_dir: Path) -> None:

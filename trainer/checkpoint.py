@@ -92,6 +92,9 @@ class Checkpoints(Checkpoint):
                 shutil.rmtree(left, ignore_errors=True)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        resumed, step = trainer.ckpt_path, trainer.global_step
+        if resumed is not None and Path(resumed).resolve() == self._folder(step).resolve():
+            self._saved_step = step  # a run that ends where it begins leaves the only checkpoint as it is
         measured = self._evaluation(trainer).last_metrics
         if trainer.global_step == 0 and self.monitor and measured and self.monitor not in measured:
             raise not_measured("checkpoint.monitor", self.monitor, measured)
@@ -143,7 +146,7 @@ class Checkpoints(Checkpoint):
             ValueError: it can't be written, or a weight is not finite; on all ranks alike.
         """
         step = trainer.global_step
-        folder = self.run_dir / "checkpoints" / f"step-{step:08d}"
+        folder = self._folder(step)
         if step == self._saved_step and not better:
             return folder
         log = next((c for c in trainer.callbacks if isinstance(c, MetricsLog)), None)  # type: ignore[attr-defined]
@@ -159,6 +162,9 @@ class Checkpoints(Checkpoint):
                 manifest.mark_best(self.run_dir, step)
             self._drop_old()
         return folder
+
+    def _folder(self, step: int) -> Path:
+        return self.run_dir / "checkpoints" / f"step-{step:08d}"
 
     def _evaluation(self, trainer: Trainer) -> Evaluation:
         return next(c for c in trainer.callbacks if isinstance(c, Evaluation))  # type: ignore[attr-defined]

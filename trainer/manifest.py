@@ -62,12 +62,15 @@ def write_checkpoint(content: Mapping[str, Any], folder: Path, about: Mapping[st
         files = {STATE: {"bytes": (partial / STATE).stat().st_size, "sha256": sha256_of(partial / STATE)}}
         manifest = {"format": FORMAT, **about, "files": files}
         write_whole(partial / MANIFEST, json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1))
+        aside = _aside(folder)
         if folder.exists():
-            # The same step once more, by a run that went on from an older checkpoint; a directory can't be renamed
-            # over another.
-            drop(folder)
+            # The same step once more, for now it is the best; a directory can't be renamed over another. Only renames
+            # lie between the two: to remove the older one takes long.
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(folder, aside)
         os.replace(partial, folder)
         flush_folder(folder.parent)
+        shutil.rmtree(aside, ignore_errors=True)
     except (OSError, RuntimeError) as error:  # torch's own writer turns a full disk into a RuntimeError
         shutil.rmtree(partial, ignore_errors=True)
         free = shutil.disk_usage(parent).free
@@ -193,9 +196,13 @@ def newest_valid(run_dir: Path) -> tuple[Path | None, dict[Path, str]]:
 
 def drop(folder: Path) -> None:
     """Remove a checkpoint; a kill meanwhile leaves no half of it under its name."""
-    aside = folder.with_name(f".{folder.name}.dropped")
+    aside = _aside(folder)
     os.replace(folder, aside)
     shutil.rmtree(aside)
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.dropped")
 
 
 def set_aside(run_dir: Path, step: int) -> list[Path]:
