@@ -72,6 +72,20 @@ def test_a_checkpoint_of_another_run_wants_a_fresh_directory(
         find_checkpoint(taken, "fit", run_dir, SLURM)
 
 
+def test_a_requeued_fit_does_not_go_back_again(run_dir: Path, tmp_path: Path) -> None:
+    """Started with a checkpoint of its own run, it goes there once; each requeue goes on from what came behind it."""
+    first = str(run_dir / "checkpoints/step-00000001")
+    for count in ("", "0"):
+        assert _step(find_checkpoint(first, "fit", run_dir, {**SLURM, "SLURM_RESTART_COUNT": count})) == 1
+    requeued = {**SLURM, "SLURM_RESTART_COUNT": "1"}
+    for wanted in (first, "best", "auto", None):
+        assert _step(find_checkpoint(wanted, "fit", run_dir, requeued)) == 3
+        assert _step(find_checkpoint(wanted, "fit", run_dir, {**requeued, **SECOND_RANK})) == 3
+    assert _step(find_checkpoint("best", "test", run_dir, requeued)) == 2
+    with pytest.raises(ConfigError, match="--ckpt_path best: there is no checkpoint in "):
+        find_checkpoint("best", "fit", tmp_path / "fresh", requeued)
+
+
 def test_a_fresh_fit_wants_a_fresh_directory(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError, match="already holds a run"):
         find_checkpoint(None, "fit", run_dir, FIRST)

@@ -19,7 +19,8 @@ def find_checkpoint(
     Args:
         wanted: ``auto``, the default of a fit under Slurm: the newest valid one of the run directory, and a fresh fit
             where there is none; ``best``: the one with the best metric; else a folder, which may be another run's:
-            a fit then goes on from it in a fresh directory, and a requeued job in the one that it has begun.
+            a fit then goes on from it in a fresh directory. A requeued fit, which is started by the same words again,
+            takes the newest of its directory, once there is one.
         command: fit, validate or test.
         run_dir: of the run; elsewhere than under Slurm, a fresh fit needs a fresh one.
         environ: of the process.
@@ -32,6 +33,11 @@ def find_checkpoint(
         ConfigError: there is no such checkpoint, it is damaged, or a fresh fit would write into a used directory.
     """
     is_first = is_first_rank(environ)
+    is_requeued = command == "fit" and environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
+    if is_requeued and newest(run_dir):
+        if is_first and wanted not in (None, "auto"):
+            print(f"note: a requeued job goes on from the newest checkpoint of {run_dir}, not from {wanted} again")
+        wanted = "auto"  # or what it has done since would be lost each time
     if wanted is None and command == "fit":
         if "SLURM_JOB_ID" in environ:
             wanted = "auto"
@@ -39,9 +45,6 @@ def find_checkpoint(
             refuse_used(run_dir)
     if wanted is None:
         return None
-    is_fork = command == "fit" and wanted not in ("auto", "best") and not is_of(run_dir, Path(wanted))
-    if is_fork and environ.get("SLURM_RESTART_COUNT", "0") not in ("", "0") and newest(run_dir):
-        wanted, is_fork = "auto", False
     if wanted == "auto":
         found = _newest_valid(run_dir, is_first)
         if found is None and (command != "fit" or allows):
@@ -56,6 +59,7 @@ def find_checkpoint(
     if reason := problem(path):
         name = f"{wanted} ({path})" if wanted == "best" else wanted
         raise ConfigError(f"--ckpt_path {name}: {reason}; auto takes the newest valid one of {run_dir}")
+    is_fork = command == "fit" and wanted != "best" and not is_of(run_dir, path)
     if is_fork and is_first:
         refuse_used(run_dir)
     if is_first and wanted == "best":
