@@ -86,6 +86,22 @@ def test_a_requeued_fit_does_not_go_back_again(run_dir: Path, tmp_path: Path) ->
         find_checkpoint("best", "fit", tmp_path / "fresh", requeued)
 
 
+def test_a_fork_that_ended_before_its_first_checkpoint_begins_again(run_dir: Path, tmp_path: Path) -> None:
+    """Its metrics lie behind the step and are dropped; rows before it would stay, and are of another run."""
+    taken = str(run_dir / "checkpoints/step-00000003")
+    fork = tmp_path / "runs" / "b"
+    (fork / "checkpoints" / ".step-00000006.partial").mkdir(parents=True)
+    requeued = {**SLURM, "SLURM_RESTART_COUNT": "1"}
+    for rows in ("", '{"step": 4, "train/loss": 0.1}\n{"step": 5, "tra'):
+        (fork / "metrics.jsonl").write_text(rows)
+        for environ in (FIRST, SLURM, requeued):
+            assert find_checkpoint(taken, "fit", fork, environ) == taken
+    (fork / "metrics.jsonl").write_text('{"step": 3, "train/loss": 0.1}\n{"step": 4, "train/loss": 0.1}\n')
+    for environ in (FIRST, SLURM, requeued):
+        with pytest.raises(ConfigError, match="already holds a run"):
+            find_checkpoint(taken, "fit", fork, environ)
+
+
 def test_a_fresh_fit_wants_a_fresh_directory(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError, match="already holds a run"):
         find_checkpoint(None, "fit", run_dir, FIRST)

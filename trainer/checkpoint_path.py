@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from trainer.config_files import ConfigError
-from trainer.manifest import best, newest, newest_valid, problem
+from trainer.manifest import best, newest, newest_valid, problem, read_manifest
 from trainer.run_dir import is_first_rank, refuse_used
+from trainer.tracking.runs import METRICS_FILE, read_log
 
 
 def find_checkpoint(
@@ -60,7 +61,7 @@ def find_checkpoint(
         name = f"{wanted} ({path})" if wanted == "best" else wanted
         raise ConfigError(f"--ckpt_path {name}: {reason}; auto takes the newest valid one of {run_dir}")
     is_fork = command == "fit" and wanted != "best" and not is_of(run_dir, path)
-    if is_fork and is_first:
+    if is_fork and is_first and not _is_left_of_fork(run_dir, read_manifest(path)["step"]):
         refuse_used(run_dir)
     if is_first and wanted == "best":
         print(f"checkpoint: {path}")
@@ -70,6 +71,12 @@ def find_checkpoint(
 def is_of(run_dir: Path, checkpoint: Path) -> bool:
     """Whether a checkpoint is of the run in this directory, not of one that another run goes on from."""
     return run_dir.resolve() in checkpoint.resolve().parents
+
+
+def _is_left_of_fork(run_dir: Path, step: int) -> bool:
+    """Whether what lies there is of a fit that began behind this step and ended before its first checkpoint: going on
+    drops it."""
+    return newest(run_dir) is None and all(row["step"] > step for row in read_log(run_dir / METRICS_FILE))
 
 
 def _others(run_dir: Path) -> str:
