@@ -315,6 +315,12 @@ BAD_FLAGS = {
     "model.max_tokens bounds the memory of one forward: set these two instead",
     "--trainer.overfit_batches 3": "flag --trainer.overfit_batches: trainer.overfit_batches stays 0: data decides "
     "which rows form a step: to see whether a few rows can be learnt, set data.max_rows",
+    **{
+        f"--trainer.fast_dev_run {value}": "flag --trainer.fast_dev_run: trainer.fast_dev_run stays false: the few "
+        "steps would stay as a run that the true one goes on from: to try a config, add --config "
+        "configs/hardware/debug.yaml"
+        for value in ("1", "true")
+    },
     "--trainer.limit_train_batches 0": "flag --trainer.limit_train_batches: trainer.limit_train_batches is 0; it must "
     "be above 0: to evaluate without training, run trainer validate",
     "--trainer.limit_train_batches=-1": "flag --trainer.limit_train_batches: trainer.limit_train_batches is -1; it "

@@ -85,6 +85,11 @@ FIXED: Mapping[str, tuple[Any, str]] = {
         0,
         "data decides which rows form a step: to see whether a few rows can be learnt, set data.max_rows",
     ),
+    "fast_dev_run": (
+        False,
+        "the few steps would stay as a run that the true one goes on from: to try a config, add "
+        "--config configs/hardware/debug.yaml",
+    ),
     "use_distributed_sampler": (False, "data decides which rows form a step, whatever the number of ranks"),
 }
 # trainer key -> what does what its zero seems to ask for
