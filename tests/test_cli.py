@@ -325,6 +325,11 @@ BAD_FLAGS = {
     "be above 0: to evaluate without training, run trainer validate",
     "--trainer.limit_train_batches=-1": "flag --trainer.limit_train_batches: trainer.limit_train_batches is -1; it "
     "must be above 0: to evaluate without training, run trainer validate",
+    **{
+        f"--trainer.{key}={value}": f"flag --trainer.{key}: trainer.{key} is {value}; it must be 1 or more, or -1 for "
+        "no limit: to evaluate without training, run trainer validate"
+        for key, value in (("max_epochs", 0), ("max_steps", 0), ("max_epochs", -2), ("max_steps", -5))
+    },
     "--trainer.val_check_interval 0": "flag --trainer.val_check_interval: trainer.val_check_interval is 0; it must be "
     "above 0: to never evaluate, set trainer.limit_val_batches: 0",
     "--trainer.val_check_interval 0.0": "flag --trainer.val_check_interval: trainer.val_check_interval is 0.0; it must "

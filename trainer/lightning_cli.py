@@ -167,11 +167,18 @@ class TrainerCLI(LightningCLI):
         self._refuse_limits(options.trainer)
 
     def _refuse_limits(self, limits: Any) -> None:
-        """What leaves no step between two evaluations or in an epoch, parts of a set, and clipping below 0."""
+        """What leaves no step in a run, in an epoch or between evaluations, parts of a set, and clipping below 0."""
         for key, instead in ABOVE_ZERO.items():
             value, place = limits[key], self.written.place(f"trainer.{key}")
             if isinstance(value, (int, float)) and not value > 0:
                 raise ConfigError(f"{place}: trainer.{key} is {value}; it must be above 0: {instead}")
+        for key in ("max_epochs", "max_steps"):
+            value, place = limits[key], self.written.place(f"trainer.{key}")
+            if value is not None and value < 1 and value != -1:  # 0 would end well, without a model
+                raise ConfigError(
+                    f"{place}: trainer.{key} is {value}; it must be 1 or more, or -1 for no limit: "
+                    f"{ABOVE_ZERO['limit_train_batches']}"
+                )
         for key in ("limit_val_batches", "limit_test_batches"):
             value, place = limits[key], self.written.place(f"trainer.{key}")
             if value not in (None, 0, 1.0) or (value == 1 and isinstance(value, int)):  # 1 is one batch, 1.0 is all
