@@ -560,6 +560,9 @@ def test_first_rank_is_known_before_any_process_group() -> None:
     assert not is_first_rank({"SLURM_PROCID": "1", "LOCAL_RANK": "0"})
     assert not is_first_rank({"LOCAL_RANK": "1"})
     assert not is_first_rank({"LOCAL_RANK": "0", "NODE_RANK": "1"})
+    torchrun = {"TORCHELASTIC_RUN_ID": "none", "SLURM_PROCID": "1", "GROUP_RANK": "0"}  # began on the second node
+    assert is_first_rank({**torchrun, "RANK": "0"})
+    assert not is_first_rank({**torchrun, "RANK": "1"})
     assert rank_name({"RANK": "5", "LOCAL_RANK": "1"}) == "5"
 
 
@@ -576,9 +579,9 @@ def test_fresh_fit_into_a_used_directory_is_refused(
         "used already holds a run; go on with it: --ckpt_path auto · or start anew beside it: "
         "--trainer.default_root_dir used-2"
     )
-    # The ranks that the first one starts find its directory in use: they go on, here to the missing backbone.
+    # The ranks that the first one starts find its directory in use: they go on, here to the count of the ranks.
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert refused(capsys, args, code=1).startswith("error (rank 1): model.encoder.backbone")
+    assert refused(capsys, args, code=1).startswith("error (rank 1): LOCAL_RANK=1 says that this process is not rank 0")
 
 
 # -- a run ------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ FLOORS = {
           trainer.cache_command trainer.check.command trainer.compare trainer.compare.*
           trainer.demo trainer.demo_data trainer.demo_encoder
           trainer.export trainer.export.* trainer.mine.columns trainer.mine.command trainer.predict.command
-          trainer.predict.flags""",
+          trainer.predict.flags trainer.trainer_refusals""",
     3: """trainer.module trainer.checkpoint trainer.data.module trainer.data.steps trainer.evaluation.runner
           trainer.evaluation.scoring trainer.evaluation.sharded
           trainer.check.callback trainer.check.probe trainer.check.render trainer.check.report

@@ -18,7 +18,6 @@ import yaml
 from jsonargparse import set_parsing_settings
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from trainer import interruption
@@ -30,6 +29,7 @@ from trainer.config_errors import check_written, explain
 from trainer.config_files import ConfigError, Written, clear_replaced_lists, replaced_lists
 from trainer.data.loading import fingerprint
 from trainer.data.module import PairData
+from trainer.distributed.launch import numbering
 from trainer.distributed.preemption import Preemption
 from trainer.distributed.watch import Watch
 from trainer.encoder.spec import EncoderSpec
@@ -44,6 +44,7 @@ from trainer.tracking.progress import Progress
 from trainer.tracking.redact import redact
 from trainer.tracking.results import RESULTS_NAME, TEST_NAME, print_results, write_results
 from trainer.tracking.wandb import RunLogger, Tracking, make_logger
+from trainer.trainer_refusals import refuse_ranks_apart
 
 # No value is built where any value fits. Naming a deny list, be it empty, turns jsonargparse's own one (os, subprocess,
 # pickle, importlib, ...) from a warning into a refusal.
@@ -267,13 +268,12 @@ class TrainerCLI(LightningCLI):
         plugins = self._get(self.config_init, "trainer").plugins or []
         self.checkpoint_io = DirectoryCheckpointIO()
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), self.checkpoint_io]
-        if SLURMEnvironment.detect():
-            # Lightning's requeue waits for all ranks inside a signal handler, and deadlocks (#21406)
-            kwargs["plugins"].append(SLURMEnvironment(auto_requeue=False))
         try:
+            kwargs["plugins"] += numbering()
             trainer = super().instantiate_trainer(**kwargs)
         except (TypeError, ValueError, MisconfigurationException) as error:
             raise ConfigError(f"the trainer can't be built from these settings: {error}") from error
+        refuse_ranks_apart(trainer)
         if (precision := str(trainer.precision)) not in PRECISIONS:
             place = self.written.place("trainer.precision")
             raise ConfigError(

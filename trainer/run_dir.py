@@ -95,6 +95,8 @@ def write_config(config: dict[str, Any], path: Path) -> None:
 
 def is_first_rank(environ: Mapping[str, str]) -> bool:
     """Whether this process is global rank 0, known before any process group: by what launchers set."""
+    if "TORCHELASTIC_RUN_ID" in environ:  # torchrun numbers by itself, whichever tasks of Slurm it runs in
+        return environ.get("RANK") == "0"
     return all(environ.get(name, "0") in ("0", "") for name in (*_RANKS, "NODE_RANK", "GROUP_RANK"))
 
 

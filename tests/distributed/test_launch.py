@@ -1,11 +1,12 @@
-"""How many ranks a command names."""
+"""How many ranks a command names, and who numbers them."""
 
 from __future__ import annotations
 
 import pytest
+from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning.fabric.utilities.device_parser import _normalize_parse_gpu_string_input as of_lightning
 
-from trainer.distributed.launch import device_count
+from trainer.distributed.launch import device_count, numbering
 
 
 @pytest.mark.parametrize("written", ["0,1", "3,", " 0, 5,7", "4", "-1"])
@@ -17,3 +18,37 @@ def test_devices_are_counted_as_lightning_reads_them(written: str) -> None:
 
 def test_devices_of_a_recipe() -> None:
     assert [device_count(one) for one in (2, [0, 3, 5], "[0, 3]", "auto", -1)] == [2, 3, 2, None, None]
+
+
+# What a real Slurm sets: in a job's script, in a step of two tasks under salloc, in its shell, behind srun --pty.
+SCRIPT = "SLURM_JOB_NAME=train SLURM_NTASKS=1 SLURM_PROCID=0"
+STEP = "SLURM_JOB_NAME=interactive SLURM_NTASKS=2 SLURM_STEP_NUM_TASKS=2 SLURM_NTASKS_PER_NODE=2 SLURM_PROCID=1"
+SHELL = "SLURM_JOB_NAME=train SLURM_NTASKS=2"
+TERMINAL = "SLURM_JOB_NAME=interactive SLURM_NTASKS=2 SLURM_STEP_NUM_TASKS=2 SLURM_PROCID=0 SLURM_PTY_PORT=40001"
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        ("", []),
+        (SCRIPT, [SLURMEnvironment]),
+        (f"{SCRIPT} TORCHELASTIC_RUN_ID=none", []),
+        (STEP, [SLURMEnvironment]),
+        (SHELL, [LightningEnvironment]),
+        (TERMINAL, []),
+    ],
+)
+def test_ranks_are_numbered_by_who_started_them(
+    said: str, expected: list[type], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in said.split():
+        monkeypatch.setenv(*variable.split("=", 1))
+    assert [type(one) for one in numbering()] == expected
+
+
+def test_tasks_without_their_number_on_a_node_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in STEP.split():
+        monkeypatch.setenv(*variable.split("=", 1))
+    monkeypatch.delenv("SLURM_NTASKS_PER_NODE")
+    with pytest.raises(ValueError, match="has started 2 tasks on 1 nodes; ask for them with --ntasks-per-node"):
+        numbering()

@@ -5,6 +5,7 @@ The nodes also own two GPUs in name only, to see without a GPU what the script m
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -65,6 +66,19 @@ def test_the_exactness_check_has_the_ranks_of_its_step(slurm: Slurm) -> None:
     )
     assert "2 ranks against 1 process: CosineSimilarity, 15 rows a step" in said
     assert "exact: pass" in said
+
+
+def test_tasks_under_salloc_are_the_ranks_of_one_run(slurm: Slurm) -> None:
+    """salloc calls its jobs interactive, which to Lightning means that nothing here is a rank."""
+    step = ["srun", "--nodes", "1", "--ntasks-per-node", "2", sys.executable, "-m", "trainer", "fit"]
+    flags = ["--trainer.accelerator", "cpu", "--trainer.max_steps", "1", "--trainer.default_root_dir", "runs/salloc"]
+    two = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    slurm.output(
+        ["salloc", "--nodes", "1", "--ntasks", "2", *step, "--config", "configs/pairs.yaml", *flags, *two],
+        MASTER_ADDR="127.0.0.1",
+    )
+    (manifest,) = (slurm.folder / "runs/salloc/checkpoints").glob("step-*/manifest.json")
+    assert json.loads(manifest.read_text())["ranks"] == 2
 
 
 def test_an_error_of_the_program_fails_the_job_with_its_code(slurm: Slurm) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.fabric import Fabric
-from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning.fabric.strategies import DDPStrategy
 from lightning.fabric.strategies.launchers import _SubprocessScriptLauncher
 
@@ -48,10 +48,8 @@ def start_ranks(accelerator: Accelerator, devices: int | None, nodes: int | None
 
 
 def _fabric(accelerator: Accelerator, devices: int | None, nodes: int | None) -> Fabric:
-    plugins: list[Any] = []
-    if SLURMEnvironment.detect():
+    if is_slurm_step():
         devices, nodes = slurm_shape(os.environ, devices, nodes)
-        plugins.append(SLURMEnvironment(auto_requeue=False))
     gpus = torch.cuda.device_count() if accelerator != "cpu" else 0
     if accelerator == "gpu" and not gpus:
         raise ValueError(f"--accelerator gpu: torch {torch.__version__} sees no GPU here; compare with nvidia-smi")
@@ -63,7 +61,7 @@ def _fabric(accelerator: Accelerator, devices: int | None, nodes: int | None) ->
         devices=num_devices,
         num_nodes=num_nodes,
         strategy=DDPStrategy(process_group_backend="gloo", timeout=_TIMEOUT) if num_devices * num_nodes > 1 else "auto",
-        plugins=plugins,
+        plugins=numbering(),
     )
 
 
@@ -76,6 +74,34 @@ def device_count(devices: int | str | Sequence[int]) -> int | None:
     if "," in text:
         return len([one for one in text.split(",") if one.strip()])
     return int(text) if text.isdigit() else None
+
+
+def is_slurm_step() -> bool:
+    """Whether the tasks of Slurm are the ranks: not those of torchrun, which numbers its own inside a task.
+
+    Lightning leaves out all jobs that are called interactive, as salloc calls them, or bash: each task of a step in
+    there would train on its own, in the folder of the others. Several tasks are ranks whatever the job is called; only
+    behind a shell (srun --pty) there is one process, however many tasks stand beside it.
+    """
+    if TorchElasticEnvironment.detect() or "SLURM_PROCID" not in os.environ:  # the shell of salloc is no task
+        return False
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
+    return SLURMEnvironment.detect() or (tasks > 1 and "SLURM_PTY_PORT" not in os.environ)
+
+
+def numbering() -> list[Any]:
+    """Plugins that say who numbers the ranks, where Lightning would be wrong about Slurm.
+
+    Raises:
+        ValueError: as `slurm_shape`.
+    """
+    if is_slurm_step():
+        slurm_shape(os.environ, None, None)
+        # Lightning's requeue waits for all ranks inside a signal handler, and deadlocks (#21406)
+        return [SLURMEnvironment(auto_requeue=False)]
+    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
+        return [LightningEnvironment()]  # the shell of salloc has Slurm's variables, but is no task
+    return []
 
 
 def slurm_shape(environ: Mapping[str, str], devices: int | None, nodes: int | None) -> tuple[int, int]:
@@ -104,7 +130,7 @@ def slurm_flags(given: Collection[str]) -> list[str]:
     Raises:
         ValueError: as `slurm_shape`.
     """
-    if not SLURMEnvironment.detect():
+    if not is_slurm_step():
         return []
     devices, nodes = slurm_shape(os.environ, None, None)
     found = {"trainer.devices": devices, "trainer.num_nodes": nodes}

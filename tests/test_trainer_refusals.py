@@ -1,0 +1,112 @@
+"""Settings of Lightning's Trainer that a run can't have: one sentence and exit code 2, before anything is written."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from trainer.cli import main
+from trainer.demo_data import write_pairs
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Every test works in a folder of its own, as a process that no launcher started."""
+    for name in [name for name in os.environ if name.startswith("SLURM_") or name.endswith("RANK")]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Path:
+    """A recipe of 3 steps on generated pairs."""
+    folder = tmp_path_factory.mktemp("recipe")
+    train, dev = write_pairs(folder, num_train=12, num_dev=6)
+    source = {"columns": {"anchor": "sentence1", "positive": "sentence2", "score": "score"}, "score_range": [0, 5]}
+    content = {
+        "model": {"encoder": {"backbone": str(tiny_encoder)}, "loss": "CosineSimilarity"},
+        "data": {
+            "train": [{"path": str(train), **source}],
+            "validation": [{"name": "dev", "path": str(dev), **source}],
+            "batch_size": 4,
+        },
+        "trainer": {"accelerator": "cpu", "devices": 1, "log_every_n_steps": 1, "default_root_dir": "run"},
+        "tracking": {"wandb": "off"},
+    }
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def refused(capsys: pytest.CaptureFixture[str], recipe: Path, *flags: str, code: int = 2) -> str:
+    """What `trainer fit` says on stderr when it refuses; nothing is trained."""
+    capsys.readouterr()
+    assert main(["fit", "--config", str(recipe), *flags]) == code
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    assert not Path("run").exists()
+    return said.strip()
+
+
+# -- ranks ------------------------------------------------------------------------------------------------
+
+TASK = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_LOCALID": "0", "SLURM_NODELIST": "n1"}
+
+
+def test_a_job_script_without_srun_has_one_rank(
+    recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning would train on one device and leave the others idle."""
+    for name, value in {**TASK, "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert refused(capsys, recipe, "--trainer.devices", "2", "--trainer.strategy", "ddp").endswith(
+        "trainer.devices 2 x trainer.num_nodes 1 is 2 rank(s), but Slurm has started 1: start it with slurm/train.sh, "
+        "or with srun --nodes 1 --ntasks-per-node 2; or set the two to what is started"
+    )
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_two_tasks_under_salloc_are_no_two_runs(
+    recipe: Path, rank: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both refuse: one that goes on alone would be another run than the one asked for."""
+    step = {"SLURM_JOB_NAME": "interactive", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2"}
+    task = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": rank, "SLURM_LOCALID": rank}
+    for name, value in {**TASK, **step, **task}.items():
+        monkeypatch.setenv(name, value)
+    said = refused(capsys, recipe)
+    assert ("is 1 rank(s), but Slurm has started 2: start it with" in said) == (rank == "0")  # the first one speaks
+
+
+def test_a_rank_that_does_not_count_itself_as_one_is_refused(
+    recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NODE_RANK", "1")
+    assert refused(capsys, recipe, code=1) == (
+        "error (rank 0): NODE_RANK=1 says that this process is not rank 0, but trainer.devices 1 x trainer.num_nodes 1 "
+        "makes it rank 0: set the two to what the launcher starts, or unset these variables"
+    )
+
+
+def test_torchrun_inside_a_job_script_starts_one_run_of_two_ranks(recipe: Path) -> None:
+    job = {"SLURM_JOB_NAME": "train", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "trainer"]
+    flags = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.max_steps", "1"]
+    done = subprocess.run(
+        [*command, "fit", "--config", str(recipe), *flags],
+        env={**os.environ, **TASK, **job},
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (manifest,) = Path("run/checkpoints").glob("step-*/manifest.json")
+    assert json.loads(manifest.read_text())["ranks"] == 2

@@ -1,0 +1,34 @@
+"""What Lightning's Trainer would take, and a run can't have: each is refused in one sentence."""
+
+from __future__ import annotations
+
+import os
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+
+from trainer.config_files import ConfigError
+from trainer.run_dir import is_first_rank
+
+
+def refuse_ranks_apart(trainer: Trainer) -> None:
+    """Processes that somebody else has started must be the ranks that the config asks for, and numbered as such: else
+    each would train on its own, into one folder."""
+    environment = trainer._accelerator_connector.cluster_environment
+    asked, started = trainer.num_devices * trainer.num_nodes, environment.world_size()
+    shape = f"trainer.devices {trainer.num_devices} x trainer.num_nodes {trainer.num_nodes}"
+    if asked != started:
+        who = "Slurm" if isinstance(environment, SLURMEnvironment) else "the launcher"
+        raise ConfigError(
+            f"{shape} is {asked} rank(s), but {who} has started {started}: start it with slurm/train.sh, or with srun "
+            f"--nodes {trainer.num_nodes} --ntasks-per-node {trainer.num_devices}; or set the two to what is started"
+        )
+    first = is_first_rank(os.environ)
+    if first != trainer.is_global_zero:
+        names = ("SLURM_PROCID", "RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK")
+        said = ", ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
+        # No ConfigError: of those only the first rank speaks, and there may be none.
+        raise ValueError(
+            f"{said or 'nothing'} says that this process is {'' if first else 'not '}rank 0, but {shape} makes it "
+            f"{'another' if first else 'rank 0'}: set the two to what the launcher starts, or unset these variables"
+        )
