@@ -110,3 +110,24 @@ def test_torchrun_inside_a_job_script_starts_one_run_of_two_ranks(recipe: Path) 
     assert done.returncode == 0, done.stderr[-3000:]
     (manifest,) = Path("run/checkpoints").glob("step-*/manifest.json")
     assert json.loads(manifest.read_text())["ranks"] == 2
+
+
+# -- folders ----------------------------------------------------------------------------------------------
+
+
+def test_an_object_store_is_no_folder(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(capsys, recipe, "--trainer.default_root_dir", "s3://bucket/run")
+    assert "flag --trainer.default_root_dir: trainer.default_root_dir is s3://bucket/run, but a run is written" in said
+    assert list(Path().iterdir()) == []
+
+
+def test_a_tilde_is_the_home_in_every_path_of_the_run(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning expands its own reading of it: checkpoints would lie in one folder, lock and config in another."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    flags = ["--trainer.default_root_dir=~/there", "--data.cache_dir=~/cache", "--trainer.max_steps=1"]
+    assert main(["fit", "--config", str(recipe), *flags]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+    assert {path.name for path in (tmp_path / "home/there").iterdir()} >= {"checkpoints", "config.yaml", "model"}
+    assert any((tmp_path / "home/cache").iterdir())

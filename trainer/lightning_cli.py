@@ -44,7 +44,7 @@ from trainer.tracking.progress import Progress
 from trainer.tracking.redact import redact
 from trainer.tracking.results import RESULTS_NAME, TEST_NAME, print_results, write_results
 from trainer.tracking.wandb import RunLogger, Tracking, make_logger
-from trainer.trainer_refusals import refuse_ranks_apart
+from trainer.trainer_refusals import refuse_ranks_apart, refuse_remote
 
 # No value is built where any value fits. Naming a deny list, be it empty, turns jsonargparse's own one (os, subprocess,
 # pickle, importlib, ...) from a warning into a refusal.
@@ -217,6 +217,10 @@ class TrainerCLI(LightningCLI):
             seed = self.options.seed_everything
             folder = name_run(self.written.paths, self.written.flags, seed, os.environ)
             self.options.trainer.default_root_dir = str(folder)
+        refuse_remote(self.options.trainer.default_root_dir, self.written.place("trainer.default_root_dir"))
+        for group, key in (("trainer", "default_root_dir"), ("data", "cache_dir")):
+            if folder := self.options[group][key]:  # no shell expands what a file or --key=~/x says
+                self.options[group][key] = os.path.expanduser(folder)
         limits = self.options.trainer
         if limits.max_epochs is None and limits.max_steps == -1:
             if limits.max_time is not None:

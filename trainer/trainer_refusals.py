@@ -11,6 +11,15 @@ from trainer.config_files import ConfigError
 from trainer.run_dir import is_first_rank
 
 
+def refuse_remote(run_dir: str | os.PathLike[str], place: str | None) -> None:
+    """An object store is no folder: all would be written to one here that is called ``s3:``."""
+    if "://" in str(run_dir):
+        raise ConfigError(
+            f"{place}: trainer.default_root_dir is {run_dir}, but a run is written to a folder of a file system: name "
+            "one, and copy it to the store when the run has ended"
+        )
+
+
 def refuse_ranks_apart(trainer: Trainer) -> None:
     """Processes that somebody else has started must be the ranks that the config asks for, and numbered as such: else
     each would train on its own, into one folder."""
