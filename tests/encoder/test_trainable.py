@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Dense
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -113,6 +114,17 @@ def test_frozen_embeddings_alone_and_too_many_layers(tiny_encoder: Path) -> None
     assert {name.split(".")[1] for name in _trained(encoder)} == {"encoder"}
     with pytest.raises(ValueError, match=r"freeze is 3, but 'bert' has 2 layers; give 0 \(the embeddings alone\) to 2"):
         _load(tiny_encoder, freeze=3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_with_all_layers_frozen_nothing_is_trained(tiny_encoders: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    """Neither a last norm, nor shared positions, nor a Dense behind the pooling: a step leaves the embeddings alone."""
+    plain = SentenceTransformer(str(tiny_encoders[kind]), device="cpu")
+    modules: list[Any] = [*plain, Dense(32, 12)]
+    SentenceTransformer(modules=modules, device="cpu").save_pretrained(str(tmp_path))
+    assert _trained(_load(tmp_path, freeze=2)) == set()
+    assert {name.split(".")[0] for name in _trained(_load(tmp_path, freeze=1))} == {"backbone", "head"}
+    assert backbone_size(EncoderSpec(str(tmp_path), freeze=2)).num_trained == 0
 
 
 @pytest.mark.parametrize("spec", [{}, {"freeze": 1}, {"lora": LoRA(r=4)}], ids=["all", "freeze", "lora"])

@@ -109,7 +109,7 @@ class Encoder(nn.Module):
             self.set_dropout(spec.dropout)
         if spec.checkpoint_layers:
             _checkpoint_layers(self.backbone)
-        restrict(self.backbone, spec)
+        restrict(self.backbone, spec, self.head)
         if spec.compile_layers:
             for layer in blocks(self.backbone):
                 layer.compile(dynamic=True)  # once for all of them, for any number of tokens

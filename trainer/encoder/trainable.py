@@ -13,8 +13,13 @@ from trainer.encoder.spec import EncoderSpec, LoRA
 _ADAPTER = "default"
 
 
-def restrict(backbone: PreTrainedModel, spec: EncoderSpec) -> None:
+def restrict(backbone: PreTrainedModel, spec: EncoderSpec, head: nn.Module | None = None) -> None:
     """Leave a gradient to the weights that ``spec`` trains, and put its adapters in.
+
+    Args:
+        backbone: whose weights they are.
+        spec: which of them are trained.
+        head: what stands behind the backbone; frozen where all layers are.
 
     Raises:
         ValueError: more frozen layers than there are, or adapters for layers that are not there.
@@ -24,7 +29,7 @@ def restrict(backbone: PreTrainedModel, spec: EncoderSpec) -> None:
     if isinstance(pooler, nn.Module):
         pooler.requires_grad_(False)
     if spec.freeze is not None:
-        _freeze(backbone, spec.freeze)
+        _freeze(backbone, spec.freeze, head)
     if spec.lora is not None:
         _add_adapters(backbone, spec.lora, spec.freeze or 0)
 
@@ -41,13 +46,18 @@ def blocks(backbone: PreTrainedModel) -> nn.ModuleList:
     )
 
 
-def _freeze(backbone: PreTrainedModel, num_layers: int) -> None:
+def _freeze(backbone: PreTrainedModel, num_layers: int, head: nn.Module | None) -> None:
     layers = blocks(backbone)
     if not 0 <= num_layers <= len(layers):
         raise ValueError(
             f"model.encoder.freeze is {num_layers}, but '{backbone.config.model_type}' has {len(layers)} layers; "
             f"give 0 (the embeddings alone) to {len(layers)}"
         )
+    if num_layers == len(layers):  # the embeddings shall stay: a last norm, shared positions and the head too
+        backbone.requires_grad_(False)
+        if head is not None:
+            head.requires_grad_(False)
+        return
     # Positions and the first norm, where they stand beside the pieces.
     embeddings = getattr(backbone, "embeddings", backbone.get_input_embeddings())
     for module in (embeddings, *layers[:num_layers]):
