@@ -31,6 +31,11 @@ logger = logging.getLogger(__name__)
 def not_measured(key: str, name: str, metrics: Collection[str]) -> ValueError:
     """The error about a metric that a setting asks for, and no set gives."""
     guess = did_you_mean(name, list(metrics))
+    if not metrics:
+        return ValueError(
+            f"{key} '{name}' was not measured, for no set is: only eval/... can be watched; name a set in "
+            "data.validation, and leave trainer.limit_val_batches out"
+        )
     return ValueError(f"{key} '{name}' was not measured; there are: {', '.join(sorted(metrics))}.{guess}")
 
 
@@ -103,7 +108,7 @@ class Evaluation(Callback):
         if trainer.global_step == 0:
             self._evaluate_step(trainer, pl_module)
             for callback in trainer.early_stopping_callbacks:
-                if self.last_metrics and callback.strict and callback.monitor not in trainer.callback_metrics:
+                if callback.strict and callback.monitor not in trainer.callback_metrics:
                     raise not_measured("EarlyStopping: monitor", callback.monitor, self.last_metrics)
             return
         trainer.callback_metrics.update(_as_tensors(self.last_metrics))
