@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lightning.pytorch  # noqa: F401 - before any test: its log handler keeps the stderr that it finds
 import pytest
 import yaml
 
@@ -131,3 +132,46 @@ def test_a_tilde_is_the_home_in_every_path_of_the_run(
     assert [path.name for path in tmp_path.iterdir()] == ["home"]
     assert {path.name for path in (tmp_path / "home/there").iterdir()} >= {"checkpoints", "config.yaml", "model"}
     assert any((tmp_path / "home/cache").iterdir())
+
+
+# -- callbacks and strategies -----------------------------------------------------------------------------
+
+CALLBACKS = {
+    "GradientAccumulationScheduler --trainer.callbacks.scheduling={0: 2}": "data.batch_size is the global batch of one",
+    "EMAWeightAveraging --trainer.callbacks.decay=0.9": "the weights that are saved would not be those that were",
+    "StochasticWeightAveraging --trainer.callbacks.swa_lrs=0.001": "the weights that are saved would not be those",
+    "LearningRateFinder": "try --model.learning_rate in short runs of their own",
+    "BatchSizeFinder": "data.batch_size is the global batch of one optimizer step",
+}
+
+
+@pytest.mark.parametrize("written", CALLBACKS)
+def test_a_callback_that_trains_or_saves_something_else_is_refused(
+    written: str, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, *flags = written.split(" ", 1)
+    said = refused(capsys, recipe, f"--trainer.callbacks+={name}", *flags)
+    assert f"{name} can't be one of trainer.callbacks: " in said
+    assert CALLBACKS[written] in said
+
+
+@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork"])
+def test_ranks_that_are_no_commands_are_refused(
+    strategy: str, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refused(capsys, recipe, "--trainer.strategy", strategy, "--trainer.devices", "2")
+    assert "flag --trainer.strategy: this trainer.strategy forks or spawns its ranks" in said
+
+
+def test_a_run_without_a_progress_bar(recipe: Path) -> None:
+    assert main(["fit", "--config", str(recipe), "--trainer.enable_progress_bar", "false"]) == 0
+    assert Path("run/model/model.safetensors").exists()
+
+
+def test_a_monitor_that_no_set_measures_is_one_sentence(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Lightning's own error of it is a traceback, at the first evaluation that is due."""
+    watched = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=train/loss"]
+    assert main(["fit", "--config", str(recipe), *watched, "--trainer.limit_val_batches", "0"]) == 1
+    said = capsys.readouterr().err
+    assert "error: EarlyStopping: monitor 'train/loss' was not measured, for no set is: only eval/... can be" in said
+    assert "Traceback" not in said

@@ -44,7 +44,13 @@ from trainer.tracking.progress import Progress
 from trainer.tracking.redact import redact
 from trainer.tracking.results import RESULTS_NAME, TEST_NAME, print_results, write_results
 from trainer.tracking.wandb import RunLogger, Tracking, make_logger
-from trainer.trainer_refusals import refuse_ranks_apart, refuse_remote
+from trainer.trainer_refusals import (
+    NO_ACCUMULATION,
+    refuse_callbacks,
+    refuse_ranks_apart,
+    refuse_remote,
+    refuse_spawned,
+)
 
 # No value is built where any value fits. Naming a deny list, be it empty, turns jsonargparse's own one (os, subprocess,
 # pickle, importlib, ...) from a warning into a refusal.
@@ -77,11 +83,7 @@ LINKS: Mapping[str, str] = {
 }
 # trainer key -> (the only value, why)
 FIXED: Mapping[str, tuple[Any, str]] = {
-    "accumulate_grad_batches": (
-        1,
-        "data.batch_size is the global batch of one optimizer step, and model.max_tokens bounds the memory "
-        "of one forward: set these two instead",
-    ),
+    "accumulate_grad_batches": (1, NO_ACCUMULATION),
     "overfit_batches": (
         0,
         "data decides which rows form a step: to see whether a few rows can be learnt, set data.max_rows",
@@ -272,11 +274,16 @@ class TrainerCLI(LightningCLI):
         plugins = self._get(self.config_init, "trainer").plugins or []
         self.checkpoint_io = DirectoryCheckpointIO()
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), self.checkpoint_io]
+        if self._get(self.config_init, "trainer").enable_progress_bar is False:  # Lightning refuses it beside a bar
+            ours = self.trainer_defaults["callbacks"]
+            self.trainer_defaults["callbacks"] = [one for one in ours if not isinstance(one, Progress)]
         try:
             kwargs["plugins"] += numbering()
             trainer = super().instantiate_trainer(**kwargs)
         except (TypeError, ValueError, MisconfigurationException) as error:
             raise ConfigError(f"the trainer can't be built from these settings: {error}") from error
+        refuse_callbacks(trainer, self.written.place("trainer.callbacks"))
+        refuse_spawned(trainer, self.written.place("trainer.strategy"))
         refuse_ranks_apart(trainer)
         if (precision := str(trainer.precision)) not in PRECISIONS:
             place = self.written.place("trainer.precision")
@@ -290,7 +297,7 @@ class TrainerCLI(LightningCLI):
         # Behind the progress bar, which must have left the terminal before the watch speaks.
         watch = next(callback for callback in callbacks if isinstance(callback, Watch))
         callbacks.remove(watch)
-        callbacks.insert(next(i for i, c in enumerate(callbacks) if isinstance(c, Progress)) + 1, watch)
+        callbacks.insert(next((i for i, c in enumerate(callbacks) if isinstance(c, Progress)), -1) + 1, watch)
         return trainer
 
     # -- running ------------------------------------------------------------------------------------------

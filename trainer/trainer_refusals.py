@@ -3,12 +3,55 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from trainer.config_files import ConfigError
 from trainer.run_dir import is_first_rank
+
+NO_ACCUMULATION = (
+    "data.batch_size is the global batch of one optimizer step, and model.max_tokens bounds the memory "
+    "of one forward: set these two instead"
+)
+_AVERAGES = (
+    "it swaps averaged weights in and out behind checkpoints and evaluation: the weights that are saved would not be "
+    "those that were measured; leave it out"
+)
+# callback of Lightning, with all below it -> why a run can't have it, and what to do
+CALLBACKS: Mapping[type[Callback], str] = {
+    GradientAccumulationScheduler: NO_ACCUMULATION,
+    WeightAveraging: _AVERAGES,
+    StochasticWeightAveraging: _AVERAGES,
+    LearningRateFinder: "it trains trial steps inside the run: try --model.learning_rate in short runs of their own",
+    BatchSizeFinder: f"it trains trial steps inside the run; {NO_ACCUMULATION}",
+}
+
+
+def refuse_callbacks(trainer: Trainer, place: str | None) -> None:
+    """Callbacks that train other steps, or save other weights, than the run accounts for."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
+        for kind, reason in CALLBACKS.items():
+            if isinstance(callback, kind):
+                raise ConfigError(f"{place}: {type(callback).__name__} can't be one of trainer.callbacks: {reason}")
+
+
+def refuse_spawned(trainer: Trainer, place: str | None) -> None:
+    """Ranks that begin inside a function of this process would lack what is set up around it."""
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        raise ConfigError(
+            f"{place}: this trainer.strategy forks or spawns its ranks, but here a rank is a command: take ddp"
+        )
 
 
 def refuse_remote(run_dir: str | os.PathLike[str], place: str | None) -> None:
