@@ -30,6 +30,7 @@ from trainer.help_text import live_parsers
 from trainer.lightning_cli import GROUPS, run
 from trainer.manifest import read_manifest, read_state, write_checkpoint
 from trainer.run_dir import is_first_rank, name_run, rank_name
+from trainer.tracking.metrics import run_id_in
 
 CONFIG = """\
 seed_everything: 42
@@ -714,6 +715,7 @@ def test_a_logger_in_the_place_of_tracking_is_said(recipe: Path, capsys: pytest.
     )
     assert note in capsys.readouterr().out
     assert not Path("a/wandb").exists()
+    assert run_id_in(Path("a/checkpoints/step-00000001")) is None  # the logger's is 0, in every folder
     assert main([*args, "--trainer.default_root_dir", "b"]) == 0  # it is off
     assert "takes the place of tracking" not in capsys.readouterr().out
 

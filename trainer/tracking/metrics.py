@@ -210,14 +210,15 @@ class MetricsLog(Callback):
         Lightning does when it saves."""
         self._reduce()
         self._tick()
-        loggers = self._trainer.loggers if self._trainer else []
+        # W&B's alone: other loggers number the runs of this machine, and W&B would take two of them for one.
+        runs = [logger for logger in self._trainer.loggers if isinstance(logger, RunLogger)] if self._trainer else []
         return {
             "rows_seen": self.rows_seen,
             "tokens_seen": self.tokens_seen,
             "wall_s": self._wall_s,
             "gpu_hours": self._gpu_hours,
             "sums": self._sums.as_numbers(),
-            "run_id": str(loggers[0].version) if loggers else None,
+            "run_id": str(runs[0].version) if runs else None,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
