@@ -37,6 +37,22 @@ def test_rows_come_back_in_their_order(kind: Format, dtype: DType, tmp_path: Pat
         assert (np.load(tmp_path / "out/shard-00001.npy") == expected[10:20]).all()
 
 
+def test_a_shard_whose_ids_are_missing_or_cut_is_not_whole(tmp_path: Path) -> None:
+    shards = Shards(tmp_path / "out", "npy", 25, 10, 6, "float32", has_ids=True)
+    start_shards(shards, {})
+    for number in range(3):
+        rows = shards.rows_of(number)
+        shards.write(number, np.zeros((rows.stop - rows.start, 6), np.float32), [f"id {i}" for i in range(25)][rows])
+    assert shards.unfinished() == []
+    ids = [tmp_path / "out" / f"shard-0000{number}.ids.npy" for number in range(3)]
+    ids[0].unlink()
+    np.save(ids[1], np.load(ids[1])[:9])
+    ids[2].write_bytes(ids[2].read_bytes()[:-1])
+    assert shards.unfinished() == [0, 1, 2]
+    with pytest.raises(ValueError, match="3 of 3 shards are missing"):
+        open_shards(tmp_path / "out")
+
+
 def test_a_full_disk_is_a_sentence_and_leaves_no_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shards = Shards(tmp_path / "out", "npy", 5, 10, 2, "float32", has_ids=False)
     start_shards(shards, {})

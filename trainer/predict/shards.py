@@ -65,6 +65,9 @@ class Shards:
     def path(self, number: int) -> Path:
         return self.folder / f"shard-{number:05d}.{self.format}"
 
+    def _ids_path(self, number: int) -> Path:
+        return self.path(number).with_suffix(".ids.npy")
+
     def sweep(self) -> None:
         """Remove what a kill has left half written; nobody else may be writing."""
         for left in self.folder.glob(".shard-*.partial"):
@@ -80,6 +83,8 @@ class Shards:
         try:
             if self.format == "npy":
                 found = np.load(path, mmap_mode="r")
+                if self.has_ids and np.load(self._ids_path(number), mmap_mode="r").shape != wanted[:1]:
+                    return False
                 return found.shape == wanted and found.dtype == self.dtype
             schema = pq.read_schema(path)
             return (pq.read_metadata(path).num_rows, schema.field("embedding").type.list_size) == wanted
@@ -97,7 +102,7 @@ class Shards:
         try:
             if self.format == "npy":
                 if ids is not None:  # first, for the embeddings say that the shard is finished
-                    with whole_file(self.path(number).with_suffix(".ids.npy")) as file:
+                    with whole_file(self._ids_path(number)) as file:
                         np.save(file, np.array(ids, dtype=np.str_))
                 with whole_file(self.path(number)) as file:
                     np.save(file, embeddings_BD.astype(self.dtype, copy=False))
