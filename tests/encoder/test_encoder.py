@@ -19,6 +19,7 @@ from tests.batches import build_batch, gradients_of, largest_difference, norm_of
 from trainer.batch import PackedBatch
 from trainer.data.collate import pack_texts
 from trainer.encoder import Encoder, EncoderSpec
+from trainer.encoder.folder import normalizes
 from trainer.encoder.text import load_text_preparation
 
 WHOLE = 16384
@@ -156,6 +157,20 @@ def test_overrides_are_said(tiny_encoder: Path, minilm: Path, caplog: pytest.Log
     expected = _peer_embed(_peer(minilm)).detach()
     assert_close(nn.functional.normalize(unnormalized, dim=1), expected, rtol=0.0, atol=1e-5)
     assert float((unnormalized.norm(dim=1) - 1.0).abs().min()) > 1e-3
+
+
+def test_a_normalize_before_a_dense_gives_no_length_of_1(tiny_encoder: Path, tmp_path: Path) -> None:
+    plain = SentenceTransformer(str(tiny_encoder), device="cpu")
+    modules: list[Any] = [*plain, Normalize(), Dense(32, 12)]
+    SentenceTransformer(modules=modules, device="cpu").save_pretrained(str(tmp_path / "inside"))
+    inside = str(tmp_path / "inside")
+    expected = _peer_embed(_peer(inside)).detach()
+    assert float((expected.norm(dim=1) - 1.0).abs().min()) > 1e-3
+    for normalize in ("auto", False):
+        assert_close(_embed(_load(inside, normalize=normalize).eval()), expected, rtol=0.0, atol=1e-5)
+    added = _embed(_load(inside, normalize=True).eval())
+    assert_close(added, nn.functional.normalize(expected, dim=1), rtol=0.0, atol=1e-5)
+    assert [normalizes(EncoderSpec(inside, normalize=one)) for one in ("auto", True)] == [False, True]
 
 
 @pytest.mark.parametrize("behind", [Dense(64, 12), LayerNorm(64)], ids=["Dense", "LayerNorm"])

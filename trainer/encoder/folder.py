@@ -47,7 +47,12 @@ def normalizes(spec: EncoderSpec) -> bool:
     """Whether embeddings will have length 1: what the config says, else what the folder does."""
     if isinstance(spec.normalize, bool):
         return spec.normalize
-    return any(module["type"].endswith("Normalize") for module in read_modules(spec))
+    for module in reversed(read_modules(spec)):
+        if module["type"].endswith("Normalize"):
+            return True
+        if not module["type"].endswith("Dropout"):  # a Dense would change the length again
+            break
+    return False
 
 
 def read_prompts(spec: EncoderSpec) -> dict[str, str]:

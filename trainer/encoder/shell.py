@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
+from sentence_transformers.sentence_transformer.modules import Dropout, Normalize, Pooling
 from torch import nn
 
 from trainer.distributed import gather
@@ -71,7 +71,12 @@ def override_modules(shell: SentenceTransformer, spec: EncoderSpec) -> None:
                 replacement = Pooling(module.embedding_dimension, wanted, include_prompt=module.include_prompt)
                 _refuse_width(spec, module, replacement, [one for _, one in modules[place + 1 :]])
                 shell._modules[name] = replacement
-    normalizes = [name for name, module in shell.named_children() if isinstance(module, Normalize)]
+    normalizes = []
+    for name, module in reversed(list(shell.named_children())):
+        if isinstance(module, Normalize):
+            normalizes.append(name)
+        elif not isinstance(module, Dropout):  # one that stands before a Dense leaves no embedding of length 1
+            break
     if spec.normalize is True and not normalizes:
         gather.warn(logger, "normalize: the folder does not, the config adds it")
         shell.append(Normalize())
