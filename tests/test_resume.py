@@ -163,6 +163,7 @@ def test_a_run_from_the_checkpoint_of_another_is_one_of_its_own_on_wandb(config:
     assert sent[base].isdisjoint(sent[fork])
 
 
+@SLOW  # tests/test_checkpoint.py has it on one rank
 def test_early_stopped_in_mid_epoch_and_going_on(undisturbed: Undisturbed, config: Path) -> None:
     """Stopped at step 10 of 11 of its first epoch, by itself; with more patience it ends as if nothing had been."""
     devices, reference = undisturbed(2)
