@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -95,13 +96,21 @@ def test_token_types_are_an_input_where_the_tokenizer_gives_them(minilm: Path, d
     np.testing.assert_allclose(found, model.encode(texts), atol=1e-4)
 
 
-def test_the_snippet_of_the_page_gives_them_too(exported: tuple[Path, np.ndarray]) -> None:
+@pytest.mark.parametrize("prompt", ["", "the doctor: "])
+def test_the_snippet_of_the_page_gives_them_too(exported: tuple[Path, np.ndarray], tmp_path: Path, prompt: str) -> None:
+    folder, embeddings = shutil.copytree(exported[0], tmp_path / "model"), exported[1]
+    if prompt:
+        settings = json.loads((folder / "config_sentence_transformers.json").read_text())
+        settings |= {"prompts": {"default": prompt}, "default_prompt_name": "default"}
+        (folder / "config_sentence_transformers.json").write_text(json.dumps(settings))
+        without, embeddings = embeddings, SentenceTransformer(str(folder), device="cpu").encode(TEXTS)
+        assert np.abs(embeddings - without).max() > 1e-3
     page = (ROOT / "docs" / "publishing.md").read_text(encoding="utf-8")
     code = re.search(r"```python\n(.*?)```", page, re.DOTALL).group(1)  # type: ignore[union-attr]
-    code = code.replace('folder = "model"', f"folder = {str(exported[0])!r}")
+    code = code.replace('folder = "model"', f"folder = {str(folder)!r}")
     names: dict[str, Any] = {}
     exec(re.sub(r"texts = .*", f"texts = {TEXTS!r}", code), names)
-    np.testing.assert_allclose(names["embeddings"], exported[1], atol=1e-5)
+    np.testing.assert_allclose(names["embeddings"], embeddings, atol=1e-5)
 
 
 @pytest.mark.slow
