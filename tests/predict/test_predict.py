@@ -284,6 +284,17 @@ def test_what_cannot_be_meant_is_one_sentence(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_run_without_a_model_yet_is_told_from_a_model(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run" / "checkpoints" / "step-00000003").mkdir(parents=True)
+    (tmp_path / "run" / "config.yaml").write_text("model: {}\n")
+    assert run(tmp_path / "run", corpus, tmp_path / "out") == 1
+    error = capsys.readouterr().err
+    assert f"--model {tmp_path / 'run'} is a run that has written no {tmp_path / 'run' / 'model'} yet" in error
+    assert f"trainer export {tmp_path / 'run'} OUT, and name OUT" in error
+
+
 def test_bad_rows_are_named_or_left_out(tiny_encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "bad.jsonl"
     rows = [{"key": 1, "body": "a man"}, {"key": 2, "body": " "}, {"key": 3, "body": "a woman"}]

@@ -139,7 +139,7 @@ def encoder_spec(options: argparse.Namespace, task: str | None) -> EncoderSpec:
     from trainer.encoder.folder import read_routes
     from trainer.encoder.spec import EncoderSpec
     from trainer.encoder.text import load_text_preparation
-    from trainer.run_dir import refuse_folder_of_runs
+    from trainer.run_dir import holds_run, refuse_folder_of_runs
 
     model = Path(options.model)
     if not (model / "modules.json").exists():
@@ -147,6 +147,11 @@ def encoder_spec(options: argparse.Namespace, task: str | None) -> EncoderSpec:
             model = model / "model"
         elif not (model / "config.json").exists():
             refuse_folder_of_runs(model)
+            if holds_run(model):
+                raise ValueError(
+                    f"--model {model} is a run that has written no {model / 'model'} yet, which a fit does at its end: "
+                    f"trainer export {model} OUT, and name OUT"
+                )
     name = str(model) if model.is_dir() else options.model
     spec = EncoderSpec(
         name,
