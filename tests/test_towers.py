@@ -369,6 +369,7 @@ def test_fit_exports_what_validate_and_sentence_transformers_read(bench: Bench, 
 
     peer = SentenceTransformer(model, device="cpu")
     assert peer.prompts == {"query": "the it was ", "document": "at dawn "}
+    np.testing.assert_array_equal(peer.encode(["a shop"]), peer.encode_document(["a shop"]))
     rows = read_pairs(dev)
     a, b = peer.encode_query([row.sentence1 for row in rows]), peer.encode_document([row.sentence2 for row in rows])
     cosines = (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Router
 
 from trainer.base_weights import BaseWeights
 from trainer.check.report import FILE_NAME as CHECK_FILE
@@ -237,6 +238,8 @@ def _set_column_prompts(model: SentenceTransformer, before: Mapping[str, str], s
     if found["query"] == found["document"] and len(found["query"]) == 1 and before["query"] == before["document"]:
         model.prompts["default"] = model.prompts["query"]
         model.default_prompt_name = "default"
+    elif isinstance(model[0], Router) and model.prompts["document"]:
+        model.default_prompt_name = "document"  # plain encode takes the encoder of documents
 
 
 def _refuse_foreign(out: Path) -> None:
