@@ -97,7 +97,9 @@ def test_prompt_of_the_config_becomes_the_default(bench: Any, tmp_path: Path, in
     assert model.prompts["old"] == "At the hotel: "
 
 
-def test_prompt_of_the_folder_is_kept_or_switched_off(bench: Any, tmp_path: Path) -> None:
+def test_prompt_of_the_folder_is_kept_or_switched_off(
+    bench: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Its default goes before queries and documents too, as in training; without one its other prompts stay."""
     base = SentenceTransformer(str(bench.backbone), device="cpu")
     for folder, default in (("with", "query"), ("without", None)):
@@ -109,7 +111,10 @@ def test_prompt_of_the_folder_is_kept_or_switched_off(bench: Any, tmp_path: Path
         ("unset", "without", None, ["", "at night: ", ""]),
     ):
         run = bench.write_run(f"folder-prompt-{name}", {"backbone": str(tmp_path / folder), "prompt": prompt})
+        caplog.clear()
         export_run(run.folder, tmp_path / name)
+        said = "the folder has prompts (query: 'at night: '), training put none before a text: encode_query will;"
+        assert [said in message for message in caplog.messages] == [True] * (name == "unset")
         model = assert_same_embeddings(run, tmp_path / name)
         for encode, put in zip((model.encode, model.encode_query, model.encode_document), expected, strict=True):
             np.testing.assert_array_equal(encode(TEXTS), model.encode(TEXTS, prompt=put))

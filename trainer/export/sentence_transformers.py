@@ -89,6 +89,8 @@ def export_run(source: Path, out: Path, legacy: bool = False, onnx: bool = False
             prompt = module.encoder.text.prompt
             if prompt or module.encoder_spec.prompt is not None:  # else nobody chose one, and the folder's stay
                 _set_prompt(model, prompt)
+            else:
+                _warn_of_prompts(model, data.train_sources)
         parts = list(module.encoder.parts.values())
         before = {"query": parts[0].text.prompt, "document": parts[-1].text.prompt}
         _set_column_prompts(model, before, data.train_sources)
@@ -208,6 +210,18 @@ def _set_prompt(model: SentenceTransformer, prompt: str) -> None:
     # encode_query and encode_document take their own entry even if it is empty, never the default.
     model.prompts |= {"query": prompt, "document": prompt} | ({"default": prompt} if prompt else {})
     model.default_prompt_name = "default" if prompt else None
+
+
+def _warn_of_prompts(model: SentenceTransformer, sources: Sequence[Source]) -> None:
+    """Say that the folder's prompts go before texts that were trained without."""
+    kept = {name: model.prompts[name] for name in ("query", "document") if model.prompts.get(name)}
+    if kept and not any(source.prompts for source in sources):
+        gather.warn(
+            logger,
+            f"the folder has prompts ({', '.join(f'{name}: {prompt!r}' for name, prompt in kept.items())}), training "
+            f"put none before a text: {' and '.join(f'encode_{name}' for name in kept)} will; train with them (prompts "
+            "of data.train), or set model.encoder.prompt to '', which takes them out",
+        )
 
 
 def _set_column_prompts(model: SentenceTransformer, before: Mapping[str, str], sources: Sequence[Source]) -> None:
