@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from trainer.batch import PackedBatch
 from trainer.data import parts
@@ -183,6 +184,22 @@ def test_a_length_that_does_not_fit_is_refused(tmp_path: Path, tiny_encoder: Pat
     held_out = EvalSource(name="dev", path="x.jsonl", columns=COLUMNS, max_lengths={"anchor": 5})
     with pytest.raises(ValueError, match=r"max_lengths is for data\.train; an evaluation embeds as the exported model"):
         PairData([], EncoderSpec("x"), validation=[held_out])
+
+
+def test_a_prompt_of_a_column_that_fills_its_length_is_refused(tmp_path: Path, tiny_encoder: Path) -> None:
+    data = make_data(tmp_path, tiny_encoder, 9, batch_size=8)
+    source = data.train_sources[0]
+    prompt = "the doctor bought the car at the shop:"
+    least = len(AutoTokenizer.from_pretrained(tiny_encoder)(prompt)["input_ids"])
+    source.prompts, source.max_lengths = {"anchor": prompt + " "}, {"anchor": least + 1}
+    data.text_of(source)
+    source.max_lengths = {"anchor": least}
+    message = f"before 'anchor', which makes {least} pieces with the special ones, and {least} are kept: no text is"
+    with pytest.raises(ValueError, match=message):
+        data.prepare_data()
+    source.prompts, source.max_lengths = {"positive": prompt * 5}, None
+    with pytest.raises(ValueError, match=r"before 'positive', which makes .* and 32 are kept: no text is left"):
+        data.text_of(source)
 
 
 class _SlowBatches(StepBatches):

@@ -158,7 +158,7 @@ class PairData(LightningDataModule):
         """That of the encoder, with the shorter lengths of a source's columns.
 
         Raises:
-            ValueError: one is no length, or longer than the encoder's.
+            ValueError: one is no length, or longer than the encoder's, or the prompt of a column leaves no text.
         """
         for column, length in (source.max_lengths or {}).items():
             whole = self.text.of_column(column)
@@ -169,7 +169,10 @@ class PairData(LightningDataModule):
                     f"{whole.max_length}, which is model.{key}.max_length"
                 )
         lengths = {column: source.max_length_of(column) for column in source.text_columns}
-        return replace(self.text, max_lengths={c: length for c, length in lengths.items() if length is not None})
+        text = replace(self.text, max_lengths={c: length for c, length in lengths.items() if length is not None})
+        for column in source.text_columns:
+            _refuse_full(source, column, text.of_column(column))
+        return text
 
     def prepare_data(self) -> None:
         """Build the caches, once per node; the other ranks wait and open them."""
@@ -362,3 +365,15 @@ class PairData(LightningDataModule):
 
     def test_dataloader(self) -> DataLoader[int]:
         return self.val_dataloader()
+
+
+def _refuse_full(source: Source, column: str, text: TextPreparation) -> None:
+    """Raises ValueError where the prompt of a column takes all pieces that are kept of its texts."""
+    prompt = source.prompt_of(column)
+    least = replace(text, prompt=text.prompt + prompt).shortest if prompt else 0
+    if text.max_length <= least:
+        raise ValueError(
+            f"{source.path}: prompts puts '{prompt[:40]}{'...' * (len(prompt) > 40)}' before '{column}', which makes "
+            f"{least} pieces with the special ones, and {text.max_length} are kept: no text is left; take a shorter "
+            f"prompt, or keep {least + 1} or more (max_lengths, model.encoder.max_length)"
+        )
