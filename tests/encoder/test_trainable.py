@@ -12,6 +12,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense
 from torch import Tensor, nn
 from torch.testing import assert_close
+from transformers import AutoModel, GPT2Config
 
 from tests.batches import gradients_of, largest_difference
 from trainer.check.memory import estimate
@@ -19,7 +20,7 @@ from trainer.data.collate import pack_texts
 from trainer.encoder import Encoder, EncoderSpec
 from trainer.encoder.size import backbone_size
 from trainer.encoder.spec import LoRA
-from trainer.encoder.trainable import blocks
+from trainer.encoder.trainable import blocks, restrict
 
 TEXTS = ["The doctor bought the car at the shop.", "a", "In winter, at dusk, the physician purchased a vehicle."]
 KINDS = ("bert", "mpnet", "distilbert", "modernbert", "qwen3")
@@ -125,6 +126,12 @@ def test_with_all_layers_frozen_nothing_is_trained(tiny_encoders: dict[str, Path
     assert _trained(_load(tmp_path, freeze=2)) == set()
     assert {name.split(".")[0] for name in _trained(_load(tmp_path, freeze=1))} == {"backbone", "head"}
     assert backbone_size(EncoderSpec(str(tmp_path), freeze=2)).num_trained == 0
+
+
+def test_adapters_of_layers_without_linear_ones() -> None:
+    backbone = AutoModel.from_config(GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2))
+    with pytest.raises(ValueError, match=r"adapts linear layers .* the layers of 'gpt2' have none: leave lora out"):
+        restrict(backbone, EncoderSpec("x", lora=LoRA()))
 
 
 @pytest.mark.parametrize("spec", [{}, {"freeze": 1}, {"lora": LoRA(r=4)}], ids=["all", "freeze", "lora"])

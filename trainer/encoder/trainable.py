@@ -75,6 +75,11 @@ def _add_adapters(backbone: PreTrainedModel, lora: LoRA, num_frozen: int) -> Non
         for name, module in backbone.named_modules()
         if isinstance(module, nn.Linear) and id(module) in inside
     }
+    if not linear:
+        raise ValueError(
+            f"model.encoder.lora adapts linear layers (torch.nn.Linear), and the layers of "
+            f"'{backbone.config.model_type}' have none: leave lora out; freeze leaves the first layers as they are"
+        )
     if lora.target_modules != "auto":
         for target in lora.target_modules:
             if target not in linear.values():
