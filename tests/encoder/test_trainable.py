@@ -12,7 +12,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense
 from torch import Tensor, nn
 from torch.testing import assert_close
-from transformers import AutoModel, GPT2Config
+from transformers import AutoModel, GPT2Config, LongformerConfig, PreTrainedConfig, XLNetConfig
 
 from tests.batches import gradients_of, largest_difference
 from trainer.check.memory import estimate
@@ -23,6 +23,7 @@ from trainer.encoder.spec import LoRA
 from trainer.encoder.trainable import blocks, restrict
 
 TEXTS = ["The doctor bought the car at the shop.", "a", "In winter, at dusk, the physician purchased a vehicle."]
+TWO_LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 2}
 KINDS = ("bert", "mpnet", "distilbert", "modernbert", "qwen3")
 
 
@@ -126,6 +127,26 @@ def test_with_all_layers_frozen_nothing_is_trained(tiny_encoders: dict[str, Path
     assert _trained(_load(tmp_path, freeze=2)) == set()
     assert {name.split(".")[0] for name in _trained(_load(tmp_path, freeze=1))} == {"backbone", "head"}
     assert backbone_size(EncoderSpec(str(tmp_path), freeze=2)).num_trained == 0
+
+
+@pytest.mark.parametrize("lora", [None, LoRA(r=2)], ids=["all", "lora"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        LongformerConfig(vocab_size=50, hidden_size=16, intermediate_size=16, attention_window=4, **TWO_LAYERS),
+        XLNetConfig(vocab_size=50, d_model=16, d_inner=16, n_layer=2, n_head=2),
+    ],
+    ids=["longformer", "xlnet"],
+)
+def test_what_is_trained_gets_a_gradient(config: PreTrainedConfig, lora: LoRA | None) -> None:
+    """Else DistributedDataParallel refuses the second step."""
+    backbone = AutoModel.from_config(config)
+    restrict(backbone, EncoderSpec("x", lora=lora))
+    ids = torch.tensor([[5, 6, 7, 8], [9, 10, 0, 0]])
+    hidden = backbone(input_ids=ids, attention_mask=(ids > 0).long()).last_hidden_state
+    hidden.sin().sum().backward()
+    without = [name for name, one in backbone.named_parameters() if one.requires_grad and one.grad is None]
+    assert without == []
 
 
 def test_adapters_of_layers_without_linear_ones() -> None:

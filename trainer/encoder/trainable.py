@@ -11,6 +11,8 @@ from transformers import PreTrainedModel
 from trainer.encoder.spec import EncoderSpec, LoRA
 
 _ADAPTER = "default"
+# Parts that no forward of ours takes: Longformer's global attention, XLNet's masked pieces and kinds of segments.
+_UNUSED = {"query_global", "key_global", "value_global", "mask_emb", "r_s_bias", "seg_embed"}
 
 
 def restrict(backbone: PreTrainedModel, spec: EncoderSpec, head: nn.Module | None = None) -> None:
@@ -28,6 +30,9 @@ def restrict(backbone: PreTrainedModel, spec: EncoderSpec, head: nn.Module | Non
     pooler = getattr(backbone, "pooler", None)
     if isinstance(pooler, nn.Module):
         pooler.requires_grad_(False)
+    for name, parameter in backbone.named_parameters():
+        if _is_unused(name):
+            parameter.requires_grad_(False)
     if spec.freeze is not None:
         _freeze(backbone, spec.freeze, head)
     if spec.lora is not None:
@@ -44,6 +49,10 @@ def blocks(backbone: PreTrainedModel) -> nn.ModuleList:
         f"'{backbone.config.model_type}' has no list of {wanted} layers, which model.encoder.freeze, lora and "
         "compile_layers need: leave them out"
     )
+
+
+def _is_unused(name: str) -> bool:
+    return not _UNUSED.isdisjoint(name.split("."))
 
 
 def _freeze(backbone: PreTrainedModel, num_layers: int, head: nn.Module | None) -> None:
@@ -73,7 +82,7 @@ def _add_adapters(backbone: PreTrainedModel, lora: LoRA, num_frozen: int) -> Non
     linear = {
         name: name.rpartition(".")[2]
         for name, module in backbone.named_modules()
-        if isinstance(module, nn.Linear) and id(module) in inside
+        if isinstance(module, nn.Linear) and id(module) in inside and not _is_unused(name)
     }
     if not linear:
         raise ValueError(
