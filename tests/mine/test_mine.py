@@ -46,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, demo_texts: list[str]) -> P
     return path
 
 
-def write(path: Path, rows: list[dict[str, str]]) -> None:
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -288,6 +288,27 @@ def test_embeddings_that_predict_wrote_need_no_model(
     given[3] = str(tmp_path / "a")
     assert run(folder, tmp_path / "missing.jsonl", *given) == 1
     assert "1 of 1 shards are missing, the first is shard-00000.parquet" in capsys.readouterr().err
+
+
+def test_rows_that_are_bad_in_the_other_column(
+    folder: Path, tiny_encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The remedy that is named is one: with --model the rows are found that embeddings of single columns lack."""
+    rows: list[dict[str, Any]] = [*read(folder / "pairs.jsonl")[:40]]
+    rows[3] = {"q": rows[3]["q"], "a": None}
+    write(tmp_path / "pairs.jsonl", rows)
+    skip = ["--on-bad-row", "skip"]
+    for column in ("q", "a"):
+        where = ["--data", str(tmp_path / "pairs.jsonl"), "--text", column, "--out", str(tmp_path / column)]
+        assert main(["predict", "--model", str(tiny_encoder), "--accelerator", "cpu", *where, *skip]) == 0
+    given = ["--anchor-embeddings", str(tmp_path / "q"), "--positive-embeddings", str(tmp_path / "a"), *skip]
+    capsys.readouterr()
+    assert run(tmp_path, tmp_path / "given.jsonl", *given) == 1
+    error = capsys.readouterr().err
+    assert f"{tmp_path / 'q'} holds 40 embeddings of column 'q' of {tmp_path / 'pairs.jsonl'}, but mining" in error
+    assert "takes 39 rows" in error
+    assert "mine with --model" in error
+    assert run(tmp_path, tmp_path / "made.jsonl", "--model", str(tiny_encoder), *skip) == 0
 
 
 def test_short_queries_and_long_documents_are_of_one_model(

@@ -125,8 +125,15 @@ def _match(
 ) -> None:
     """Refuse embeddings of other texts, or of different models."""
     for name, column in columns.items():
-        if said[name].get("data") != column.fingerprint or opened[name].num_rows != len(column.rows):
-            file, key = (options.corpus, options.text) if name == "corpus" else (options.data, getattr(options, name))
+        file, key = (options.corpus, options.text) if name == "corpus" else (options.data, getattr(options, name))
+        has_its_texts = said[name].get("data") == column.fingerprint
+        if has_its_texts and opened[name].num_rows != len(column.rows):
+            raise ValueError(
+                f"{opened[name].folder} holds {opened[name].num_rows:,} embeddings of column '{key}' of {file}, but "
+                f"mining takes {len(column.rows):,} rows, for a row that is bad in any column is left out whole: "
+                "mine with --model in place of the embeddings, or clean the file and embed again"
+            )
+        if not has_its_texts:
             raise ValueError(
                 f"{opened[name].folder} holds {opened[name].num_rows:,} embeddings of other texts than column '{key}' "
                 f"of {file} ({len(column.rows):,} rows); make them: trainer predict --data {file} --text {key}"
