@@ -177,8 +177,8 @@ command goes on; a folder with another run's files is refused.
 MINE = """\
 usage: trainer mine --model M --data PAIRS --anchor A --positive P --out FILE
 
-Finds hard negatives for pairs by exact search, on any number of ranks, and
-writes JSON lines to train on. Never a positive of the anchor, nor its own text.
+Finds hard negatives for pairs by exact search (cosine), on any number of ranks,
+and writes JSON lines to train on. Never a positive of the anchor, nor its text.
 
   trainer mine --model runs/qa/seed=42 --data qa.jsonl --anchor question \\
     --positive answer --relative-margin 0.05 --out mined.jsonl.gz

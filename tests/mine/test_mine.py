@@ -311,6 +311,18 @@ def test_rows_that_are_bad_in_the_other_column(
     assert run(tmp_path, tmp_path / "made.jsonl", "--model", str(tiny_encoder), *skip) == 0
 
 
+def test_a_model_that_compares_by_a_distance_is_said(
+    folder: Path, tiny_encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    peer = SentenceTransformer(str(tiny_encoder), device="cpu", similarity_fn_name="manhattan")
+    peer.save_pretrained(str(tmp_path / "model"))
+    assert run(folder, tmp_path / "mined.jsonl", "--model", str(tmp_path / "model")) == 0
+    assert "compares by manhattan distance (similarity_fn_name of config_sent" in capsys.readouterr().out
+    assert run(folder, tmp_path / "plain.jsonl", "--model", str(tiny_encoder)) == 0
+    assert "distance" not in capsys.readouterr().out
+    assert read(tmp_path / "mined.jsonl") == read(tmp_path / "plain.jsonl")
+
+
 def test_short_queries_and_long_documents_are_of_one_model(
     folder: Path, tiny_encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

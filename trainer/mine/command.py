@@ -26,6 +26,7 @@ from trainer.predict.command import (
     start,
 )
 from trainer.predict.flags import Flags, add_encoder, add_place, add_reading, at_least, finite
+from trainer.run_dir import is_first_rank
 from trainer.run_lock import take_lock
 
 if TYPE_CHECKING:
@@ -92,6 +93,8 @@ def mine(args: Sequence[str]) -> int:
         columns = read_columns(options)
         rules = Rules(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Rules)})
         specs = _specs(options)
+        if specs:
+            _warn_of_similarity(specs["query"])
     encoder, device = _start(options, specs)
     work = options.out.with_name(options.out.name + ".work")
     on_first_rank(lambda: take_lock(work, os.environ))
@@ -140,6 +143,19 @@ def _specs(options: argparse.Namespace) -> dict[str, EncoderSpec]:
         prompt, name = getattr(options, f"{kind}_prompt"), getattr(options, f"{kind}_prompt_name")
         specs[kind] = choose_prompt(encoder_spec(options, task), prompt, name, task)
     return specs
+
+
+def _warn_of_similarity(spec: EncoderSpec) -> None:
+    """Say that mining takes the cosine where the model's folder names a distance."""
+    from trainer.encoder.folder import read_json
+
+    named = (read_json(spec, "config_sentence_transformers.json") or {}).get("similarity_fn_name")
+    if named in ("euclidean", "manhattan") and is_first_rank(os.environ):
+        print(
+            f"note: '{spec.backbone}' compares by {named} distance (similarity_fn_name of "
+            "config_sentence_transformers.json); mining takes the cosine, for its bounds too",
+            flush=True,
+        )
 
 
 def _start(options: argparse.Namespace, specs: dict[str, EncoderSpec]) -> tuple[Encoder | None, torch.device]:
