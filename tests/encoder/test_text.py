@@ -5,14 +5,28 @@ from __future__ import annotations
 import gzip
 import json
 import pickle
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from sentence_transformers.base.modules import Router
+from sentence_transformers.sentence_transformer.modules import (
+    CNN,
+    LSTM,
+    Dense,
+    Dropout,
+    LayerNorm,
+    Normalize,
+    Pooling,
+    StaticEmbedding,
+    WeightedLayerPooling,
+    WordWeights,
+)
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModel
 
@@ -197,6 +211,59 @@ def test_a_folder_of_another_kind_is_named(tiny_encoder: Path, tmp_path: Path) -
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"^model\.encoder\.backbone '.*' can't be read by transformers: Unrecognized"):
         _prepare(tmp_path)
+
+
+def _save(folder: Path, modules: list[Any], route: bool = False) -> Path:
+    router = [Router({"query": modules, "document": modules[:1] + modules[-1:]})]
+    SentenceTransformer(modules=router if route else modules, device="cpu").save_pretrained(str(folder))
+    return folder
+
+
+def test_modules_that_need_more_than_tokens_are_refused(tiny_encoder: Path, tmp_path: Path) -> None:
+    """Before weights are read, in a route too; those that a stream gives all they need are not."""
+    shell: Any = SentenceTransformer(str(tiny_encoder), device="cpu")
+    transformer, words = shell[0], list(shell.tokenizer.get_vocab())
+    refused: dict[str, Any] = {
+        "CNN": [CNN(32, 32, kernel_sizes=[1, 3]), Pooling(64)],
+        "LSTM": [LSTM(32, 16), Pooling(32)],
+        "WeightedLayerPooling": [WeightedLayerPooling(32, num_hidden_layers=2, layer_start=1), Pooling(32)],
+        "WordWeights": [WordWeights(words, {"the": 0.1}), Pooling(32)],
+    }
+    for name, behind in refused.items():
+        folder = _save(tmp_path / name, [transformer, *behind])
+        (folder / "model.safetensors").unlink()
+        with pytest.raises(ValueError, match=rf"'{folder}' has a {name} of .* as module 1 \(.*Pooling, Dense, LayerN"):
+            _prepare(folder)
+    routed = _save(tmp_path / "routed", [transformer, *refused["CNN"]], route=True)
+    with pytest.raises(ValueError, match=r"has a CNN of sentence-transformers as module 1"):
+        _prepare(routed, route="query")
+    behind = [Pooling(32, ("cls", "max")), Dense(64, 16), LayerNorm(16), Dropout(0.2), Normalize()]
+    assert _prepare(_save(tmp_path / "taken", [transformer, *behind]))(["a"]) == _prepare(tiny_encoder)(["a"])
+
+
+@pytest.mark.parametrize(
+    ("output", "gives"), [(["hidden_states", 1], "token_embeddings"), ("pooler_output", "sentence_embedding")]
+)
+def test_other_outputs_of_the_backbone_are_refused(
+    tiny_encoder: Path, tmp_path: Path, output: object, gives: str
+) -> None:
+    said = {
+        "modality_config": {"text": {"method": "forward", "method_output_name": output}},
+        "module_output_name": gives,
+    }
+    folder = _with_settings(tiny_encoder, tmp_path / "other", **said)
+    told = re.escape(json.dumps(["forward", output, gives]))
+    with pytest.raises(ValueError, match=rf"'{folder}' gives texts {told} .*\[\"forward\", \"last_hidden_state\""):
+        _prepare(folder)
+
+
+def _with_settings(source: Path, folder: Path, name: str = "sentence_bert_config.json", **said: object) -> Path:
+    """A copy of a folder that says more, or other things, of its texts."""
+    shutil.copytree(source, folder)
+    settings = json.loads((folder / "sentence_bert_config.json").read_text())
+    (folder / "sentence_bert_config.json").unlink()
+    (folder / name).write_text(json.dumps(settings | said))
+    return folder
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,13 @@ def read_modules(spec: EncoderSpec) -> list[dict[str, Any]]:
     return [*routes[spec.route], *modules[1:]]
 
 
+def read_transformer(spec: EncoderSpec, subfolder: str) -> dict[str, Any]:
+    """What sentence-transformers reads of its Transformer, and what it takes where the folder says nothing."""
+    from sentence_transformers.base.modules import Transformer
+
+    return Transformer.load_config(spec.backbone, subfolder=subfolder, revision=spec.revision)
+
+
 def embedding_dimension(spec: EncoderSpec) -> int:
     """Of the embeddings: what the folder's last Dense or Pooling gives, else the width of the backbone."""
     for module in reversed(read_modules(spec)):

@@ -15,7 +15,7 @@ from tokenizers import normalizers
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import PaddingStrategy, TruncationStrategy
 
-from trainer.encoder.folder import OWN_MODULES, read_json, read_modules
+from trainer.encoder.folder import OWN_MODULES, read_json, read_modules, read_transformer
 from trainer.encoder.spec import EncoderSpec
 from trainer.manifest import STATE
 
@@ -24,6 +24,9 @@ _OFFSET_MODEL_TYPES = frozenset({"roberta", "xlm-roberta", "camembert", "mpnet"}
 
 # A tokenizer holds the length it truncates to, and columns, sources and threads share one.
 _one_at_a_time = threading.Lock()
+
+# Of sentence-transformers: those that ask no more than the tokens of a stream and where their texts end.
+_HEAD_MODULES = ("Pooling", "Dense", "LayerNorm", "Dropout", "Normalize")
 
 TASKS = ("query", "document")
 
@@ -148,16 +151,21 @@ def load_text_preparation(spec: EncoderSpec) -> TextPreparation:
     """Read the tokenizer, the length and the prompt of an encoder; no weights.
 
     Raises:
-        ValueError: no such folder or hub id, a checkpoint, a model that begins with no Transformer, code that was not
-            allowed, a tokenizer without tokenizer.json, one that pads with a piece the embedding has no row for, or
-            max_length over the positions of the backbone, or with no room for a text.
+        ValueError: no such folder or hub id, a checkpoint, a model that begins with no Transformer, modules or settings
+            of sentence-transformers that are not supported, code that was not allowed, a tokenizer without
+            tokenizer.json, one that pads with a piece the embedding has no row for, or max_length over the positions
+            of the backbone, or with no room for a text.
     """
     where: dict[str, Any] = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
     modules = read_modules(spec)
     subfolder = modules[0]["path"]
     _refuse_other_folders(spec, modules[0]["type"])
+    for place, module in enumerate(modules[1:], start=1):
+        _refuse_module(spec, module["type"], place)
     if not spec.trust_remote_code:
         _refuse_code(spec, subfolder, [module["type"] for module in modules])
+    if modules[0]["type"].startswith(OWN_MODULES):
+        _refuse_settings(spec, read_transformer(spec, subfolder))
     try:
         config = AutoConfig.from_pretrained(spec.backbone, subfolder=subfolder, **where)
         tokenizer = AutoTokenizer.from_pretrained(spec.backbone, subfolder=subfolder, **where)
@@ -223,6 +231,30 @@ def _refuse_other_folders(spec: EncoderSpec, first_module: str) -> None:
         raise ValueError(
             f"model.encoder.backbone '{spec.backbone}' begins with a {kind} of sentence-transformers (modules.json); "
             "take a model that begins with a Transformer"
+        )
+
+
+def _refuse_module(spec: EncoderSpec, module: str, place: int) -> None:
+    """One that would be skipped, or let texts leak into their neighbours in the stream."""
+    kind = module.rpartition(".")[2]
+    if module.startswith(OWN_MODULES) and kind not in _HEAD_MODULES:
+        raise ValueError(
+            f"model.encoder.backbone '{spec.backbone}' has a {kind} of sentence-transformers as module {place} (from "
+            "0, modules.json), which is not supported; take a model that has only these behind its Transformer: "
+            + ", ".join(_HEAD_MODULES)
+        )
+
+
+def _refuse_settings(spec: EncoderSpec, transformer: Mapping[str, Any]) -> None:
+    """Settings of the Transformer of sentence-transformers that are not followed here."""
+    text = transformer["modality_config"].get("text") or {}
+    asked = [text.get("method"), text.get("method_output_name"), transformer.get("module_output_name")]
+    supported = ["forward", "last_hidden_state", "token_embeddings"]
+    if asked != supported:
+        raise ValueError(
+            f"model.encoder.backbone '{spec.backbone}' gives texts {json.dumps(asked)} (method and method_output_name "
+            "in modality_config, module_output_name: sentence_bert_config.json), which is not supported; take a model "
+            f"that gives them {json.dumps(supported)}"
         )
 
 

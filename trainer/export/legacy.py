@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 # Those whose weights and meaning did not change. A Router's folder, and modules with names of inputs, did.
-_MODULES = ("Transformer", "Pooling", "Normalize", "Dense", "LayerNorm", "Dropout", "WeightedLayerPooling")
+_MODULES = ("Transformer", "Pooling", "Normalize", "Dense", "LayerNorm", "Dropout")
 _POOLING_MODES = {
     "cls": "pooling_mode_cls_token",
     "max": "pooling_mode_max_tokens",
