@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -96,6 +97,25 @@ def test_equals_the_padded_forward(folder: Path, max_tokens: int) -> None:
         # A key bias has gradient 0: only its rounding error is there to compare.
         if gradient.abs().max() > 1e-3 * max(float(g.abs().max()) for g in their_gradients.values()):
             assert largest_difference({"": our_gradients[name]}, {"": gradient}) < 5e-5, name
+
+
+@pytest.mark.parametrize("window", [None, 4], ids=["full", "window"])
+def test_a_decoder_that_looks_both_ways(tiny_encoders: dict[str, Path], tmp_path: Path, window: int | None) -> None:
+    """Qwen3 whose config says so: its layers say that they are causal all the same."""
+    shutil.copytree(tiny_encoders["qwen3"], tmp_path / "both")
+    path = tmp_path / "both" / "config.json"
+    config = json.loads(path.read_text()) | {"is_causal": False}
+    if window is not None:
+        config |= {"use_sliding_window": True, "sliding_window": window}
+        config["layer_types"] = ["sliding_attention"] * config["num_hidden_layers"]
+    path.write_text(json.dumps(config))
+    # At the first piece, which sees nothing of its text in a causal model.
+    encoder = _load(tmp_path / "both", pooling="cls").eval()
+    peer = _peer(tmp_path / "both")
+    peer[1] = Pooling(32, "cls")
+    assert encoder.packed
+    ours, theirs = encoder.embed(_pack(encoder, TEXTS)), _peer_embed(peer)
+    assert largest_difference({"": ours}, {"": theirs}) < 1e-5
 
 
 def test_columns_of_the_rows_that_count(tiny_encoder: Path) -> None:

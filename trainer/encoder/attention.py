@@ -159,7 +159,8 @@ def packed_attention(
     """Block-diagonal attention over one packed stream; transformers' attention interface.
 
     Args:
-        module: the attention layer; its ``is_causal`` says whether a token sees those behind it.
+        module: the attention layer; its ``is_causal``, and that of its config, say whether a token sees only those
+            before it.
         query, key, value: (1, N, T, D); keys and values may have fewer heads, each for a group of queries.
         packing: from :func:`plan_buckets`; its buckets cover the stream, but for padding at its end, whose
             attention is 0.
@@ -170,6 +171,9 @@ def packed_attention(
     """
     assert packing is not None, "packed attention needs the buckets of the stream"
     is_causal = bool(getattr(module, "is_causal", False))
+    if is_causal and not getattr(getattr(module, "config", None), "is_causal", True):
+        # transformers makes a decoder look both ways by its config; the window's last place counts in such masks.
+        is_causal, sliding_window = False, None if sliding_window is None else sliding_window + 1
     if (group := query.shape[1] // key.shape[1]) > 1:
         key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
     if packing.takes_host(dropout):
