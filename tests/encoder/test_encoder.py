@@ -118,6 +118,34 @@ def test_a_decoder_that_looks_both_ways(tiny_encoders: dict[str, Path], tmp_path
     assert largest_difference({"": ours}, {"": theirs}) < 1e-5
 
 
+def test_a_chat_template_is_left_aside(
+    tiny_encoders: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As training reads texts, so does the saved folder; one that asks for the template is refused."""
+    shell = _peer(tiny_encoders["qwen3"])
+    shell.tokenizer.chat_template = "{% for m in messages %}the doctor {{ m['content'] }} car{% endfor %}"
+    shell[0].model.save_pretrained(tmp_path / "plain")
+    shell.tokenizer.save_pretrained(tmp_path / "plain")
+    assert "message" in _peer(tmp_path / "plain")[0].modality_config
+    with caplog.at_level(logging.WARNING):
+        encoder = _load(tmp_path / "plain").eval()
+    assert "training and the exported folder read bare texts" in caplog.text
+    with encoder.as_sentence_transformer() as model:
+        model.save_pretrained(str(tmp_path / "saved"))
+    peer, texts = _peer(tmp_path / "saved"), [text for text in TEXTS if text]
+    ids = [row[mask.bool()].tolist() for row, mask in zip(*_features(peer, texts), strict=True)]
+    assert encoder.text(texts) == ids
+    assert largest_difference({"": _embed(encoder, texts)}, {"": _peer_embed(peer, texts)}) < 1e-5
+    _peer(tmp_path / "plain").save_pretrained(str(tmp_path / "asks"))
+    with pytest.raises(ValueError, match=r"puts texts into a chat template \(message in modality_config .*delete"):
+        _load(tmp_path / "asks")
+
+
+def _features(peer: Any, texts: list[str]) -> tuple[Tensor, Tensor]:
+    features = peer.preprocess(texts)
+    return features["input_ids"], features["attention_mask"]
+
+
 def test_columns_of_the_rows_that_count(tiny_encoder: Path) -> None:
     encoder = _load(tiny_encoder).eval()
     ids = encoder.text(TEXTS)

@@ -27,7 +27,7 @@ from trainer.distributed import gather
 from trainer.encoder.attention import PACKED_ATTENTION, Packing, padded_layout, plan_buckets
 from trainer.encoder.dropout import HostDropout, use_host_dropout
 from trainer.encoder.host_layer import use_host_layers
-from trainer.encoder.shell import override_modules, share_tokenizer, take_route
+from trainer.encoder.shell import drop_messages, override_modules, share_tokenizer, take_route
 from trainer.encoder.spec import EncoderSpec
 from trainer.encoder.text import TextPreparation, load_text_preparation, position_offset
 from trainer.encoder.trainable import blocks, merged_adapters, restrict
@@ -75,6 +75,7 @@ class Encoder(nn.Module):
                 f"model.encoder.backbone '{spec.backbone}': its weights are a pickle that holds more than tensors, "
                 "which could run code; take a copy in safetensors from someone you trust"
             ) from error
+        drop_messages(shell)
         if spec.route is not None:
             shell = take_route(shell, spec.route, self.text.prompt)
         self._as_saved = share_tokenizer(shell, self.text)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.modules import Dropout, Normalize, Pooling
 from torch import nn
 
@@ -37,6 +38,19 @@ def share_tokenizer(shell: SentenceTransformer, text: TextPreparation) -> Callab
         backend.no_padding() if padding is None else backend.enable_padding(**padding)
 
     return restore
+
+
+def drop_messages(shell: SentenceTransformer) -> None:
+    """Let a plain backbone read bare texts: for its chat template, sentence-transformers would put each text into that,
+    and so would a folder that is saved of it."""
+    for transformer in shell.modules():
+        if isinstance(transformer, Transformer) and transformer.modality_config.pop("message", None) is not None:
+            transformer.input_formatter.supported_modalities = list(transformer.modality_config)
+            gather.warn(
+                logger,
+                "the tokenizer has a chat template, which sentence-transformers puts around texts: training and the "
+                "exported folder read bare texts",
+            )
 
 
 def take_route(shell: SentenceTransformer, route: str, prompt: str) -> SentenceTransformer:

@@ -247,6 +247,11 @@ def _refuse_module(spec: EncoderSpec, module: str, place: int) -> None:
 
 def _refuse_settings(spec: EncoderSpec, transformer: Mapping[str, Any]) -> None:
     """Settings of the Transformer of sentence-transformers that are not followed here."""
+    if "message" in transformer["modality_config"]:
+        raise ValueError(
+            f"model.encoder.backbone '{spec.backbone}' puts texts into a chat template (message in modality_config of "
+            "sentence_bert_config.json), which is not supported: delete message there if it was trained on bare texts"
+        )
     text = transformer["modality_config"].get("text") or {}
     asked = [text.get("method"), text.get("method_output_name"), transformer.get("module_output_name")]
     supported = ["forward", "last_hidden_state", "token_embeddings"]
