@@ -267,6 +267,52 @@ def _with_settings(source: Path, folder: Path, name: str = "sentence_bert_config
 
 
 @pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("sentence_roberta_config.json", {"max_seq_length": 12}),
+        ("sentence_xlnet_config.json", {"max_seq_length": 12, "do_lower_case": True}),
+        ("sentence_bert_config.json", {"max_seq_length": 30, "processor_kwargs": {"model_max_length": 12}}),
+        ("sentence_bert_config.json", {"tokenizer_args": {"model_max_length": 12, "truncation_side": "left"}}),
+    ],
+)
+def test_all_settings_of_texts_are_read(
+    tiny_encoder: Path, tmp_path: Path, demo_texts: list[str], name: str, said: dict[str, Any]
+) -> None:
+    folder = _with_settings(tiny_encoder, tmp_path / "folder", name, **said)
+    peer, text, texts = SentenceTransformer(str(folder), device="cpu"), _prepare(folder), demo_texts[:9] + ODD_TEXTS
+    assert text.max_length == peer.max_seq_length == 12
+    assert text(texts) == _peer_ids(peer, texts)
+    side = "left" if "tokenizer_args" in said else "right"
+    assert text.tokenizer.truncation_side == side
+    same_ids = side == "right" and "do_lower_case" not in said
+    assert (text.fingerprint == _prepare(tiny_encoder, max_length=12).fingerprint) == same_ids
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("processing_kwargs", {"text": {"max_length": 12}}), ("query_length", 12), ("document_length", 12)],
+)
+def test_settings_of_calls_are_refused(tiny_encoder: Path, tmp_path: Path, name: str, value: object) -> None:
+    folder = _with_settings(tiny_encoder, tmp_path / "folder", **{name: value})
+    with pytest.raises(ValueError, match=rf"have {name} \({re.escape(json.dumps(value))}\), which is not supported"):
+        _prepare(folder)
+
+
+def test_a_length_that_is_cut_is_told(
+    tiny_encoders: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = _with_settings(tiny_encoders["qwen3"], tmp_path / "long", max_seq_length=32768)
+    config = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": 32768}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert SentenceTransformer(str(folder), device="cpu").max_seq_length == 32768
+    assert _prepare(folder).max_length == 8192
+    assert "takes 32,768 pieces, texts are cut at 8,192" in caplog.text
+    caplog.clear()
+    assert _prepare(folder, max_length=16384).max_length == 16384
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(
     ("model_type", "settings", "offset", "positions"),
     [
         ("bert", {"max_position_embeddings": 512}, 0, 512),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,9 +16,12 @@ from tokenizers import normalizers
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import PaddingStrategy, TruncationStrategy
 
+from trainer.distributed import gather
 from trainer.encoder.folder import OWN_MODULES, read_json, read_modules, read_transformer
 from trainer.encoder.spec import EncoderSpec
 from trainer.manifest import STATE
+
+logger = logging.getLogger(__name__)
 
 # Position tables of these start behind the padding index.
 _OFFSET_MODEL_TYPES = frozenset({"roberta", "xlm-roberta", "camembert", "mpnet"})
@@ -31,6 +35,7 @@ _HEAD_MODULES = ("Pooling", "Dense", "LayerNorm", "Dropout", "Normalize")
 TASKS = ("query", "document")
 
 _NO_LIMIT = 1 << 31  # pieces, more than any text has
+_LONGEST = 8192  # pieces kept of a text where the config does not say
 
 
 @dataclass
@@ -129,6 +134,8 @@ class TextPreparation:
         knobs = [backend, self.max_length, self.prompt, *([self.max_lengths] if self.max_lengths else [])]
         if self.num_rows is not None:
             knobs.append(self.num_rows)  # else what a larger embedding let pass would be taken from the cache
+        if self.tokenizer.truncation_side != "right":
+            knobs.append(self.tokenizer.truncation_side)
         if self.documents is not None:
             knobs.append(self.documents.fingerprint)
         return hashlib.sha256(json.dumps(knobs, sort_keys=True).encode()).hexdigest()[:16]
@@ -164,11 +171,13 @@ def load_text_preparation(spec: EncoderSpec) -> TextPreparation:
         _refuse_module(spec, module["type"], place)
     if not spec.trust_remote_code:
         _refuse_code(spec, subfolder, [module["type"] for module in modules])
+    transformer = read_transformer(spec, subfolder)
     if modules[0]["type"].startswith(OWN_MODULES):
-        _refuse_settings(spec, read_transformer(spec, subfolder))
+        _refuse_settings(spec, transformer)
+    for_tokenizer = transformer.get("processor_kwargs") or transformer.get("tokenizer_args") or {}
     try:
         config = AutoConfig.from_pretrained(spec.backbone, subfolder=subfolder, **where)
-        tokenizer = AutoTokenizer.from_pretrained(spec.backbone, subfolder=subfolder, **where)
+        tokenizer = AutoTokenizer.from_pretrained(spec.backbone, **for_tokenizer | {"subfolder": subfolder} | where)
     except OSError as error:
         cause = str(error).splitlines()[0]
         raise ValueError(
@@ -182,13 +191,19 @@ def load_text_preparation(spec: EncoderSpec) -> TextPreparation:
             f"model.encoder.backbone '{spec.backbone}' has a tokenizer in Python ({type(tokenizer).__name__}), and "
             "texts are read by fast ones: take a backbone whose folder holds a tokenizer.json"
         )
-    transformer = read_json(spec, "sentence_bert_config.json", subfolder) or {}
     model = read_json(spec, "config_sentence_transformers.json") or {}
     positions = num_positions(config)
     max_length = spec.max_length
     if max_length is None:
-        said = transformer.get("max_seq_length") or tokenizer.model_max_length
-        max_length = min(said, positions or said, 8192)
+        said = for_tokenizer.get("model_max_length") or transformer.get("max_seq_length") or tokenizer.model_max_length
+        said = min(said, positions or said)
+        max_length = min(said, _LONGEST)
+        if max_length < said < _NO_LIMIT:
+            gather.warn(
+                logger,
+                f"max_length: '{spec.backbone}' takes {said:,} pieces, texts are cut at {max_length:,}; set "
+                "model.encoder.max_length for more",
+            )
     if positions is not None and max_length > positions:
         raise ValueError(
             f"model.encoder.max_length is {max_length}, but '{spec.backbone}' has {positions} positions; "
@@ -247,6 +262,13 @@ def _refuse_module(spec: EncoderSpec, module: str, place: int) -> None:
 
 def _refuse_settings(spec: EncoderSpec, transformer: Mapping[str, Any]) -> None:
     """Settings of the Transformer of sentence-transformers that are not followed here."""
+    for name in ("processing_kwargs", "query_length", "document_length", "query_expansion"):
+        if transformer.get(name):
+            raise ValueError(
+                f"model.encoder.backbone '{spec.backbone}': its sentence-transformers settings have {name} "
+                f"({json.dumps(transformer[name])}), which is not supported; take it out of its "
+                "sentence_bert_config.json and set the lengths in the config"
+            )
     if "message" in transformer["modality_config"]:
         raise ValueError(
             f"model.encoder.backbone '{spec.backbone}' puts texts into a chat template (message in modality_config of "
