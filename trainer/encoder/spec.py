@@ -36,7 +36,7 @@ class EncoderSpec:
 
     Attributes:
         backbone: hub id or folder of a sentence-transformers or plain transformers model.
-        max_length: pieces kept of a text, special tokens included; unset: what the folder says.
+        max_length: pieces kept of a text, special tokens included; unset: what the folder says, up to 8,192.
         pooling: how token vectors become one vector.
         normalize: scale embeddings to length 1.
         prompt: put before every text; unset: the folder's default prompt.
