@@ -88,7 +88,7 @@ def add_encoder(flags: Flags) -> None:
     """Which encoder, and how it computes."""
     flags.add_argument("--revision", help="of a hub id")
     flags.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
-    flags.add_argument("--max-length", type=at_least(1), help="pieces kept of a text (what the model says)")
+    flags.add_argument("--max-length", type=at_least(1), help="pieces kept of a text (as the model says, to 8,192)")
     flags.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"), help="or bf16, fp16")
     flags.add_argument("--max-tokens", type=at_least(1), default=16384, help="of one forward, for its memory")
 
