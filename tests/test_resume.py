@@ -147,6 +147,7 @@ def test_checkpoint_at_the_end_of_an_epoch(undisturbed: Undisturbed, config: Pat
     assert_same_end(reference, run_dir)
 
 
+@SLOW  # three runs, 100 seconds
 def test_a_run_from_the_checkpoint_of_another_is_one_of_its_own_on_wandb(config: Path) -> None:
     """W&B's files say under which id they would be sent: that of a resume is the first one's, that of a fork is not."""
     base, fork = config.parent / "base", config.parent / "fork"
