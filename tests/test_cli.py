@@ -20,12 +20,12 @@ from sentence_transformers.sentence_transformer import evaluation as st_evaluati
 from sentence_transformers.sentence_transformer import losses as st_losses
 
 from tests.compare.made_runs import make_run
+from tests.tiny_recipe import write_tiny_recipe
 from trainer import evaluation, losses
 from trainer.cli import main
 from trainer.config_errors import _dotted_keys
 from trainer.config_files import Flag, read_command
 from trainer.config_migration import CLASS_HERE, KEY_HERE, class_here
-from trainer.demo_data import write_pairs
 from trainer.help_text import live_parsers
 from trainer.lightning_cli import GROUPS, run
 from trainer.manifest import read_manifest, read_state, write_checkpoint
@@ -590,24 +590,7 @@ def test_fresh_fit_into_a_used_directory_is_refused(
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Path:
-    """A recipe of 3 steps on generated pairs."""
-    folder = tmp_path_factory.mktemp("recipe")
-    train, dev = write_pairs(folder, num_train=12, num_dev=6)
-    columns = {"anchor": "sentence1", "positive": "sentence2", "score": "score"}
-    source = {"columns": columns, "score_range": [0, 5]}
-    content = {
-        "model": {"encoder": {"backbone": str(tiny_encoder)}, "loss": "CosineSimilarity"},
-        "data": {
-            "train": [{"path": str(train), **source}],
-            "validation": [{"name": "dev", "path": str(dev), **source}],
-            "batch_size": 4,
-        },
-        "trainer": {"accelerator": "cpu", "devices": 1, "log_every_n_steps": 1},
-        "tracking": {"wandb": "off"},
-    }
-    path = folder / "tiny.yaml"
-    path.write_text(yaml.safe_dump(content))
-    return path
+    return write_tiny_recipe(tmp_path_factory.mktemp("recipe"), tiny_encoder)
 
 
 def logged_steps(folder: Path) -> list[int]:

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import lightning.pytorch  # noqa: F401 - before any test: its log handler keeps the stderr that it finds
 import pytest
-import yaml
 
+from tests.tiny_recipe import write_tiny_recipe
 from trainer.cli import main
-from trainer.demo_data import write_pairs
 
 
 @pytest.fixture(autouse=True)
@@ -27,23 +26,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory, tiny_encoder: Path) -> Path:
-    """A recipe of 3 steps on generated pairs."""
-    folder = tmp_path_factory.mktemp("recipe")
-    train, dev = write_pairs(folder, num_train=12, num_dev=6)
-    source = {"columns": {"anchor": "sentence1", "positive": "sentence2", "score": "score"}, "score_range": [0, 5]}
-    content = {
-        "model": {"encoder": {"backbone": str(tiny_encoder)}, "loss": "CosineSimilarity"},
-        "data": {
-            "train": [{"path": str(train), **source}],
-            "validation": [{"name": "dev", "path": str(dev), **source}],
-            "batch_size": 4,
-        },
-        "trainer": {"accelerator": "cpu", "devices": 1, "log_every_n_steps": 1, "default_root_dir": "run"},
-        "tracking": {"wandb": "off"},
-    }
-    path = folder / "tiny.yaml"
-    path.write_text(yaml.safe_dump(content))
-    return path
+    return write_tiny_recipe(tmp_path_factory.mktemp("recipe"), tiny_encoder, default_root_dir="run")
 
 
 def refused(capsys: pytest.CaptureFixture[str], recipe: Path, *flags: str, code: int = 2) -> str:

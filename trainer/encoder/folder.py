@@ -47,12 +47,15 @@ def normalizes(spec: EncoderSpec) -> bool:
     """Whether embeddings will have length 1: what the config says, else what the folder does."""
     if isinstance(spec.normalize, bool):
         return spec.normalize
-    for module in reversed(read_modules(spec)):
-        if module["type"].endswith("Normalize"):
-            return True
-        if not module["type"].endswith("Dropout"):  # a Dense would change the length again
-            break
-    return False
+    return bool(ending_normalizes([module["type"] for module in read_modules(spec)]))
+
+
+def ending_normalizes(kinds: Sequence[str]) -> list[int]:
+    """Places of each Normalize that gives embeddings their length: one before a Dense, say, does not."""
+    first = len(kinds)
+    while first and kinds[first - 1].endswith(("Normalize", "Dropout")):
+        first -= 1
+    return [place for place in range(first, len(kinds)) if kinds[place].endswith("Normalize")]
 
 
 def read_prompts(spec: EncoderSpec) -> dict[str, str]:

@@ -8,10 +8,11 @@ from typing import Any
 
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
-from sentence_transformers.sentence_transformer.modules import Dropout, Normalize, Pooling
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 from torch import nn
 
 from trainer.distributed import gather
+from trainer.encoder.folder import ending_normalizes
 from trainer.encoder.spec import EncoderSpec
 from trainer.encoder.text import TextPreparation
 
@@ -85,12 +86,7 @@ def override_modules(shell: SentenceTransformer, spec: EncoderSpec) -> None:
                 replacement = Pooling(module.embedding_dimension, wanted, include_prompt=module.include_prompt)
                 _refuse_width(spec, module, replacement, [one for _, one in modules[place + 1 :]])
                 shell._modules[name] = replacement
-    normalizes = []
-    for name, module in reversed(list(shell.named_children())):
-        if isinstance(module, Normalize):
-            normalizes.append(name)
-        elif not isinstance(module, Dropout):  # one that stands before a Dense leaves no embedding of length 1
-            break
+    normalizes = [modules[place][0] for place in ending_normalizes([type(one).__name__ for one in shell.children()])]
     if spec.normalize is True and not normalizes:
         gather.warn(logger, "normalize: the folder does not, the config adds it")
         shell.append(Normalize())

@@ -4,6 +4,7 @@ import math
 import warnings
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.stats import ConstantInputWarning, NearConstantInputWarning, pearsonr, spearmanr
 from torch import Tensor
 
@@ -23,17 +24,20 @@ class STS(Evaluator):
     primary = "spearman_cosine"
 
     def refuse_rows(self, rows: Rows) -> None:
+        self._gold(rows)
+
+    def _gold(self, rows: Rows) -> NDArray[np.float64]:
         gold = np.asarray(rows["score"], dtype=np.float64)
         if len(gold) < 2 or np.ptp(gold) == 0:
             raise ValueError(
                 f"Correlation needs at least two different scores; the {len(gold)} rows hold "
                 f"{len(np.unique(gold))}. Check the score column and score_range of this validation set."
             )
+        return gold
 
     def score(self, embeddings_ND: Tensor, rows: Rows) -> dict[str, float]:
-        self.refuse_rows(rows)
+        gold = self._gold(rows)
         anchor_BD, positive_BD = self.split(embeddings_ND, rows)
-        gold = np.asarray(rows["score"], dtype=np.float64)
         metrics: dict[str, float] = {}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConstantInputWarning)
