@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -94,6 +95,35 @@ def test_torchrun_inside_a_job_script_starts_one_run_of_two_ranks(recipe: Path) 
     assert done.returncode == 0, done.stderr[-3000:]
     (manifest,) = Path("run/checkpoints").glob("step-*/manifest.json")
     assert json.loads(manifest.read_text())["ranks"] == 2
+
+
+@pytest.mark.slow  # what is compared: tests/check/test_callback.py
+def test_ranks_whose_hosts_have_disks_of_their_own_do_not_go_on_apart(recipe: Path) -> None:
+    assert main(["fit", "--config", str(recipe), "--trainer.max_steps", "1"]) == 0
+    flags = ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.max_steps", "1", "--ckpt_path", "auto"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "NODE_RANK": "0"}
+    command = [sys.executable, "-m", "trainer", "fit", "--config", str(recipe), *flags, "--trainer.default_root_dir"]
+    ranks = [
+        subprocess.Popen(
+            [*command, folder],
+            env={**os.environ, **meeting, "LOCAL_RANK": str(rank), "RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, folder in enumerate(("run", "own"))
+    ]
+    try:
+        said = [rank.communicate(timeout=150)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [1, 1], said
+    assert "has found run/checkpoints/step-00000001, but rank 1" in said[0]
+    assert "no checkpoint: the run directory must lie where all nodes see the same files" in said[0]
+    assert "Traceback" not in said[0] + said[1]
 
 
 # -- folders ----------------------------------------------------------------------------------------------

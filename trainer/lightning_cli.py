@@ -305,6 +305,8 @@ class TrainerCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         if not self.execute:
             return
+        if self.options.ckpt_path:
+            self._get(self.config_init, "check").found = Path(self.options.ckpt_path)
         try:
             super()._run_subcommand(subcommand)
         finally:
@@ -313,7 +315,6 @@ class TrainerCLI(LightningCLI):
     def before_fit(self) -> None:
         interruption.stop_if_asked()
         config, first = self.effective_config(), is_first_rank(os.environ)
-        self._get(self.config_init, "check").is_resumed = self.options.ckpt_path is not None
         if first:
             if taken_over := take_lock(self.run_dir, os.environ):
                 print(f"note: {taken_over}")

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from tests.tracking.small_run import LiveGroup
-from trainer.check.callback import Check
+from tests.two_ranks import TwoRanks
+from trainer import manifest
+from trainer.check.callback import Check, refuse_ranks_elsewhere
 from trainer.cli import main
 from trainer.data.module import PairData
 from trainer.data.sources import Source
 from trainer.demo_data import read_pairs, write_pairs
+from trainer.distributed import gather
 from trainer.distributed.gather import SharedError
 from trainer.encoder import EncoderSpec
 from trainer.losses import CosineSimilarity
@@ -108,3 +113,26 @@ def test_all_ranks_stop_with_the_same_words(config: Path, tiny_encoder: Path, tm
     assert said[0] == said[1]
     assert "constant_labels: " in said[0]
     assert json.loads((tmp_path / "two" / "check.json").read_text())["plan"]["num_ranks"] == 2
+
+
+def _refused(found: list[Path | None]) -> str:
+    try:
+        refuse_ranks_elsewhere(found[gather.rank()])
+    except SharedError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_have_found_the_same(tmp_path: Path, two_ranks: TwoRanks) -> None:
+    paths = [tmp_path / name / "checkpoints/step-00000001" for name in ("first", "copy", "other")]
+    for path, value in zip(paths, (1.0, 1.0, 2.0), strict=True):
+        manifest.write_checkpoint({"w": torch.full((2,), value)}, path, {"step": 1})
+    first, copy, other = paths
+    for same in ([None, None], [first, first], [first, copy]):  # the same files may lie at two paths
+        assert two_ranks(_refused, same) == ["", ""]
+    for apart in ([first, None], [None, first], [first, other]):
+        refused = two_ranks(_refused, apart)
+        one, two = (path or "no checkpoint" for path in apart)
+        host = socket.gethostname()
+        assert f"rank 0 on {host} has found {one}, but rank 1 on {host} {two}: the run directory" in refused[0]
+        assert refused[0] == refused[1]
