@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from tests.tracking.small_run import BATCH, make_parts, make_trainer, write_rows
 from trainer import manifest
@@ -214,3 +214,12 @@ def test_a_state_that_would_not_be_read_is_not_written(tmp_path: Path, tiny_enco
     with pytest.raises(ValueError, match=r"step-00000002 would not be read again: it holds a pathlib\.PosixPath"):
         fit(tmp_path, tiny_encoder, rows, {}, Odd())
     assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_a_model_checkpoint_that_cannot_write_ends_the_run(
+    tmp_path: Path, tiny_encoder: Path, rows: list[Path]
+) -> None:
+    (tmp_path / "own").write_text("a file where a folder should be")
+    own = ModelCheckpoint(tmp_path / "own/last", every_n_train_steps=1)
+    with pytest.raises(ValueError, match=r"own/last/.* can't be written: .*Not a directory"):
+        fit(tmp_path, tiny_encoder, rows, {}, own)

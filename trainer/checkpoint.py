@@ -31,22 +31,15 @@ class DirectoryCheckpointIO(TorchCheckpointIO):
 
     Attributes:
         identity: what the run is, written into every manifest.
-        failure: why the last save did not succeed. Only one rank writes: raising at once would leave the others
-            waiting for it.
     """
 
     def __init__(self, identity: Optional[dict[str, Any]] = None) -> None:
         self.identity = identity
-        self.failure: Optional[ValueError] = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         about = {"step": checkpoint["global_step"], "ranks": gather.world_size(), "identity": self.identity}
-        self.failure = None
-        try:
-            _refuse_non_finite(checkpoint)
-            manifest.write_checkpoint(checkpoint, Path(path), about)
-        except ValueError as error:
-            self.failure = error
+        _refuse_non_finite(checkpoint)
+        manifest.write_checkpoint(checkpoint, Path(path), about)
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: Any = None) -> dict[str, Any]:
         return manifest.read_state(Path(path), map_location=map_location)
@@ -151,11 +144,14 @@ class Checkpoints(Checkpoint):
             return folder
         log = next((c for c in trainer.callbacks if isinstance(c, MetricsLog)), None)  # type: ignore[attr-defined]
         with log.paused() if log else nullcontext():  # rows per second leave out what is not training
-            trainer.save_checkpoint(folder)
-            io = trainer.strategy.checkpoint_io
-            assert isinstance(io, DirectoryCheckpointIO)
-            if failure := gather.broadcast_object(io.failure):
-                raise gather.SharedError(str(failure))
+            failure = None
+            try:
+                trainer.save_checkpoint(folder)
+            except ValueError as error:
+                failure = str(error)
+                trainer.strategy.barrier()  # one rank writes, and the others wait there for it to have written
+            if failure := gather.broadcast_object(failure):
+                raise gather.SharedError(failure)
         self._saved_step = step
         if trainer.is_global_zero:
             if better:
