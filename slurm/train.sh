@@ -64,7 +64,7 @@ values_of() {
 # The run directory as the program has it: the flag, else the last config file that says it, else what directory_of_job
 # finds.
 directory_of_flag() {
-    values_of --trainer.default_root_dir | tail -n 1
+    values_of --trainer.default_root_dir | tail -n 1 | from_home
 }
 
 directory_of_configs() {
@@ -73,7 +73,15 @@ directory_of_configs() {
         said=$(sed -n 's/^[^#]*default_root_dir: *["'\'']\{0,1\}\([^"'\'',} ]*\).*/\1/p' "$file" | tail -n 1) || true
         [[ ${said:-null} == null ]] || found=$said
     done < <(values_of --config)
-    echo "$found"
+    echo "$found" | from_home
+}
+
+# No shell expands the ~ of a file, or of --key=~/x.
+from_home() {
+    local folder
+    IFS= read -r folder || true
+    [[ $folder != \~ && $folder != \~/* ]] || folder=$HOME${folder:1}
+    echo "$folder"
 }
 
 if [[ $command == directory ]]; then

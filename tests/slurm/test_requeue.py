@@ -80,14 +80,18 @@ def test_without_a_requeue_the_way_on_is_said(slurm: Slurm, tmp_path: Path, most
     assert "SECRET" not in job.log
 
 
-def test_a_named_directory_that_is_done_is_not_trained_again(slurm: Slurm, tmp_path: Path) -> None:
+@pytest.mark.parametrize("folder", ["runs/mine", "~/mine"])
+def test_a_named_directory_that_is_done_is_not_trained_again(slurm: Slurm, tmp_path: Path, folder: str) -> None:
     """A new job; without the flag it would train, for another run may have the same recipe."""
     python = stand_in(tmp_path, "echo trained")
-    (slurm.folder / "runs/mine").mkdir(parents=True)
-    named = ["configs/pairs.yaml", "--trainer.default_root_dir=runs/mine"]
-    first, second = (slurm.run("--nodes 1", named, python) for _ in range(2))
+    home = slurm.folder / "runs"
+    named = ["configs/pairs.yaml", f"--trainer.default_root_dir={folder}"]
+    place = folder.replace("~", str(home))
+    (slurm.folder / place).mkdir(parents=True, exist_ok=True)
+    (slurm.folder / place / ".done").unlink(missing_ok=True)
+    first, second = (slurm.run("--nodes 1", named, python, HOME=str(home)) for _ in range(2))
     assert [job.log.count("trained\n") for job in (first, second)] == [1, 0]
-    assert "to train it further remove runs/mine/.done" in second.log
+    assert f"to train it further remove {place}/.done" in second.log
     assert second["ExitCode"] == "0:0"
 
 
