@@ -202,7 +202,7 @@ def load_text_preparation(spec: EncoderSpec) -> TextPreparation:
             gather.warn(
                 logger,
                 f"max_length: '{spec.backbone}' takes {said:,} pieces, texts are cut at {max_length:,}; set "
-                "model.encoder.max_length for more",
+                "max_length for more",
             )
     if positions is not None and max_length > positions:
         raise ValueError(
