@@ -182,7 +182,8 @@ def test_early_stopped_in_mid_epoch_and_going_on(undisturbed: Undisturbed, confi
     assert losses(run_dir) == losses(reference)
 
 
-@pytest.mark.parametrize("stage", [pytest.param(1, marks=SLOW), pytest.param(2, marks=SLOW), 3])
+@SLOW  # tests/distributed/test_strategies.py has runs that are killed, or go on under another strategy
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_zero_writes_what_ddp_writes(undisturbed: Undisturbed, config: Path, stage: int) -> None:
     """Through the command line, which starts the ranks: the same checkpoint, log and model folder, dropout on."""
     _, reference = undisturbed(2)
@@ -227,6 +228,7 @@ def streamed(config: Path, name: str, path: Path) -> Path:
     return written
 
 
+@SLOW  # tests/data/test_streaming.py resumes streams anywhere, in one process
 def test_streamed_on_two_ranks_killed_and_resumed_on_one(config: Path) -> None:
     """The rows of every step are those of a run on one rank that was never stopped; slices come from a cold cache."""
     rows = pd.read_json(config.parent / "train.jsonl.gz", lines=True)

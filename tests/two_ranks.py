@@ -24,6 +24,15 @@ class RankError(AssertionError):
     """A shipped function raised, or its process died or hung; carries the remote traceback."""
 
 
+def message_of(function: Callable[..., Any], *args: Any) -> str:
+    """What the function refuses with, for a rank that is to live on; empty where it returns."""
+    try:
+        function(*args)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 class TwoRanks:
     """Call it with a function of a test module and its arguments; both ranks run it inside one process group.
 

@@ -13,7 +13,7 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from tests.tracking.small_run import LiveGroup
-from tests.two_ranks import TwoRanks
+from tests.two_ranks import TwoRanks, message_of
 from trainer import manifest
 from trainer.check.callback import Check, refuse_ranks_elsewhere
 from trainer.cli import main
@@ -115,12 +115,8 @@ def test_all_ranks_stop_with_the_same_words(config: Path, tiny_encoder: Path, tm
     assert json.loads((tmp_path / "two" / "check.json").read_text())["plan"]["num_ranks"] == 2
 
 
-def _refused(found: list[Path | None]) -> str:
-    try:
-        refuse_ranks_elsewhere(found[gather.rank()])
-    except SharedError as error:
-        return str(error)
-    return ""
+def _compare(found: list[Path | None]) -> None:
+    refuse_ranks_elsewhere(found[gather.rank()])
 
 
 def test_ranks_have_found_the_same(tmp_path: Path, two_ranks: TwoRanks) -> None:
@@ -129,9 +125,9 @@ def test_ranks_have_found_the_same(tmp_path: Path, two_ranks: TwoRanks) -> None:
         manifest.write_checkpoint({"w": torch.full((2,), value)}, path, {"step": 1})
     first, copy, other = paths
     for same in ([None, None], [first, first], [first, copy]):  # the same files may lie at two paths
-        assert two_ranks(_refused, same) == ["", ""]
+        assert two_ranks(message_of, _compare, same) == ["", ""]
     for apart in ([first, None], [None, first], [first, other]):
-        refused = two_ranks(_refused, apart)
+        refused = two_ranks(message_of, _compare, apart)
         one, two = (path or "no checkpoint" for path in apart)
         host = socket.gethostname()
         assert f"rank 0 on {host} has found {one}, but rank 1 on {host} {two}: the run directory" in refused[0]

@@ -101,7 +101,9 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-@pytest.mark.parametrize(("name", "status"), [("SIGUSR1", 85), ("SIGTERM", 143), ("SIGINT", 130)])
+@pytest.mark.parametrize(
+    ("name", "status"), [("SIGUSR1", 85), ("SIGTERM", 143), pytest.param("SIGINT", 130, marks=pytest.mark.slow)]
+)
 def test_saved_once_and_resumed_bitwise(
     recipe: Path, tmp_path: Path, undisturbed: dict[str, torch.Tensor], name: str, status: int
 ) -> None:

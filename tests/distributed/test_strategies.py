@@ -223,10 +223,10 @@ def weight_error(result: Result, expected: Result) -> float:
     ("loss", "optimizer", "max_tokens"),
     [
         ("CosineSimilarity", "sgd", CHUNKED),
-        ("CosineSimilarity", "adamw", WHOLE),
+        pytest.param("CosineSimilarity", "adamw", WHOLE, marks=pytest.mark.slow),
         ("InfoNCE", "sgd", WHOLE),
         ("InfoNCE", "adamw", CHUNKED),
-        ("Softmax", "sgd", CHUNKED),
+        pytest.param("Softmax", "sgd", CHUNKED, marks=pytest.mark.slow),
         ("Softmax", "adamw", WHOLE),
     ],
 )

@@ -181,6 +181,7 @@ def test_a_stopped_rank_ends_the_run_with_stacks(runs: Runs) -> None:
         assert re.search(r'File ".*graph.py", line \d+ in _engine_run_backward', text)
 
 
+@pytest.mark.slow  # the other rank stopped, and the first one killed, are quick enough
 def test_a_stopped_first_rank_ends_the_other(runs: Runs) -> None:
     """The store stands still with it."""
     with runs.started("stop", *DDP, "--watch.timeout_s", "6", rank=0) as first:
@@ -231,7 +232,7 @@ def test_nan_on_one_rank_stops_all(runs: Runs) -> None:
             ("--data.batch_size", "480", "--trainer.limit_val_batches", "0"),
             "training, with a batch of 480",
         ),
-        ("early-memory", (), r"evaluation, with a batch of \d+"),
+        pytest.param("early-memory", (), r"evaluation, with a batch of \d+", marks=pytest.mark.slow),
     ],
 )
 def test_out_of_memory(runs: Runs, tmp_path: Path, how: str, flags: tuple[str, ...], batch: str) -> None:
