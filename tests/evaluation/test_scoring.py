@@ -29,6 +29,7 @@ KINDS: dict[str, Callable[[Tensor], Any]] = {
     "many": lambda cosines_B: cosines_B,
     "none": lambda cosines_B: None,
 }
+NO_MAPPING = "a bare number"
 
 
 class MeanCosine(Evaluator):
@@ -41,7 +42,10 @@ class MeanCosine(Evaluator):
         self.kind = kind
 
     def score(self, embeddings_ND: Tensor, rows: Rows) -> dict[str, Any]:
-        return {"mean": KINDS[self.kind](cosine(*self.split(embeddings_ND, rows)))}
+        cosines_B = cosine(*self.split(embeddings_ND, rows))
+        if self.kind == NO_MAPPING:
+            return float(cosines_B.mean())  # type: ignore[return-value]
+        return {"mean": KINDS[self.kind](cosines_B)}
 
 
 def run(folder: Path, texts: list[str], kind: str) -> dict[str, float]:
@@ -68,3 +72,8 @@ def test_what_is_no_number_is_named(
     with pytest.raises(ValueError, match=message):
         run(tiny_encoder, demo_texts, kind)
     assert all(message in said for said in two_ranks(message_of, run, tiny_encoder, demo_texts, kind))
+
+
+def test_what_is_no_mapping_is_named(tiny_encoder: Path, demo_texts: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"dev: score\(\) of MeanCosine gives float; return a dict, metric -> float"):
+        run(tiny_encoder, demo_texts, NO_MAPPING)

@@ -72,6 +72,11 @@ def _logits(classify: Classify, evaluator: Classification, embeddings_UD: Tensor
 
 def _as_floats(one: TokenizedSet, found: Mapping[str, Any]) -> dict[str, float]:
     """Numbers of NumPy and tensors of one value too: an evaluator of the user may give them, and JSON takes neither."""
+    if not isinstance(found, Mapping):
+        raise ValueError(
+            f"{one.name}: score() of {type(one.evaluator).__name__} gives {type(found).__name__}; return a dict, "
+            "metric -> float"
+        )
     metrics = {}
     for metric, value in found.items():
         try:
