@@ -84,6 +84,11 @@ def test_the_command_is_shown_without_secrets(config: str, capsys: pytest.Captur
         (["--trainer.default_root_dir", "dev.jsonl.gz/run"], "run directory", "run can't be written: Not a dir"),
         (["--data.train.path", "gone.jsonl"], "data", "gone.jsonl: no such file or folder"),
         (["--model.encoder.backbone", "nobody/nothing"], "backbone", "not in the cache, and HF_HUB_OFFLINE is set"),
+        (
+            ["--model.loss", "MSE", "--model.teacher.backbone", "nobody/teacher"],
+            "backbone",
+            "'nobody/teacher' is no folder here and not in the cache",
+        ),
         (["--model.encoder.max_length", "9999"], "backbone", "max_length is 9999, but"),
     ],
 )

@@ -126,8 +126,9 @@ def check_backbone(parts: Parts) -> str:
     from trainer.encoder.folder import backbone_folder
     from trainer.encoder.weights import refuse_broken_weights
 
-    teachers = [source.teacher for source in parts.datamodule.validation_sources if source.teacher is not None]
-    for spec in (*parts.model.encoder_specs, *teachers):
+    teachers = [parts.model.teacher_spec, *(source.teacher for source in parts.datamodule.validation_sources)]
+    missing = []
+    for spec in (*parts.model.encoder_specs, *(one for one in teachers if one is not None)):
         if backbone_folder(spec) is not None:
             refuse_broken_weights(spec)
             continue
@@ -136,7 +137,10 @@ def check_backbone(parts: Parts) -> str:
                 f"'{spec.backbone}' is no folder here and not in the cache, and HF_HUB_OFFLINE is set; "
                 "on a node with a network: trainer prepare"
             )
-        return f"'{spec.backbone}' is not in the cache: the start downloads it (trainer prepare does so before)"
+        missing.append(f"'{spec.backbone}'")
+    if missing:
+        names = " and ".join(dict.fromkeys(missing))
+        return f"not in the cache: {names}: the start downloads what is missing (trainer prepare does so before)"
     return f"{backbone_folder(parts.model.encoder_spec)}: texts of up to {parts.datamodule.text.max_length} pieces"
 
 
