@@ -291,6 +291,6 @@ def _write(model: SentenceTransformer, run: Run, out: Path, legacy: bool, onnx: 
         if out.exists():
             os.replace(out, older)
         os.replace(partial, out)
+        shutil.rmtree(older, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(older, ignore_errors=True)
