@@ -72,8 +72,9 @@ done
 task=$SLURM_ARRAY_TASK_ID
 ((task < num_runs)) ||
     refuse "task $task of the array has no run: there are $num_runs (${#lines[@]} x ${#seeds[@]}); --array=0-$((num_runs - 1))"
-if ((task == SLURM_ARRAY_TASK_MAX && task < num_runs - 1)); then
-    echo "sweep.sh: runs $((task + 1)) to $((num_runs - 1)) have no task; all of them: --array=0-$((num_runs - 1))" >&2
+if ((task == SLURM_ARRAY_TASK_MAX && SLURM_ARRAY_TASK_COUNT < num_runs)); then # 0-6:2 and 1,3 leave some out, too
+    echo "sweep.sh: $((num_runs - SLURM_ARRAY_TASK_COUNT)) of $num_runs runs have no task in this array;" \
+        "all of them: --array=0-$((num_runs - 1))" >&2
 fi
 line=${lines[task / ${#seeds[@]}]} seed=${seeds[task % ${#seeds[@]}]}
 mapfile -t overrides < <(words_of "$line")

@@ -118,12 +118,12 @@ def test_a_sweep_says_what_its_array_misses(slurm: Slurm, tmp_path: Path) -> Non
     python = stand_in(tmp_path, "exit 0")
     beyond, short = (
         slurm.numbers(slurm.submit(f"--array={tasks}", ["configs/pairs.yaml", "--seeds", "1,2,3"], python, "sweep.sh"))
-        for tasks in ("3", "1")
+        for tasks in ("3", "0-2:2")
     )
     refused = slurm.finished(beyond[0])
     assert refused["ExitCode"] == "2:0"
     assert "task 3 of the array has no run: there are 3 (1 x 3); --array=0-2" in refused.log
-    assert "runs 2 to 2 have no task; all of them: --array=0-2" in slurm.finished(short[0]).log
+    assert "1 of 3 runs have no task in this array; all of them: --array=0-2" in slurm.finished(short[-1]).log
 
 
 def test_a_sweep_with_an_open_quote_trains_nothing(slurm: Slurm, tmp_path: Path) -> None:
