@@ -9,7 +9,6 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from tokenizers import normalizers
@@ -19,7 +18,7 @@ from transformers.tokenization_utils_base import PaddingStrategy, TruncationStra
 from trainer.distributed import gather
 from trainer.encoder.folder import OWN_MODULES, read_json, read_modules, read_transformer
 from trainer.encoder.spec import EncoderSpec
-from trainer.manifest import STATE
+from trainer.encoder.unsupported import refuse_modules, refuse_settings
 
 logger = logging.getLogger(__name__)
 
@@ -28,9 +27,6 @@ _OFFSET_MODEL_TYPES = frozenset({"roberta", "xlm-roberta", "camembert", "mpnet"}
 
 # A tokenizer holds the length it truncates to, and columns, sources and threads share one.
 _one_at_a_time = threading.Lock()
-
-# Of sentence-transformers: those that ask no more than the tokens of a stream and where their texts end.
-_HEAD_MODULES = ("Pooling", "Dense", "LayerNorm", "Dropout", "Normalize")
 
 TASKS = ("query", "document")
 
@@ -165,15 +161,11 @@ def load_text_preparation(spec: EncoderSpec) -> TextPreparation:
     """
     where: dict[str, Any] = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
     modules = read_modules(spec)
+    refuse_modules(spec, modules)
     subfolder = modules[0]["path"]
-    _refuse_other_folders(spec, modules[0]["type"])
-    for place, module in enumerate(modules[1:], start=1):
-        _refuse_module(spec, module["type"], place)
-    if not spec.trust_remote_code:
-        _refuse_code(spec, subfolder, [module["type"] for module in modules])
     transformer = read_transformer(spec, subfolder)
     if modules[0]["type"].startswith(OWN_MODULES):
-        _refuse_settings(spec, transformer)
+        refuse_settings(spec, transformer)
     for_tokenizer = transformer.get("processor_kwargs") or transformer.get("tokenizer_args") or {}
     try:
         config = AutoConfig.from_pretrained(spec.backbone, subfolder=subfolder, **where)
@@ -231,60 +223,6 @@ def load_text_preparation(spec: EncoderSpec) -> TextPreparation:
     return text
 
 
-def _refuse_other_folders(spec: EncoderSpec, first_module: str) -> None:
-    """Folders that people take for a model of ours, in words that say what to name instead."""
-    folder = Path(spec.backbone)
-    if (folder / STATE).is_file():
-        best = folder.resolve().parent.parent / "model"
-        raise ValueError(
-            f"model.encoder.backbone '{spec.backbone}' is a checkpoint of a fit, not a model folder: "
-            f"{f'name {best}, which its run has written, or ' * best.is_dir()}make one with trainer export "
-            f"{spec.backbone} OUT, and name OUT"
-        )
-    kind = first_module.rpartition(".")[2]
-    if first_module.startswith(OWN_MODULES) and kind not in ("", "Transformer"):
-        raise ValueError(
-            f"model.encoder.backbone '{spec.backbone}' begins with a {kind} of sentence-transformers (modules.json); "
-            "take a model that begins with a Transformer"
-        )
-
-
-def _refuse_module(spec: EncoderSpec, module: str, place: int) -> None:
-    """One that would be skipped, or let texts leak into their neighbours in the stream."""
-    kind = module.rpartition(".")[2]
-    if module.startswith(OWN_MODULES) and kind not in _HEAD_MODULES:
-        raise ValueError(
-            f"model.encoder.backbone '{spec.backbone}' has a {kind} of sentence-transformers as module {place} (from "
-            "0, modules.json), which is not supported; take a model that has only these behind its Transformer: "
-            + ", ".join(_HEAD_MODULES)
-        )
-
-
-def _refuse_settings(spec: EncoderSpec, transformer: Mapping[str, Any]) -> None:
-    """Settings of the Transformer of sentence-transformers that are not followed here."""
-    for name in ("processing_kwargs", "query_length", "document_length", "query_expansion"):
-        if transformer.get(name):
-            raise ValueError(
-                f"model.encoder.backbone '{spec.backbone}': its sentence-transformers settings have {name} "
-                f"({json.dumps(transformer[name])}), which is not supported; take it out of its "
-                "sentence_bert_config.json and set the lengths in the config"
-            )
-    if "message" in transformer["modality_config"]:
-        raise ValueError(
-            f"model.encoder.backbone '{spec.backbone}' puts texts into a chat template (message in modality_config of "
-            "sentence_bert_config.json), which is not supported: delete message there if it was trained on bare texts"
-        )
-    text = transformer["modality_config"].get("text") or {}
-    asked = [text.get("method"), text.get("method_output_name"), transformer.get("module_output_name")]
-    supported = ["forward", "last_hidden_state", "token_embeddings"]
-    if asked != supported:
-        raise ValueError(
-            f"model.encoder.backbone '{spec.backbone}' gives texts {json.dumps(asked)} (method and method_output_name "
-            "in modality_config, module_output_name: sentence_bert_config.json), which is not supported; take a model "
-            f"that gives them {json.dumps(supported)}"
-        )
-
-
 def _refuse_no_room(text: TextPreparation, positions: int | None) -> None:
     special = replace(text, prompt="").shortest
     raised = f"set max_length to {text.shortest + 1} or more"
@@ -313,20 +251,6 @@ def task_prompt(prompts: Mapping[str, str | None], task: str) -> str:
     """What encode_query or encode_document puts before a text: a loaded model has a prompt of just that name, empty
     where its folder names none, so neither its default nor another name (passage, corpus) is ever taken."""
     return prompts.get(task) or ""
-
-
-def _refuse_code(spec: EncoderSpec, subfolder: str, module_types: Sequence[str]) -> None:
-    """Names the code that comes with a model. transformers would leave it aside in silence where it knows the type of
-    the model, and embed with other layers than the author's."""
-    code = {name for name in module_types if not name.startswith(OWN_MODULES)}
-    for file in ("config.json", "tokenizer_config.json"):
-        for found in ((read_json(spec, file, subfolder) or {}).get("auto_map") or {}).values():
-            code |= {name for name in (found if isinstance(found, list) else [found]) if name}
-    if code:
-        raise ValueError(
-            f"model.encoder.backbone '{spec.backbone}' brings Python code of its own ({', '.join(sorted(code))}), "
-            "which is not run: read it, then set model.encoder.trust_remote_code to true"
-        )
 
 
 def _lower_first(tokenizer: PreTrainedTokenizerBase) -> None:
