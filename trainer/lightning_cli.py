@@ -45,11 +45,12 @@ from trainer.tracking.redact import redact
 from trainer.tracking.results import RESULTS_NAME, TEST_NAME, print_results, write_results
 from trainer.tracking.wandb import RunLogger, Tracking, make_logger
 from trainer.trainer_refusals import (
-    NO_ACCUMULATION,
     refuse_callbacks,
+    refuse_nothing_to_evaluate,
     refuse_ranks_apart,
     refuse_remote,
     refuse_spawned,
+    refuse_values,
 )
 
 # No value is built where any value fits. Naming a deny list, be it empty, turns jsonargparse's own one (os, subprocess,
@@ -80,25 +81,6 @@ LINKS: Mapping[str, str] = {
     "data.seed": "seed_everything",
     **{f"data.encoder.{part.name}": f"model.encoder.{part.name}" for part in dataclasses.fields(EncoderSpec)},
     "data.document_encoder": "model.document_encoder",
-}
-# trainer key -> (the only value, why)
-FIXED: Mapping[str, tuple[Any, str]] = {
-    "accumulate_grad_batches": (1, NO_ACCUMULATION),
-    "overfit_batches": (
-        0,
-        "data decides which rows form a step: to see whether a few rows can be learnt, set data.max_rows",
-    ),
-    "fast_dev_run": (
-        False,
-        "the few steps would stay as a run that the true one goes on from: to try a config, add "
-        "--config configs/hardware/debug.yaml",
-    ),
-    "use_distributed_sampler": (False, "data decides which rows form a step, whatever the number of ranks"),
-}
-# trainer key -> what does what its zero seems to ask for
-ABOVE_ZERO: Mapping[str, str] = {
-    "limit_train_batches": "to evaluate without training, run trainer validate",
-    "val_check_interval": "to never evaluate, set trainer.limit_val_batches: 0",
 }
 # Weights and the optimizer's sums are float32.
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
@@ -162,39 +144,7 @@ class TrainerCLI(LightningCLI):
             self.config = parser.parse_args(args)
         except argparse.ArgumentError as error:
             raise ConfigError(explain(str(error), self._known_keys(), self.written)) from error
-        options = self.config[self.config.subcommand]
-        for key, (value, reason) in FIXED.items():
-            if options.trainer[key] != value:
-                place = self.written.place(f"trainer.{key}")
-                raise ConfigError(f"{place}: trainer.{key} stays {str(value).lower()}: {reason}")
-        self._refuse_limits(options.trainer)
-
-    def _refuse_limits(self, limits: Any) -> None:
-        """What leaves no step in a run, in an epoch or between evaluations, parts of a set, and clipping below 0."""
-        for key, instead in ABOVE_ZERO.items():
-            value, place = limits[key], self.written.place(f"trainer.{key}")
-            if isinstance(value, (int, float)) and not value > 0:
-                raise ConfigError(f"{place}: trainer.{key} is {value}; it must be above 0: {instead}")
-        for key in ("max_epochs", "max_steps"):
-            value, place = limits[key], self.written.place(f"trainer.{key}")
-            if value is not None and value < 1 and value != -1:  # 0 would end well, without a model
-                raise ConfigError(
-                    f"{place}: trainer.{key} is {value}; it must be 1 or more, or -1 for no limit: "
-                    f"{ABOVE_ZERO['limit_train_batches']}"
-                )
-        for key in ("limit_val_batches", "limit_test_batches"):
-            value, place = limits[key], self.written.place(f"trainer.{key}")
-            if value not in (None, 0, 1.0) or (value == 1 and isinstance(value, int)):  # 1 is one batch, 1.0 is all
-                raise ConfigError(
-                    f"{place}: trainer.{key} is {value}, but whole sets are scored: take 0 (nothing) or 1.0 (all); for "
-                    "fewer rows set max_rows of the set in data.validation"
-                )
-        limit = limits.gradient_clip_val
-        if limit is not None and not limit >= 0.0:  # NaN compares as false
-            place = self.written.place("trainer.gradient_clip_val")
-            raise ConfigError(
-                f"{place}: trainer.gradient_clip_val is {limit:g}; it must be above 0, or 0 to clip nothing"
-            )
+        refuse_values(self.config[self.config.subcommand].trainer, self.written)
 
     def _known_keys(self) -> dict[str, Any]:
         method = {"ckpt_path": str | None, "weights_only": bool | None, "verbose": bool}
@@ -241,27 +191,12 @@ class TrainerCLI(LightningCLI):
             for note in replaced_lists(self.written.files):
                 print(f"note: {note}")
         if self.subcommand != "fit":
-            self._refuse_nothing_to_evaluate()
+            refuse_nothing_to_evaluate(self.options, self.config.subcommand, self.written)
             self._say_what_is_drawn()
         allows = any(flag.key == "resume.allow" for flag in self.written.flags)
         self.options.ckpt_path = find_checkpoint(
             self.options.ckpt_path, self.config.subcommand, self.run_dir, os.environ, allows
         )
-
-    def _refuse_nothing_to_evaluate(self) -> None:
-        """An evaluation of nothing would replace the file of a real one."""
-        if not self.options.data.validation:
-            place = self.written.place("data.validation")
-            raise ConfigError(
-                f"{f'{place}: ' if place else ''}data.validation is empty: trainer {self.subcommand} has nothing to "
-                "evaluate; name a set in the recipe"
-            )
-        key = f"limit_{'val' if self.subcommand == 'validate' else 'test'}_batches"
-        if self.options.trainer[key] == 0:
-            raise ConfigError(
-                f"{self.written.place(f'trainer.{key}')}: trainer.{key} is 0: trainer {self.subcommand} has nothing to "
-                "evaluate; leave it out"
-            )
 
     def _say_what_is_drawn(self) -> None:
         """A figure of a part of a set is none of the whole: searching fewer documents is easier."""

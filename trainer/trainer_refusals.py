@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from typing import Any, NoReturn
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import (
@@ -16,7 +17,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
-from trainer.config_files import ConfigError
+from trainer.config_files import ConfigError, Written
 from trainer.run_dir import is_first_rank
 
 NO_ACCUMULATION = (
@@ -35,6 +36,74 @@ CALLBACKS: Mapping[type[Callback], str] = {
     LearningRateFinder: "it trains trial steps inside the run: try --model.learning_rate in short runs of their own",
     BatchSizeFinder: f"it trains trial steps inside the run; {NO_ACCUMULATION}",
 }
+# trainer key -> (the only value, why)
+FIXED: Mapping[str, tuple[Any, str]] = {
+    "accumulate_grad_batches": (1, NO_ACCUMULATION),
+    "overfit_batches": (
+        0,
+        "data decides which rows form a step: to see whether a few rows can be learnt, set data.max_rows",
+    ),
+    "fast_dev_run": (
+        False,
+        "the few steps would stay as a run that the true one goes on from: to try a config, add "
+        "--config configs/hardware/debug.yaml",
+    ),
+    "use_distributed_sampler": (False, "data decides which rows form a step, whatever the number of ranks"),
+}
+# trainer key -> what does what its zero seems to ask for
+ABOVE_ZERO: Mapping[str, str] = {
+    "limit_train_batches": "to evaluate without training, run trainer validate",
+    "val_check_interval": "to never evaluate, set trainer.limit_val_batches: 0",
+}
+
+
+def refuse_values(options: Any, written: Written) -> None:
+    """Values of the Trainer that leave no step in a run, in an epoch or between evaluations, evaluate a part of a set,
+    clip below 0, or are not ours to choose.
+
+    Args:
+        options: key of the Trainer -> value.
+        written: what the user wrote, with its places.
+    """
+
+    def refuse(key: str, said: str) -> NoReturn:
+        raise ConfigError(f"{written.place(f'trainer.{key}')}: trainer.{key} {said}")
+
+    for key, (value, reason) in FIXED.items():
+        if options[key] != value:
+            refuse(key, f"stays {str(value).lower()}: {reason}")
+    for key, instead in ABOVE_ZERO.items():
+        value = options[key]
+        if isinstance(value, (int, float)) and not value > 0:
+            refuse(key, f"is {value}; it must be above 0: {instead}")
+    for key in ("max_epochs", "max_steps"):
+        value = options[key]
+        if value is not None and value < 1 and value != -1:  # 0 would end well, without a model
+            refuse(key, f"is {value}; it must be 1 or more, or -1 for no limit: {ABOVE_ZERO['limit_train_batches']}")
+    for key in ("limit_val_batches", "limit_test_batches"):
+        value = options[key]
+        if value not in (None, 0, 1.0) or (value == 1 and isinstance(value, int)):  # 1 is one batch, 1.0 is all
+            refuse(
+                key,
+                f"is {value}, but whole sets are scored: take 0 (nothing) or 1.0 (all); for fewer rows set max_rows of "
+                "the set in data.validation",
+            )
+    limit = options.gradient_clip_val
+    if limit is not None and not limit >= 0.0:  # NaN compares as false
+        refuse("gradient_clip_val", f"is {limit:g}; it must be above 0, or 0 to clip nothing")
+
+
+def refuse_nothing_to_evaluate(options: Any, command: str, written: Written) -> None:
+    """An evaluation of nothing would replace the file of a real one."""
+    nothing = f"trainer {command} has nothing to evaluate"
+    if not options.data.validation:
+        place = written.place("data.validation")
+        raise ConfigError(
+            f"{f'{place}: ' if place else ''}data.validation is empty: {nothing}; name a set in the recipe"
+        )
+    key = f"trainer.limit_{'val' if command == 'validate' else 'test'}_batches"
+    if options[key] == 0:
+        raise ConfigError(f"{written.place(key)}: {key} is 0: {nothing}; leave it out")
 
 
 def refuse_callbacks(trainer: Trainer, place: str | None) -> None:
