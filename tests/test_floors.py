@@ -40,7 +40,7 @@ FLOORS = {
           trainer.data.delimited trainer.data.derived trainer.data.distinct trainer.data.facts trainer.data.files
           trainer.data.hashes trainer.data.json_lines trainer.data.layouts trainer.data.leaks trainer.data.loading
           trainer.data.opaque trainer.data.order trainer.data.parts trainer.data.permutation trainer.data.progress
-          trainer.data.retrieval trainer.data.rowgroups trainer.data.rows trainer.data.sources
+          trainer.data.refusals trainer.data.retrieval trainer.data.rowgroups trainer.data.rows trainer.data.sources
           trainer.data.streaming trainer.data.streamrows trainer.data.table trainer.data.teacher trainer.data.teaching
           trainer.data.tokens trainer.data.validation trainer.data.values trainer.data.workers
           trainer.evaluation trainer.evaluation.base trainer.evaluation.binaryclassification

@@ -202,6 +202,16 @@ def test_a_prompt_of_a_column_that_fills_its_length_is_refused(tmp_path: Path, t
         data.text_of(source)
 
 
+def test_a_prompt_of_an_evaluation_that_fills_the_length_is_refused(tmp_path: Path, tiny_encoder: Path) -> None:
+    """Every text of the column would have one embedding, and the metric say nothing."""
+    rows = make_data(tmp_path, tiny_encoder, 9, batch_size=8).train_sources[0].path
+    prompts = {"positive": "the doctor bought the car at the shop:" * 5}
+    held_out = EvalSource(name="dev", path=rows, columns=COLUMNS, prompts=prompts)
+    data = PairData([], EncoderSpec(str(tiny_encoder), max_length=32), validation=[held_out], cache_dir=str(tmp_path))
+    with pytest.raises(ValueError, match=r"before 'positive', which makes .* and 32 are kept: no text is left"):
+        data.setup("validate")
+
+
 class _SlowBatches(StepBatches):
     def __getitem__(self, step: int) -> PackedBatch:
         time.sleep(0.03)

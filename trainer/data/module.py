@@ -1,7 +1,6 @@
 """The data module: sources, token tables, order and loaders of a run."""
 
 import logging
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,6 +22,7 @@ from trainer.data.loading import load
 from trainer.data.opaque import OpaqueBatches, OpaqueStream
 from trainer.data.order import Order
 from trainer.data.parts import Part, steps_per_window
+from trainer.data.refusals import refuse_full, refuse_held_out, refuse_training
 from trainer.data.retrieval import load_collections
 from trainer.data.rowgroups import group_files
 from trainer.data.sources import EvalSource, Source
@@ -86,53 +86,8 @@ class PairData(LightningDataModule):
         self.encoder_spec = encoder
         self.document_spec = document_encoder
         for source in train:
-            if source.streaming and source.on_bad_row == "skip":
-                raise ValueError(
-                    f"{source.path}: on_bad_row: skip does not go with streaming: true, for rows are numbered before "
-                    "they are read; set on_bad_row: fail, or streaming: false"
-                )
-            if no_duplicates and source.streaming:
-                raise ValueError(
-                    f"{source.path}: data.no_duplicates does not go with streaming: true, for the texts of a batch are "
-                    "known when they are read; set one of them to false"
-                )
-            if no_duplicates and source.rows_per_label:
-                raise ValueError(
-                    f"{source.path}: data.no_duplicates does not go with rows_per_label: a batch is put together in "
-                    "one of the two ways; leave one out"
-                )
-            if not (math.isfinite(source.weight) and source.weight > 0):
-                raise ValueError(f"{source.path}: weight is {source.weight:g}; it must be above 0")
-            if mixing != "weighted" and source.weight != 1.0:
-                raise ValueError(
-                    f"{source.path}: weight is {source.weight:g}, which counts under data.mixing weighted alone, and "
-                    f"data.mixing is {mixing}; set data.mixing to weighted, or leave weight out"
-                )
-            if source.max_negatives is None:
-                raise ValueError(f"{source.path}: max_negatives null is for data.validation; give a number")
-            if document_encoder is not None and "anchor" not in source.text_columns:
-                raise ValueError(
-                    f"{source.path}: model.document_encoder separates documents (positive, ...) from queries (anchor), "
-                    f"but the texts are {', '.join(source.text_columns)}: leave document_encoder out, or give "
-                    "pairs"
-                )
-        paths: dict[str, str] = {}
-        for held_out in validation or []:
-            if held_out.name in paths:
-                raise ValueError(
-                    f"data.validation has two sets of the name '{held_out.name}', {paths[held_out.name]} and "
-                    f"{held_out.path}: the metrics of one would replace those of the other; give each a name of its own"
-                )
-            paths[held_out.name] = held_out.path
-            if held_out.streaming:
-                raise ValueError(
-                    f"{held_out.path}: streaming: true is for data.train; an evaluation takes all rows: set it to false"
-                )
-            if held_out.max_lengths:
-                raise ValueError(
-                    f"{held_out.path}: max_lengths is for data.train; an evaluation embeds as the exported model will, "
-                    "with model.encoder.max_length: leave it out"
-                )
+            refuse_training(source, no_duplicates, mixing, has_documents=document_encoder is not None)
+        refuse_held_out(self.validation_sources)
         self.batch_size = batch_size
         self.no_duplicates = no_duplicates
         self.mixing = mixing
@@ -171,7 +126,7 @@ class PairData(LightningDataModule):
         lengths = {column: source.max_length_of(column) for column in source.text_columns}
         text = replace(self.text, max_lengths={c: length for c, length in lengths.items() if length is not None})
         for column in source.text_columns:
-            _refuse_full(source, column, text.of_column(column))
+            refuse_full(source, column, text.of_column(column))
         return text
 
     def prepare_data(self) -> None:
@@ -232,6 +187,9 @@ class PairData(LightningDataModule):
         if stage in (None, "fit"):
             self._open_training()
             self._check_sizes()
+        for source in self.validation_sources:
+            for column in source.text_columns:
+                refuse_full(source, column, self.text.of_column("anchor" if column == "query" else column))
         self.validation_sets = [
             one for source in self.validation_sources for one in open_validation(source, self.text, self.cache_dir)
         ]
@@ -365,15 +323,3 @@ class PairData(LightningDataModule):
 
     def test_dataloader(self) -> DataLoader[int]:
         return self.val_dataloader()
-
-
-def _refuse_full(source: Source, column: str, text: TextPreparation) -> None:
-    """Raises ValueError where the prompt of a column takes all pieces that are kept of its texts."""
-    prompt = source.prompt_of(column)
-    least = replace(text, prompt=text.prompt + prompt).shortest if prompt else 0
-    if text.max_length <= least:
-        raise ValueError(
-            f"{source.path}: prompts puts '{prompt[:40]}{'...' * (len(prompt) > 40)}' before '{column}', which makes "
-            f"{least} pieces with the special ones, and {text.max_length} are kept: no text is left; take a shorter "
-            f"prompt, or keep {least + 1} or more (max_lengths, model.encoder.max_length)"
-        )
