@@ -102,7 +102,11 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("name", "status"), [("SIGUSR1", 85), ("SIGTERM", 143), pytest.param("SIGINT", 130, marks=pytest.mark.slow)]
+    ("name", "status"),
+    [
+        ("SIGUSR1", 85),
+        *(pytest.param(name, status, marks=pytest.mark.slow) for name, status in (("SIGTERM", 143), ("SIGINT", 130))),
+    ],
 )
 def test_saved_once_and_resumed_bitwise(
     recipe: Path, tmp_path: Path, undisturbed: dict[str, torch.Tensor], name: str, status: int

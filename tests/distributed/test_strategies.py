@@ -290,7 +290,7 @@ def test_frozen_weights_in_chunks(
     assert all(torch.equal(resumed.weights[name], value) for name, value in undisturbed.weights.items())
 
 
-@pytest.mark.parametrize(("steps", "decay"), [(STEPS, 0.1), (50, 0.0), (50, 0.01)])
+@pytest.mark.parametrize(("steps", "decay"), [(STEPS, 0.1), pytest.param(50, 0.0, marks=pytest.mark.slow), (50, 0.01)])
 @pytest.mark.parametrize("stage", [0, 2], ids=["ddp", "zero-2"])
 def test_a_compact_vocabulary_is_the_whole_one(
     result_of: Any, folder: Path, stage: int, steps: int, decay: float
@@ -374,7 +374,8 @@ def test_offload(result_of: Any, folder: Path, stage: int) -> None:
     assert weight_error(result, expected) < 1e-5
 
 
-@pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2)), 3])
+@pytest.mark.slow  # quick enough: a run that goes on under any strategy, and DDP killed (tests/test_resume.py)
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_killed_run_ends_bitwise_equal(ranks: TwoRanks, folder: Path, tmp_path: Path, stage: int) -> None:
     """Saved behind step 8, killed with SIGKILL before step 12, dropout on."""
     run = Run(str(folder), stage=stage, dropout=0.1)

@@ -56,6 +56,7 @@ def test_two_nodes_give_the_weights_of_two_local_ranks(slurm: Slurm) -> None:
     assert (first == second).all()
 
 
+@pytest.mark.slow
 def test_the_exactness_check_has_the_ranks_of_its_step(slurm: Slurm) -> None:
     """As the page of the cluster writes it; the devices of a hardware file give way, as they do to train.sh."""
     (slurm.folder / "configs/two.yaml").write_text("trainer: {accelerator: cpu, devices: 2}\n")
@@ -68,6 +69,7 @@ def test_the_exactness_check_has_the_ranks_of_its_step(slurm: Slurm) -> None:
     assert "exact: pass" in said
 
 
+@pytest.mark.slow  # tests/test_trainer_refusals.py has what the variables of Slurm decide
 def test_tasks_under_salloc_are_the_ranks_of_one_run(slurm: Slurm) -> None:
     """salloc calls its jobs interactive, which to Lightning means that nothing here is a rank."""
     step = ["srun", "--nodes", "1", "--ntasks-per-node", "2", sys.executable, "-m", "trainer", "fit"]
