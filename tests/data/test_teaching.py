@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Dense
 from torch import Tensor
 
 from tests.batches import relative_error
@@ -74,6 +75,17 @@ def test_they_are_made_once_for_texts_and_teacher(
         teach(
             Source(str(folder / "rows.jsonl"), {"text": "n"}), EncoderSpec(str(folder / "teacher")), tmp_path, 50, CPU
         )
+
+
+def test_a_teacher_that_embeds_leaves_the_run_its_numbers(folder: Path, tmp_path: Path) -> None:
+    """Heads and adapters are drawn behind it: else a start with a cold cache would be another run."""
+    plain = SentenceTransformer(str(folder / "teacher"), device="cpu")
+    SentenceTransformer(modules=[*plain, Dense(32, 32)], device="cpu").save_pretrained(str(tmp_path / "dense"))
+    torch.manual_seed(7)
+    teach(Source(str(folder / "rows.jsonl"), COLUMNS), EncoderSpec(str(tmp_path / "dense")), tmp_path, 1000, CPU)
+    drawn = torch.rand(3)
+    torch.manual_seed(7)
+    assert torch.equal(drawn, torch.rand(3))
 
 
 def test_a_streamed_source_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -76,7 +76,8 @@ def _contents(backbone: str, revision: str | None) -> list[str]:
 def _embed(
     source: Source, spec: EncoderSpec, tokens: TokenTable, max_tokens: int, device: torch.device, folder: Path
 ) -> None:
-    with errors_about("model.teacher"):
+    # Building modules draws numbers: the heads of the run would be others than after a start that finds these files.
+    with errors_about("model.teacher"), torch.random.fork_rng(devices=[]):
         encoder = Encoder(spec, max_tokens).to(device).eval()
     texts = tokens.distinct_texts()
     shape = (len(texts), encoder.embedding_dimension)
