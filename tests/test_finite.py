@@ -149,3 +149,24 @@ def test_some_overflows_of_fp16_are_ordinary(tiny_encoder: Path, train: Path) ->
     assert plugin.scaler is not None
     assert plugin.scaler.get_scale() < 2.0**24
     assert all(torch.isfinite(parameter).all() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_fp16_clips_at_the_norm_without_its_scale(
+    tiny_encoder: Path, train: Path, optimizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where both optimizers could be fused: as on CUDA."""
+    make = EmbeddingModule.configure_optimizers
+
+    def make_on_cuda(module: EmbeddingModule) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(EmbeddingModule, "device", torch.device("cuda"))
+            return make(module)
+
+    monkeypatch.setattr(EmbeddingModule, "configure_optimizers", make_on_cuda)
+    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**10))
+    settings = {"max_steps": 4, "gradient_clip_val": 0.1}
+    half, whole = (fit(tiny_encoder, train, optimizer, **settings, **more)[0] for more in ({"plugins": [plugin]}, {}))
+    assert half.last_grad_norm is not None
+    assert whole.last_grad_norm is not None
+    assert float(half.last_grad_norm) == pytest.approx(float(whole.last_grad_norm), rel=0.05)

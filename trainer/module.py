@@ -278,11 +278,11 @@ class EmbeddingModule(LightningModule):
         groups = parameter_groups(self, self.weight_decay, self.decay_all)
         self._weight_decays = [group["weight_decay"] for group in groups]
         optimizer: torch.optim.Optimizer
+        # Under fp16 the loss scaler must unscale before we clip, which a fused step would do itself.
+        fused = str(self.trainer.precision) != "16-mixed"
         if self.optimizer_name == "sgd":
-            optimizer = torch.optim.SGD(groups, lr=self.learning_rate, fused=self.device.type == "cuda")
+            optimizer = torch.optim.SGD(groups, lr=self.learning_rate, fused=fused and self.device.type == "cuda")
         else:
-            # Under fp16 the loss scaler must unscale before we clip, which a fused step would do itself.
-            fused = str(self.trainer.precision) != "16-mixed"
             optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, fused=fused)
         steps = self.num_training_steps
         scheduler = get_scheduler(
