@@ -224,6 +224,12 @@ class EmbeddingModule(LightningModule):
         self._base = BaseWeights(self.encoder_specs, self.encoder.parts)
         for loss in self.all_losses:
             loss.build(self.encoder.embedding_dimension)
+        heads = [type(loss).__name__ for loss in self.all_losses if list(loss.parameters())]
+        if lockstep and self.losses and heads:
+            raise ValueError(
+                f"model.losses: {heads[0]} has weights of its own, which ZeRO stage 3 gathers only in steps that use "
+                "them: take stage 2 (configs/hardware/zero2.yaml)"
+            )
         for part in self.encoder.parts.values():
             part.lockstep = lockstep
         self.train()  # transformers loads in evaluation mode, in which dropout is off

@@ -17,7 +17,7 @@ def parameter_groups(module: nn.Module, weight_decay: float, decay_all: bool = F
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             # A single number is a scale or an offset, as a norm's weights and biases are.
-            single = parameter.dim() == 0 or id(parameter) in norms or name.endswith("bias")
+            single = parameter.numel() == 1 or id(parameter) in norms or name.endswith("bias")
             exempt = single and not decay_all
             (plain if exempt else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]

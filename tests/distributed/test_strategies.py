@@ -20,14 +20,14 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
 from tests.batches import norm_of, relative_error
 from tests.evaluation.test_informationretrieval import write_set
 from tests.tracking.small_run import LiveGroup, make_trainer
-from tests.two_ranks import RankError, TwoRanks
+from tests.two_ranks import RankError, TwoRanks, message_of
 from trainer.checkpoint import DirectoryCheckpointIO
 from trainer.data.module import PairData
 from trainer.data.sources import EvalSource, Source
@@ -37,14 +37,19 @@ from trainer.distributed.strategies import ZeRO, keep_on_first_rank, whole_gradi
 from trainer.encoder.spec import EncoderSpec, LoRA
 from trainer.evaluation import InformationRetrieval, LabelAccuracy
 from trainer.evaluation.runner import Evaluation
-from trainer.losses import CosineSimilarity, InfoNCE, Softmax
+from trainer.losses import CosineSimilarity, InfoNCE, Loss, SigLIP, Softmax
 from trainer.manifest import read_state
 from trainer.module import EmbeddingModule
 
 STEPS, BATCH = 20, 7  # 4 rows on one rank, 3 on the other
 CLIP = 0.5
 WHOLE, CHUNKED = 16384, 200
-LOSSES = {"CosineSimilarity": CosineSimilarity, "InfoNCE": InfoNCE, "Softmax": lambda: Softmax(num_labels=3)}
+LOSSES = {
+    "CosineSimilarity": CosineSimilarity,
+    "InfoNCE": InfoNCE,
+    "Softmax": lambda: Softmax(num_labels=3),
+    "SigLIP": SigLIP,
+}
 STAGES = (1, 2, 3)
 
 
@@ -127,7 +132,7 @@ class Scores(Evaluation):
 
 def build(run: Run, callbacks: list[Callback], **options: Any) -> tuple[EmbeddingModule, PairData, Trainer]:
     columns = {name: name for name in ("anchor", "positive")}
-    wanted = {"CosineSimilarity": {"score": "score"}, "Softmax": {"label": "label"}, "InfoNCE": {}}[run.loss]
+    wanted = {"CosineSimilarity": {"score": "score"}, "Softmax": {"label": "label"}}.get(run.loss, {})
     lora = LoRA(r=run.lora, dropout=run.dropout) if run.lora else None
     spec = EncoderSpec(f"{run.folder}/encoder", dropout=run.dropout, freeze=run.freeze, lora=lora)
     spec.compact_vocabulary = run.compact  # type: ignore[assignment]
@@ -228,6 +233,7 @@ def weight_error(result: Result, expected: Result) -> float:
         ("InfoNCE", "adamw", CHUNKED),
         pytest.param("Softmax", "sgd", CHUNKED, marks=pytest.mark.slow),
         ("Softmax", "adamw", WHOLE),
+        ("SigLIP", "adamw", WHOLE),  # single numbers are trained with it
     ],
 )
 def test_every_stage_computes_what_ddp_computes(
@@ -331,9 +337,29 @@ def test_compiled_layers_train_the_same_weights(result_of: Any, folder: Path, st
     assert result.metrics == [pytest.approx(metrics, abs=1e-3) for metrics in expected.metrics]
 
 
-def test_stage_3_does_not_take_compiled_layers(results_of: Any, folder: Path) -> None:
-    with pytest.raises(RankError, match=r"compile_layers is true, but ZeRO stage 3 gathers .* take stage 2"):
-        results_of(Run(str(folder), 3, compiled=True))
+class Scaled(CosineSimilarity):
+    """Of a user, who trains a single number."""
+
+    def build(self, embedding_dimension: int) -> None:
+        self.scale = nn.Parameter(torch.tensor(1.0))
+
+
+def fit_with(run: Run, loss: Loss, losses: dict[str, Loss]) -> None:
+    module, data, trainer = build(run, [Scores(Result())])
+    module.loss, module.losses = loss, nn.ModuleDict(losses)
+    trainer.fit(module, datamodule=data)
+
+
+def test_what_zero_cannot_share_out_is_refused(ranks: TwoRanks, folder: Path) -> None:
+    run = Run(str(folder), 3)
+    said = ranks(message_of, fit_with, replace(run, compiled=True), CosineSimilarity(), {})
+    assert all("compile_layers is true, but ZeRO stage 3 gathers" in one and "take stage 2" in one for one in said)
+    said = ranks(message_of, fit_with, run, CosineSimilarity(), {"classes": Softmax(num_labels=3)})
+    assert all(
+        "model.losses: Softmax has weights of its own, which ZeRO stage 3 gathers only in" in one for one in said
+    )
+    said = ranks(message_of, fit_with, replace(run, stage=2), Scaled(), {})
+    assert said == ["loss.scale has no length, so ZeRO can't share it out: make it of shape (1,)"] * 2
 
 
 def test_ranks_with_few_chunks_wait_for_those_with_more(results_of: Any, folder: Path) -> None:

@@ -82,16 +82,20 @@ class ZeRO(DDPStrategy):
             raise ValueError(
                 f"trainer.gradient_clip_algorithm is {trainer.gradient_clip_algorithm}; ZeRO clips by norm"
             )
+        module = self.lightning_module
+        assert module is not None
+        if single := [name for name, p in module.named_parameters() if p.requires_grad and p.dim() == 0]:
+            raise ValueError(f"{single[0]} has no length, so ZeRO can't share it out: make it of shape (1,)")
         super().setup_optimizers(trainer)
         (optimizer,) = self.optimizers
-        self._groups = [list(group["params"]) for group in optimizer.param_groups]
+        groups = [list(group["params"]) for group in optimizer.param_groups]
         self.model, shared, *_ = deepspeed.initialize(
-            model=self.lightning_module,
+            model=module,
             optimizer=optimizer,
-            model_parameters=list(chain.from_iterable(self._groups)),
+            model_parameters=list(chain.from_iterable(groups)),
             config=self._engine_config(trainer),
         )
-        self.optimizers = [shared]
+        self._groups, self.optimizers = groups, [shared]
 
     def _engine_config(self, trainer: Trainer) -> dict[str, Any]:
         zero: dict[str, Any] = {

@@ -51,8 +51,8 @@ class SigLIP(Loss):
         self.max_whole = MAX_WHOLE
 
     def build(self, embedding_dimension: int) -> None:
-        self.log_scale = nn.Parameter(torch.tensor(math.log(self.scale)))
-        self.logit_bias = nn.Parameter(torch.tensor(self.bias))
+        self.log_scale = nn.Parameter(torch.tensor([math.log(self.scale)]))  # ZeRO shares out nothing without a length
+        self.logit_bias = nn.Parameter(torch.tensor([self.bias]))
 
     def forward(self, columns: Sequence[Tensor], targets: Targets) -> Tensor:
         batch = InBatch(columns, targets, "cosine", self.mask_false_negatives)
