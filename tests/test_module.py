@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -335,6 +337,26 @@ def test_columns_that_the_loss_does_not_take(
     module, data = _parts(tiny_encoder, pairs, {"loss": make_loss()}, columns)
     with pytest.raises(ValueError, match=re.escape(message.format(path=pairs))):
         _fit(module, data, max_steps=1)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+@pytest.mark.parametrize(("make_loss", "classes"), [(Contrastive, 2), (lambda: Softmax(num_labels=3), 3)])
+def test_labels_of_a_stream_that_the_loss_does_not_have(
+    tiny_encoder: Path, tmp_path: Path, pairs: Path, suffix: str, make_loss: Callable[[], Any], classes: int
+) -> None:
+    """One of two steps brings one; Contrastive would train on it."""
+    rows = [{"a": pair.sentence1, "b": pair.sentence2, "label": 0} for pair in read_pairs(pairs)[:BATCH]]
+    rows.append(rows[0] | {"label": 3})
+    path = tmp_path / f"rows.{suffix}"
+    if suffix == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    module, data = _parts(tiny_encoder, pairs, {"loss": make_loss()})
+    data.train_sources = [Source(str(path), {"anchor": "a", "positive": "b", "label": "label"}, streaming=True)]
+    message = rf"row {BATCH} \(from 0\) has label 3, but its loss has {classes} classes 0 to {classes - 1}; set num_l"
+    with pytest.raises(ValueError, match=message):
+        _fit(module, data, max_steps=2)
 
 
 def test_a_run_without_an_end(tiny_encoder: Path, pairs: Path) -> None:

@@ -183,6 +183,7 @@ class EmbeddingModule(LightningModule):
             if device.type == "cpu":
                 keep_freed_pages()
             self.open_teachers(self.data, device)
+            self.data.num_labels = [self.loss_of(source).num_labels for source in self.data.train_sources]
 
     def open_teachers(self, data: PairData, device: torch.device) -> None:
         """Give ``data`` the teacher's embeddings of the sources whose loss wants them; the first call makes them.

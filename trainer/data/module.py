@@ -99,6 +99,7 @@ class PairData(LightningDataModule):
         self.tables: list[TokenTable | StreamedTable] = []
         self.parts: list[Part] = []
         self.stream: Optional[OpaqueStream] = None
+        self.num_labels: list[Optional[int]] = []  # classes that the loss of each training source has
         self.teachers: dict[int, TeacherTable] = {}  # of the training sources that have one, by their number
         self._positions: dict[int, dict[str, Any]] = {}  # of this rank's readers of the stream
         self.validation_sets: list[ValidationSet] = []
@@ -297,10 +298,25 @@ class PairData(LightningDataModule):
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Lightning calls it with each batch before its step: not when a worker has it ready."""
-        if isinstance(batch, PackedBatch) and batch.position is not None:
-            worker, position = batch.position
-            self._positions[worker] = position
+        if isinstance(batch, PackedBatch):
+            if batch.position is not None:
+                worker, position = batch.position
+                self._positions[worker] = position
+            self._refuse_label(batch)
         return batch
+
+    def _refuse_label(self, batch: PackedBatch) -> None:
+        """Labels of a stream, which nobody has seen before the loss, and most losses would train on any."""
+        source, limit, labels_B = self.train_sources[batch.source], self.num_labels, batch.targets.labels_B
+        num_labels = limit[batch.source] if limit and source.streaming else None
+        if num_labels is None or labels_B is None or not len(labels_B):
+            return
+        row = int(labels_B.argmax())
+        if int(labels_B[row]) >= num_labels:
+            raise ValueError(
+                f"{source.path}: row {int(batch.targets.row_ids_B[row])} (from 0) has label {int(labels_B[row])}, but "
+                f"its loss has {num_labels} classes 0 to {num_labels - 1}; set num_labels or a label_map"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         if self.stream is None:
