@@ -19,7 +19,7 @@ from trainer.cli import main
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
 PYTHON = re.findall(r"^```python\n(.*?)^```", TEXT, flags=re.MULTILINE | re.DOTALL)
-STOPPING, RECIPE = re.findall(r"^```yaml\n(.*?)^```", TEXT, flags=re.MULTILINE | re.DOTALL)
+STOPPING, LOGGER, RECIPE = re.findall(r"^```yaml\n(.*?)^```", TEXT, flags=re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture
@@ -61,14 +61,17 @@ def test_the_page_trains(folder: Path, capsys: pytest.CaptureFixture[str]) -> No
 def test_early_stopping_finds_the_metric(folder: Path) -> None:
     """Nothing is better by 9: as many evaluations as its patience follow that of step 1, its first one."""
     (folder / "stop.yaml").write_text(STOPPING.replace("mode: max", "mode: max, min_delta: 9"))
+    (folder / "logger.yaml").write_text(LOGGER)
     flags = ["--trainer.accelerator", "cpu", "--trainer.val_check_interval", "1", "--trainer.max_epochs", "3"]
     num_evaluations = []
-    for name, configs in {"whole": ["mine.yaml"], "stopped": ["mine.yaml", "stop.yaml"]}.items():
+    for name, configs in {"whole": ["mine.yaml"], "stopped": ["mine.yaml", "stop.yaml", "logger.yaml"]}.items():
         command = [word for config in configs for word in ("--config", config)]
         assert main(["fit", *command, *flags, "--trainer.default_root_dir", name]) == 0
         rows = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
         num_evaluations.append(sum("eval/dev/gap" in row for row in rows))
     assert num_evaluations[0] > num_evaluations[1] == len([0, 1, 2, 3, 4])
+    (logged,) = (folder / "logs").rglob("metrics.csv")
+    assert "eval/dev/gap" in logged.read_text()
 
 
 def test_the_loss_is_that_of_the_global_batch(folder: Path) -> None:

@@ -205,7 +205,7 @@ Evaluates on data.validation: the backbone as it is, or a checkpoint of a run.
     "test": """\
 usage: trainer test --config RECIPE.yaml [--ckpt_path best] [--KEY VALUE]
 
-As trainer validate, but into test.json, not metrics.json. It too takes the sets
+As trainer validate, but into test.json, not metrics.json. It also uses the sets
 of data.validation, which chose the best checkpoint: give the file of another.
 
   trainer test --config runs/stsb/seed=42/config.yaml --ckpt_path best \\
