@@ -275,6 +275,28 @@ def test_resume_through_the_loader(
         assert seen == whole
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_epoch_goes_on_where_the_one_before_ended(
+    workers: int, tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every epoch starts new workers. Epochs of four steps end inside a message of three."""
+    monkeypatch.setattr("trainer.data.parts._WINDOW", 24)
+    data = make_data(write(tmp_path / "set", 2), tiny_encoder, workers, tmp_path)
+    data.trainer.limit_train_batches = 4  # type: ignore[union-attr]
+    assert data.stream is not None
+    readers = [Reader(data.stream, number, workers) for number in range(workers)]
+    whole = [readers[step // 3 % workers].take(8)[1]["score"].tolist() for step in range(8)]
+    loader, seen = data.train_dataloader(), []
+    for _ in range(2):
+        for batch in loader:
+            data.on_before_batch_transfer(batch, 0)
+            seen.append(batch.targets.scores_B.tolist())
+            data.trainer.global_step += 1  # type: ignore[union-attr]
+    rows = [row for step in seen for row in step]
+    assert len(set(rows)) == 8 * 8, "a row comes once in a pass"
+    assert seen == whole
+
+
 def test_what_a_stream_can_not_do_is_said(text: TextPreparation, tiny_encoder: Path, tmp_path: Path) -> None:
     source = write(tmp_path / "set")
     endless = PairData([source], EncoderSpec(str(tiny_encoder)), cache_dir=str(tmp_path))

@@ -280,7 +280,7 @@ class PairData(LightningDataModule):
                 world_size,
                 self.num_workers,
                 self.steps_per_message,
-                dict(self._positions),
+                self._positions,  # itself: workers start anew in every epoch, where the one before ended
             )
         else:
             batches = StepBatches(self.tables, self.order, self.steps_per_epoch, rank, world_size, self.teachers)

@@ -277,7 +277,8 @@ class OpaqueBatches(Dataset[PackedBatch]):
         world_size: number of ranks.
         num_workers: loader processes of each rank.
         steps_per_message: neighbouring steps that the loader gives to one worker.
-        positions: of this rank's readers, by worker, where the run goes on.
+        positions: of this rank's readers, by worker, where the run goes on; the caller keeps it up to date, for every
+            epoch starts new workers, which read on from there.
     """
 
     def __init__(
@@ -295,7 +296,7 @@ class OpaqueBatches(Dataset[PackedBatch]):
         self.rank, self.world_size = rank, world_size
         self.num_readers = max(1, num_workers)
         self.steps_per_message = steps_per_message
-        self.positions = dict(positions)
+        self.positions = positions
         self._readers: dict[int, Reader] = {}
 
     def __getitem__(self, step: int) -> PackedBatch:
