@@ -96,6 +96,29 @@ def test_without_it_the_missing_part_is_named(folder: Path) -> None:
     assert "data FAILED: org/pairs: neither a file or folder here nor a hub data set that can be read" in checked.stdout
 
 
+def test_what_is_damaged_is_made_again(
+    tmp_path: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    train, dev = write_pairs(tmp_path, 60, 20)
+    columns = "columns: {anchor: sentence1, positive: sentence2, score: score}, score_range: [0, 5]"
+    (tmp_path / "pairs.yaml").write_text(
+        f"model: {{encoder: {{backbone: {tiny_encoder}}}, loss: CosineSimilarity}}\n"
+        f"data:\n  cache_dir: cache\n  train: [{{path: {train}, {columns}}}]\n"
+        f"  validation: [{{name: dev, path: {dev}, {columns}}}]\n"
+    )
+    assert main(["prepare", "--config", "pairs.yaml"]) == 0
+    said = capsys.readouterr().out
+    files = [*Path("cache").glob("tokens/*/ids.int32"), *Path("cache").glob("rows/*/rows.arrow")]
+    assert len(files) == 3
+    whole = [file.read_bytes() for file in files]
+    for file in files:
+        file.write_bytes(file.read_bytes()[:100])
+    assert main(["prepare", "--config", "pairs.yaml"]) == 0
+    assert capsys.readouterr().out == said
+    assert [file.read_bytes() for file in files] == whole
+
+
 def test_a_stream_without_an_index_leaves_nothing_to_prepare(
     tmp_path: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

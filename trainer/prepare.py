@@ -32,6 +32,7 @@ def prepare(args: Sequence[str]) -> int:
         folder = backbone_folder(spec)
         assert folder is not None
         _say("backbone", spec.backbone, "", folder)
+    data.prepare_data()  # a damaged file of the cache is made again, as by fit
     for source in data.train_sources:
         if source.streaming:
             print(f"train      {source.path}: is read while it trains; nothing to prepare")

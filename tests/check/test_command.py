@@ -323,6 +323,30 @@ def test_a_batch_smaller_than_the_number_of_ranks_is_refused(
     assert (code, report["plan"]["num_ranks"]) == (0, 4)
 
 
+@pytest.mark.parametrize(
+    ("kind", "name", "kept"),
+    [
+        ("rows", "report.json", None),
+        ("tokens", "report.json", 0.0),
+        ("tokens", "ids.int32", 0.5),
+        ("rows", "rows.arrow", 0.5),
+    ],
+)
+def test_a_damaged_cache_is_made_again(
+    kind: str, name: str, kept: float | None, sound: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file that is gone (None), or cut to a part of its bytes; no fact comes from the cache."""
+    _, before = run(capsys, *sound)
+    shutil.rmtree(tmp_path / "cache" / "facts")
+    for file in list((tmp_path / "cache" / kind).glob(f"*/{name}")):
+        if kept is None:
+            file.unlink()
+        else:
+            file.write_bytes(file.read_bytes()[: int(kept * file.stat().st_size)])
+    _, after = run(capsys, *sound)
+    assert after == before
+
+
 def test_an_unknown_name_is_refused(sound: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", *sound, "--check.allow", "constant_label"]) == 2
     said = capsys.readouterr().err

@@ -33,6 +33,7 @@ def check(args: Sequence[str]) -> int:
     num_ranks = (device_count(options.devices) or 1) * options.num_nodes  # of "auto" no login node knows
     is_half = "16" in str(options.precision)
     data.refuse_ranks(num_ranks)
+    data.prepare_data()  # a damaged file of the cache is made again, as by fit
     data.setup("fit")
     if data.stream is not None:
         raise ValueError(

@@ -49,8 +49,8 @@ def place_of(cache_dir: Path, kind: Kind, key: str) -> Path:
 def use(folder: Path, build: Callable[[Path], None], verify: bool = False) -> None:
     """``build_once``, and note the use: while this process lives, `clean` of another leaves ``folder`` alone."""
     build_once(folder, build, verify)
-    while not _hold(folder):  # it was removed in between
-        build_once(folder, build)
+    while not _hold(folder):  # it was removed in between, or has lost its report
+        build_once(folder, build, verify=True)
 
 
 def keep_open(folder: Path, report: Mapping[str, Any]) -> None:

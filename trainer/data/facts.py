@@ -190,7 +190,7 @@ def _count(
 ) -> SourceFacts:
     if isinstance(table, TokenTable):
         places = np.arange(0, num_rows, math.ceil(num_rows / MAX_ROWS))
-        rows = load(source, cache_dir).with_format("arrow")
+        rows = load(source, cache_dir, verify=True).with_format("arrow")  # a start verifies the tokens alone
         chosen = rows[0:num_rows] if len(places) == num_rows else rows[places]
         texts = {name: chosen[name].combine_chunks() for name in table.columns}
         whole: dict[str, Any] = {"score": table.scores, "label": table.labels}

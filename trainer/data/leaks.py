@@ -83,11 +83,11 @@ def _leaks(validation: EvalSource, train: Sequence[Source], cache_dir: Path, max
 def _held_out(validation: EvalSource, cache_dir: Path) -> tuple[pa.Array, pa.Array, int]:
     """A key for each row, the different texts, and the number of text columns."""
     if validation.searches:
-        sets = load_collections(validation, cache_dir).values()
+        sets = load_collections(validation, cache_dir, verify=True).values()
         queries = pa.array([text for one in sets for text in one.queries], pa.large_string())
         documents = pa.array([text for one in sets for text in one.documents], pa.large_string())
         return queries, pc.unique(pa.chunked_array([queries, documents])), 2
-    data = load(validation, cache_dir)
+    data = load(validation, cache_dir, verify=True)
     rows, names = data.with_format("arrow")[:], as_read(validation, data).text_columns
     row_keys = _row_keys([rows[name].combine_chunks() for name in names])
     texts = pa.chunked_array([chunk for name in names for chunk in rows[name].chunks])
@@ -103,7 +103,7 @@ def _row_keys(columns: Sequence[pa.Array]) -> pa.Array:
 def _chunks(train: Sequence[Source], cache_dir: Path, max_rows: Optional[int]) -> Iterator[list[pa.Array]]:
     """The text columns of the training rows, some rows at a time: a training set may be larger than memory."""
     for source in train:
-        rows: Dataset = load(source, cache_dir).with_format("arrow")
+        rows: Dataset = load(source, cache_dir, verify=True).with_format("arrow")
         num_rows = min(len(rows), max_rows or len(rows))
         for start in range(0, num_rows, CHUNK_ROWS):
             chunk = rows[start : min(start + CHUNK_ROWS, num_rows)]
