@@ -175,7 +175,7 @@ class EmbeddingModule(LightningModule):
         """Let the teacher embed, once per node; the other ranks wait and open its files. Lightning calls this for
         validate and test, too, which read no training data."""
         if self.trainer.state.fn == "fit":
-            self.open_teachers(self.data, self.trainer.strategy.root_device)
+            self.open_teachers(self.data, self.trainer.strategy.root_device, verify=True)
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
@@ -185,8 +185,13 @@ class EmbeddingModule(LightningModule):
             self.open_teachers(self.data, device)
             self.data.num_labels = [self.loss_of(source).num_labels for source in self.data.train_sources]
 
-    def open_teachers(self, data: PairData, device: torch.device) -> None:
+    def open_teachers(self, data: PairData, device: torch.device, verify: bool = False) -> None:
         """Give ``data`` the teacher's embeddings of the sources whose loss wants them; the first call makes them.
+
+        Args:
+            data: of the run.
+            device: of the teacher.
+            verify: make them again where a file of them is damaged.
 
         Raises:
             ValueError: such a source is streamed, or a loss can't compare with a teacher of this size.
@@ -196,7 +201,9 @@ class EmbeddingModule(LightningModule):
         self.refuse_teacher()
         for number, source in enumerate(data.train_sources):
             if "teacher" in self.loss_of(source).needs:
-                data.teachers[number] = teach(source, self.teacher_spec, data.cache_dir, self.max_tokens, device)
+                data.teachers[number] = teach(
+                    source, self.teacher_spec, data.cache_dir, self.max_tokens, device, verify
+                )
 
     def refuse_teacher(self) -> None:
         """Raises ValueError where a loss can't compare with a teacher of this size; nothing is embedded for that."""

@@ -41,7 +41,8 @@ def prepare(args: Sequence[str]) -> int:
         tokens = sum(int(table.lengths(column).sum()) for column in table.columns)
         _say("train", source.path, f"{table.num_rows:,} rows, {tokens:,} tokens", table.folder)
     data.setup("fit")
-    parts.model.open_teachers(data, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    parts.model.open_teachers(data, device, verify=True)
     for number, teacher in data.teachers.items():
         _say("teacher", data.train_sources[number].path, f"{teacher.num_texts:,} embeddings", teacher.folder)
     if data.stream is None:

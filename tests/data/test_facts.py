@@ -104,6 +104,17 @@ def test_they_are_counted_once(
     assert source_facts(source, table, text, folder) == facts
 
 
+def test_a_damaged_file_is_counted_again(
+    counted: tuple[SourceFacts, TokenTable, Source, Path], text: TextPreparation
+) -> None:
+    facts, table, source, folder = counted
+    files = [file for file in folder.glob("facts/*/facts.json")]
+    for file in files:
+        file.write_text("")
+    assert source_facts(source, table, text, folder) == facts
+    assert any(file.stat().st_size for file in files)
+
+
 def test_fewer_rows(
     counted: tuple[SourceFacts, TokenTable, Source, Path], rows, text: TextPreparation, monkeypatch: pytest.MonkeyPatch
 ) -> None:

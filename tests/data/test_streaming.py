@@ -230,6 +230,29 @@ def test_a_damaged_group_is_named(frame: pd.DataFrame, text: TextPreparation, tm
         table.ids("anchor", np.array([8100]))
 
 
+@pytest.mark.parametrize("name", ["slice-00000000.arrow", "group-0000000.arrow"])
+@pytest.mark.parametrize("kept", [0, 1000])
+def test_a_damaged_block_is_made_again(
+    name: str,
+    kept: int,
+    parquet: Path,
+    frame: pd.DataFrame,
+    text: TextPreparation,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A block is cut to its first bytes; of a cut group another slice is asked for."""
+    source = Source(str(parquet), COLUMNS, streaming=True)
+    path = StreamedTable(source, text, tmp_path).folder / name
+    check_rows(StreamedTable(source, text, tmp_path), frame, text, np.array([5]))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:kept])
+    check_rows(StreamedTable(source, text, tmp_path), frame, text, np.array([5, SLICE_ROWS + 5]))
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith(f"{path}: is damaged (")
+    assert path.read_bytes() == whole
+
+
 def test_the_fingerprint_follows_the_files(parquet: Path, frame: pd.DataFrame, tmp_path: Path) -> None:
     source = Source(str(parquet), COLUMNS, streaming=True)
     copy = write_parquet(frame, tmp_path / "copy")

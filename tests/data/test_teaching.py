@@ -88,6 +88,20 @@ def test_a_teacher_that_embeds_leaves_the_run_its_numbers(folder: Path, tmp_path
     assert torch.equal(drawn, torch.rand(3))
 
 
+@pytest.mark.parametrize("is_cut", [False, True])
+def test_damaged_embeddings_are_made_again(is_cut: bool, folder: Path, tmp_path: Path) -> None:
+    """Zeroed, or cut to half of their bytes."""
+    source, teacher = Source(str(folder / "rows.jsonl"), COLUMNS), EncoderSpec(str(folder / "teacher"))
+    file = teach(source, teacher, tmp_path, 1000, CPU).folder / "embeddings.float32"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2] if is_cut else bytes(len(whole)))
+    student = EncoderSpec(str(folder / "student"))
+    module = EmbeddingModule(student, GISTEmbed(), teacher=teacher, max_tokens=1000)
+    data = PairData([source], student, cache_dir=str(tmp_path))
+    module.open_teachers(data, CPU, verify=True)
+    assert file.read_bytes() == whole
+
+
 def test_a_streamed_source_is_refused(folder: Path, tmp_path: Path) -> None:
     source = Source(str(folder / "rows.jsonl"), COLUMNS, streaming=True)
     with pytest.raises(ValueError, match=r"rows.jsonl: a teacher embeds all texts before .* streaming: true; set it"):

@@ -33,7 +33,7 @@ def probe(module: EmbeddingModule, data: PairData, num_ranks: int, is_half: bool
     parameters = [p for p in module.parameters() if p.requires_grad]
     is_adamw = module.optimizer_name == "adamw"
     optimizer = (torch.optim.AdamW if is_adamw else torch.optim.SGD)(parameters, lr=0.0)
-    module.open_teachers(data, device)
+    module.open_teachers(data, device, verify=True)
     batch = _longest_batch(data, num_ranks)
     with explained_memory("the probe", batch, module.max_tokens):
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_half):

@@ -174,7 +174,7 @@ def facts_key(*parts: Any) -> str:
 def cached_facts(cache_dir: Path, key: str, count: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What ``count`` returned at the first call with this key."""
     folder = place_of(cache_dir, "facts", key)
-    build_once(folder, partial(_write, count))
+    build_once(folder, partial(_write, count), verify=True)
     return json.loads((folder / "facts.json").read_text(encoding="utf-8"))
 
 

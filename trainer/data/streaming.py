@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import threading
 from collections import OrderedDict
@@ -41,6 +42,8 @@ from trainer.data.streamrows import StreamedBadRows, tokenize_column
 if TYPE_CHECKING:
     from trainer.data.sources import Source
     from trainer.encoder.text import TextPreparation
+
+logger = logging.getLogger(__name__)
 
 _VERSION = 2  # of the blocks: raise it when the same source and tokenizer give other files
 _LOCKS = 64
@@ -175,6 +178,8 @@ class StreamedTable:
                 self._open[number] = _Slice(self._path(number))
             except FileNotFoundError:  # another process dropped it between its building and here
                 self._build_all([number], wait=True)
+            except pa.ArrowInvalid as error:
+                _drop_damaged(self._path(number), error)
         self._open.move_to_end(number)
         if len(self._open) > _OPEN_SLICES:
             self._open.popitem(last=False)
@@ -272,6 +277,8 @@ class StreamedTable:
                 return read_rows(path, start, stop)
             except FileNotFoundError:
                 self._build_file(path, group, True, fetch)
+            except pa.ArrowInvalid as error:
+                _drop_damaged(path, error)
 
     def _drop_oldest(self) -> None:
         """Keep the folder under its bound. Whoever has a dropped file mapped reads on."""
@@ -297,6 +304,12 @@ class StreamedTable:
             if name not in kept:
                 (self.folder / name).unlink(missing_ok=True)
                 excess -= size
+
+
+def _drop_damaged(path: Path, error: pa.ArrowInvalid) -> None:
+    """For the next to ask makes it again; no report names its size, for the folder grows while it is in use."""
+    logger.warning("%s: is damaged (%s); it is made again", path, error)
+    path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -35,7 +35,9 @@ _FEW_TEXTS = 1000  # are embedded without a word
 _NOT_IN_KEY = ("backbone", "revision", "compact_vocabulary", "dropout")
 
 
-def teach(source: Source, spec: EncoderSpec, cache_dir: Path, max_tokens: int, device: torch.device) -> TeacherTable:
+def teach(
+    source: Source, spec: EncoderSpec, cache_dir: Path, max_tokens: int, device: torch.device, verify: bool = False
+) -> TeacherTable:
     """The teacher's embeddings of ``source``; the first call makes them in ``cache_dir``, on ``device``.
 
     Args:
@@ -43,6 +45,8 @@ def teach(source: Source, spec: EncoderSpec, cache_dir: Path, max_tokens: int, d
         spec: the teacher.
         cache_dir: where tables lie.
         max_tokens: of one forward.
+        device: of the teacher.
+        verify: read embeddings that are there, and make them again where a file is damaged.
 
     Raises:
         ValueError: a streamed source, or a teacher that can't be read.
@@ -54,12 +58,12 @@ def teach(source: Source, spec: EncoderSpec, cache_dir: Path, max_tokens: int, d
         )
     with errors_about("model.teacher"):
         text = load_text_preparation(spec)
-    tokens = tokenize(source, text, cache_dir)
+    tokens = tokenize(source, text, cache_dir, verify)
     settings = {name: value for name, value in asdict(spec).items() if name not in _NOT_IN_KEY}
     parts = [_VERSION, tokens.folder.name, settings, _contents(spec.backbone, spec.revision)]
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
     folder = place_of(cache_dir, "teacher", key)
-    use(folder, partial(_embed, source, spec, tokens, max_tokens, device))
+    use(folder, partial(_embed, source, spec, tokens, max_tokens, device), verify)
     return TeacherTable(folder, tokens)
 
 
