@@ -18,6 +18,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from trainer.data import json_lines, loading, rows
 from trainer.data.loading import fingerprint, load, num_skipped
+from trainer.data.rowgroups import group_files
 from trainer.data.sources import EvalSource, Source
 from trainer.evaluation import STS, Triplet
 
@@ -219,6 +220,26 @@ def test_a_bad_parquet_row_is_named_by_its_number(tmp_path: Path) -> None:
     path = tmp_path / "x.parquet"
     pd.DataFrame({"a": ["x"] * 1500 + [None], "b": "y"}).to_parquet(path)
     assert failure(Source(str(path), PAIR), tmp_path / "c").startswith(f"{path}: row 1501: column 'a' is null")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", [".parquet", ".arrow"])
+def test_a_table_with_two_columns_of_one_name_is_refused(kind: str, streaming: bool, tmp_path: Path) -> None:
+    """As CSV is; columns that nobody asks for may be called what they like."""
+    table = pa.Table.from_arrays([pa.array([text]) for text in "wxyzz"], names=["a", "b", "p", "p", "q"])
+    path = tmp_path / f"x{kind}"
+    if kind == ".parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.ipc.new_file(str(path), table.schema) as writer:
+            writer.write_table(table)
+    source = Source(str(path), {"anchor": "a", "positive": "p"}, streaming=streaming)
+    by_place = Source(str(path), {"anchor": 0, "positive": 2}, streaming=streaming)
+    for one in (source, by_place):
+        with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: the schema names column 'p' twice; give each"):
+            group_files(one) if streaming else load(one, tmp_path / "c")
+    if not streaming:
+        assert load(Source(str(path), PAIR), tmp_path / "c")[0] == {"anchor": "w", "positive": "x"}
 
 
 @pytest.mark.parametrize("kind", [".parquet", ".arrow", ".parquet.gz"])

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from trainer.data.columns import find_column
 from trainer.data.files import cause_of, data_files, data_format, did_you_mean, is_hub_id
 from trainer.data.parts import SLICE_ROWS
+from trainer.data.rows import wanted_columns
 
 if TYPE_CHECKING:
     from trainer.data.sources import Source
@@ -64,7 +65,7 @@ def group_files(source: Source) -> list[GroupFile] | None:
     """The files of a source with their row groups; only metadata are read. None: it has files of other kinds.
 
     Raises:
-        ValueError: there is no file, it can't be read, or a column is missing.
+        ValueError: there is no file, it can't be read, or a column is missing or stands twice.
     """
     urls = file_urls(source)
     if urls is None or any(_suffix(url) not in _INDEXED for url in urls):
@@ -77,6 +78,7 @@ def group_files(source: Source) -> list[GroupFile] | None:
     with ThreadPoolExecutor(_READERS) as pool:
         files = list(pool.map(_read_footer, urls, [_stamp(url) for url in urls]))
     for file in files:
+        wanted_columns(file.url, file.columns, source.read_columns)
         for canonical, column in source.columns.items():
             find_column(column, file.url, file.columns, f"columns.{canonical}")
     if not sum(sum(file.group_sizes) for file in files):

@@ -6,7 +6,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -174,7 +174,7 @@ def json_records(path: Path, block: Block) -> Iterator[Record]:
 def _read_parquet(path: Path, wanted: Collection[str] | None) -> Rows:
     # Parquet is compressed inside; a gzipped one has to be unpacked whole.
     file = pq.ParquetFile(io.BytesIO(_unpacked(path)) if path.suffix == ".gz" else path)
-    columns = [name for name in file.schema_arrow.names if wanted is None or name in wanted]
+    columns = wanted_columns(str(path), file.schema_arrow.names, wanted)
     batches = file.iter_batches(batch_size=1000, columns=columns)
     return table_rows(str(path), file.schema_arrow, _refuse_damage(path, batches))
 
@@ -188,8 +188,20 @@ def _read_arrow(path: Path, wanted: Collection[str] | None) -> Rows:
     except pa.ArrowInvalid:  # datasets writes streams
         data.seek(0)
         reader = batches = pa.ipc.open_stream(data)
-    columns = [name for name in reader.schema.names if wanted is None or name in wanted]
+    columns = wanted_columns(str(path), reader.schema.names, wanted)
     return table_rows(str(path), reader.schema, _refuse_damage(path, (batch.select(columns) for batch in batches)))
+
+
+def wanted_columns(name: str, found: Sequence[str], wanted: Collection[str] | None) -> list[str]:
+    """Those of the columns ``found`` in the file ``name`` that are read; None: all.
+
+    Raises:
+        ValueError: two of them have one name: a row would hold one cell for both.
+    """
+    columns = [column for column in found if wanted is None or column in wanted]
+    if twice := sorted({column for column in columns if columns.count(column) > 1}):
+        raise ValueError(f"{name}: the schema names column '{twice[0]}' twice; give each a name of its own")
+    return columns
 
 
 def _unpacked(path: Path) -> bytes:
