@@ -506,6 +506,10 @@ def test_label_map_takes_words_numbers_truth_values_and_class_names(tmp_path: Pa
             "label_map has the truth value false as a key.*quote it",
         ),
         ({"columns": PAIR, "max_bad_rows": -1}, "max_bad_rows is -1"),
+        (
+            {"columns": {"anchor": "q", "positives": "p", "negative": "n", "score_1": "s.0", "score_2": "t"}},
+            "x.jsonl: score_1 does not go with positives.*write a row for each positive",
+        ),
     ],
 )
 def test_a_spec_that_cannot_be_meant_is_refused(spec: dict, message: str) -> None:

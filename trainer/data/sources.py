@@ -131,6 +131,11 @@ class Source:
                 raise ValueError(f"{self.path}: columns has {plural} and {single[0]}; name one of the two")
         if self.max_negatives is not None and self.max_negatives < 1:
             raise ValueError(f"{self.path}: max_negatives is {self.max_negatives}; it must be 1 or more")
+        if "positives" in self.columns and self.candidate_scores:
+            raise ValueError(
+                f"{self.path}: {self.candidate_scores[0]} does not go with positives, for the scores of a row would "
+                "stand beside each of its positives; write a row for each positive, with its scores and a group"
+            )
         if "positives" in self.columns and self.streaming:
             raise ValueError(
                 f"{self.path}: positives does not go with streaming: true, for rows are numbered before they are read; "
