@@ -197,6 +197,9 @@ def test_passages_of_objects_and_groups_of_any_value(tmp_path: Path) -> None:
         ({"pos": ["x", " "]}, {"positives": "pos"}, "in place 1 is blank"),
         ({"pos": ["x"], "neg": ["y", 3]}, {"positives": "pos", "negatives": "neg"}, "in place 1 holds a number"),
         ({"pos": ["x"], "g": None}, {"positives": "pos", "group": "g"}, "'g' is null"),
+        ({"pos": "x", "g": ""}, {"positive": "pos", "group": "g"}, "'g' is empty; a row that belongs to no group"),
+        ({"pos": "x", "g": " "}, {"positive": "pos", "group": "g"}, "'g' is blank; a row that"),
+        ({"pos": "x", "g": float("nan")}, {"positive": "pos", "group": "g"}, "'g' is not a number; a row that"),
         ({"pos": ["x"]}, {"positives": "pos", "negatives": "pos.text"}, "'pos.text' is missing"),
     ],
 )

@@ -149,7 +149,8 @@ def fingerprint(source: Source) -> str:
     budget = [source.on_bad_row, source.max_bad_rows]
     lists = [source.max_negatives] if source.may_lack_texts else []
     spelt = ["spelt"] if _asks_by_spelling(source) else []
-    spec = json.dumps([_VERSION, contents, columns, maps, budget, *lists, *spelt], ensure_ascii=True)
+    named = ["named"] if "group" in source.columns else []  # at first a blank cell named a group too
+    spec = json.dumps([_VERSION, contents, columns, maps, budget, *lists, *spelt, *named], ensure_ascii=True)
     return hashlib.sha256(spec.encode()).hexdigest()[:24]
 
 

@@ -70,8 +70,12 @@ def texts_check(most: int | None) -> Callable[[object], list[str]]:
 
 def check_group(value: object) -> int:
     """A number for the value that names a group: the same for equal values."""
-    if value is None or isinstance(value, (list, dict)):
-        raise BadValueError("is null" if value is None else f"holds {_kind(value)}, not the name of a group")
+    if isinstance(value, (list, dict)):
+        raise BadValueError(f"holds {_kind(value)}, not the name of a group")
+    blank = isinstance(value, str) and not value.strip()
+    if value is None or blank or value != value:  # NaN: what pandas reads a blank cell as
+        what = "null" if value is None else "not a number" if not blank else "blank" if value else "empty"
+        raise BadValueError(f"is {what}; a row that belongs to no group takes a name of its own")
     return hash_value(_key(value))
 
 
