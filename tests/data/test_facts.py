@@ -10,6 +10,7 @@ from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
@@ -17,6 +18,7 @@ from trainer.data import facts as facts_module
 from trainer.data.facts import SourceFacts, source_facts
 from trainer.data.leaks import LeakFacts, leak_facts
 from trainer.data.sources import EvalSource, Source
+from trainer.data.streaming import StreamedTable
 from trainer.data.table import TokenTable
 from trainer.data.tokens import tokenize
 from trainer.encoder import EncoderSpec
@@ -80,6 +82,31 @@ def test_texts(counted: tuple[SourceFacts, TokenTable, Source, Path], rows, text
         korean = sum(letters[c] for c in "고양이") / letters.total()
         assert column.scripts["Hangul"] == pytest.approx(korean)
         assert set(column.scripts) == {"Latin", "Hangul", "Han", "Hebrew"}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("of_source", ["", "passage: the cat 漢 "])
+@pytest.mark.parametrize("of_encoder", ["", "query: the ring in the garden "])
+def test_prompts_are_no_part_of_the_texts(
+    of_encoder: str, of_source: str, streaming: bool, rows: list[dict[str, object]], tiny_encoder: Path, tmp_path: Path
+) -> None:
+    """What a tokenizer makes of the texts is the same behind any prompt."""
+    path = tmp_path / "train.parquet"
+    pd.DataFrame(rows).to_parquet(path)
+    plain = load_text_preparation(EncoderSpec(str(tiny_encoder), max_length=64))
+    prompted = replace(plain, prompt=of_encoder)
+    prompts = {"anchor": of_source} if of_source else None
+    found = []
+    for text, source in (
+        (plain, Source(str(path), COLUMNS, streaming=streaming)),
+        (prompted, Source(str(path), COLUMNS, streaming=streaming, prompts=prompts)),
+    ):
+        table = StreamedTable(source, text, tmp_path) if streaming else tokenize(source, text, tmp_path)
+        found.append(source_facts(source, table, text, tmp_path))
+    for with_prompt, without in zip(found[1].columns, found[0].columns, strict=True):
+        assert with_prompt.unknown_share == pytest.approx(without.unknown_share) != 0
+        assert with_prompt.pieces_per_character == pytest.approx(without.pieces_per_character)
+        assert with_prompt.scripts == pytest.approx(without.scripts)
 
 
 def test_rows_and_targets(counted: tuple[SourceFacts, TokenTable, Source, Path], rows) -> None:

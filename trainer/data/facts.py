@@ -12,7 +12,7 @@ import math
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 MAX_ROWS = 1_000_000
 STREAMED_ROWS = 4096  # the first of a streamed source
-_VERSION = 3  # of the files: raise it when the same source gives other facts
+_VERSION = 4  # of the files: raise it when the same source gives other facts
 CHUNK_ROWS = 50_000  # rows whose texts or ids are in memory at once
 _SCRIPT_TEXTS = 2000
 _BINS = 16
@@ -52,9 +52,10 @@ class ColumnFacts:
         min, median, p95, max: pieces of a text, special tokens included.
         histogram: texts in bins of equal width between 0 and ``max`` pieces.
         num_truncated: texts that lose their end; where not all rows are looked at, that fill max_length.
-        unknown_share: of the pieces without special tokens, those that stand for characters that the tokenizer lacks.
-        pieces_per_character: of a sample of whole texts, blanks not counted.
-        scripts: script -> share of the letters of that sample, the largest first.
+        unknown_share: of the pieces without special tokens and prompt, those that stand for characters that the
+            tokenizer lacks.
+        pieces_per_character: of a sample of whole texts, blanks and prompt not counted.
+        scripts: script -> share of the letters of that sample without the prompt, the largest first.
         num_distinct: different texts.
         max_length: pieces that are kept of a text.
     """
@@ -188,7 +189,11 @@ def _write(count: Callable[[], dict[str, Any]], folder: Path) -> None:
 def _count(
     source: Source, table: TokenTable | StreamedTable, text: TextPreparation, cache_dir: Path, num_rows: int
 ) -> SourceFacts:
+    # A tokenizer made for the prompt's language says nothing of the texts behind it.
+    of_column = {name: text.of_column(name) for name in table.columns}
+    behind = {name: replace(own, prompt=own.prompt + source.prompt_of(name)) for name, own in of_column.items()}
     if isinstance(table, TokenTable):
+        before = {name: source.prompt_of(name) for name in table.columns}
         places = np.arange(0, num_rows, math.ceil(num_rows / MAX_ROWS))
         rows = load(source, cache_dir, verify=True).with_format("arrow")  # a start verifies the tokens alone
         chosen = rows[0:num_rows] if len(places) == num_rows else rows[places]
@@ -197,8 +202,9 @@ def _count(
         targets: dict[str, Any] = {name: values[places] for name, values in whole.items() if values is not None}
     else:  # streamed: to read all of it would take as long as an epoch, and its texts are known as pieces alone
         places = np.arange(min(num_rows, STREAMED_ROWS))
-        tokenizers: Any = {name: text.of_column(name).tokenizer for name in table.columns}
+        tokenizers: Any = {name: own.tokenizer for name, own in of_column.items()}
         decode = {name: partial(one.batch_decode, skip_special_tokens=True) for name, one in tokenizers.items()}
+        before = {name: decode[name]([own.shared])[0] for name, own in behind.items()}
         absent = table.hashes(places) == NO_TEXT
         texts = {
             name: pa.array(decode[name](table.ids(name, places)), pa.large_string(), mask=absent[:, i])
@@ -210,7 +216,7 @@ def _count(
         num_rows=num_rows,
         num_looked_at=len(places),
         num_skipped=getattr(table, "num_skipped", 0),
-        columns=[_column(name, texts[name], table, text.of_column(name), places) for name in table.columns],
+        columns=[_column(name, texts[name], before[name], table, behind[name], places) for name in table.columns],
         num_duplicates=len(places) - pc.count_distinct(joined(keys)).as_py(),
         clash_share=_clash_share(list(texts.values())),
         scores=_scores(targets["score"]) if "score" in targets else None,
@@ -227,8 +233,14 @@ def joined(columns: Sequence[pa.Array]) -> pa.Array:
 
 
 def _column(
-    name: str, texts: pa.Array, table: TokenTable | StreamedTable, text: TextPreparation, places: NDArray[np.int64]
+    name: str,
+    texts: pa.Array,
+    before: str,
+    table: TokenTable | StreamedTable,
+    text: TextPreparation,
+    places: NDArray[np.int64],
 ) -> ColumnFacts:
+    """Facts of a column. ``text`` has all of its prompt; each of ``texts`` begins with the part ``before``."""
     places, texts = places[texts.is_valid().to_numpy(zero_copy_only=False)], texts.drop_null()
     if not len(places):
         return ColumnFacts(name, 0, 0, 0, 0, 0, [0] * _BINS, 0, 0.0, 0.0, {}, 0, text.max_length)
@@ -240,13 +252,15 @@ def _column(
         if unknown_id is not None:
             num_unknown += int(np.count_nonzero(np.concatenate(ids) == unknown_id))
     lengths = np.concatenate(parts)
-    special = text.tokenizer.num_special_tokens_to_add(pair=False)
-    num_pieces = int(lengths.sum()) - special * len(lengths)
+    num_unknown = max(0, num_unknown - len(lengths) * text.shared.count(unknown_id))
+    own_lengths = np.maximum(lengths - text.shortest, 0)
     whole = np.flatnonzero(lengths < text.max_length)
     sample = _spread(whole if len(whole) else np.arange(len(lengths)), _SCRIPT_TEXTS)
     codes = np.frombuffer("".join(texts.take(pa.array(sample)).to_pylist()).encode("utf-32-le"), dtype="<u4")
     distinct, counts = np.unique(codes, return_counts=True)
-    letters = {chr(code): int(count) for code, count in zip(distinct, counts, strict=True)}
+    letters = Counter({chr(code): int(count) for code, count in zip(distinct, counts, strict=True)})
+    letters.subtract({letter: count * len(sample) for letter, count in Counter(before).items()})
+    letters = +letters
     num_characters = sum(count for letter, count in letters.items() if not letter.isspace())
     return ColumnFacts(
         name=name,
@@ -257,8 +271,8 @@ def _column(
         max=int(lengths.max()),
         histogram=np.histogram(lengths, bins=_BINS, range=(0, int(lengths.max())))[0].tolist(),
         num_truncated=_num_truncated(name, table, int(np.count_nonzero(lengths == text.max_length))),
-        unknown_share=num_unknown / max(1, num_pieces),
-        pieces_per_character=int((lengths[sample] - special).sum()) / max(1, num_characters),
+        unknown_share=num_unknown / max(1, int(own_lengths.sum())),
+        pieces_per_character=int(own_lengths[sample].sum()) / max(1, num_characters),
         scripts=_scripts(letters),
         num_distinct=pc.count_distinct(texts).as_py(),
         max_length=text.max_length,

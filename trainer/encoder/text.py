@@ -108,11 +108,13 @@ class TextPreparation:
     def shortest(self) -> int:
         """Pieces that every text has: the special ones and those of the prompt."""
         special = self.tokenizer.num_special_tokens_to_add(pair=False)
-        if not self.prompt:
-            return special
+        return max(special, len(self.shared)) if self.prompt else special
+
+    @cached_property
+    def shared(self) -> list[int]:
+        """Ids that every text has: the special ones and those of the prompt."""
         # A blank behind the prompt is often a piece only where no text follows.
-        whole = replace(self, prompt=self.prompt.rstrip(), max_length=_NO_LIMIT)
-        return max(special, len(whole([""])[0]))
+        return replace(self, prompt=self.prompt.rstrip(), max_length=_NO_LIMIT)([""])[0]
 
     @cached_property
     def no_text(self) -> list[int]:
