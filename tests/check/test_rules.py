@@ -307,6 +307,15 @@ def test_nothing_is_found_where_nothing_is_wrong(loss: Loss, facts: SourceFacts)
     assert look(loss, facts) == []
 
 
+@pytest.mark.parametrize("by_label", [[True, False], [False, True]])
+def test_two_sources_of_one_path_are_told_apart(by_label: list[bool]) -> None:
+    facts = replace(TEXTS, labels=classes(*[10] * 100))
+    situation = Situation(
+        ["x.jsonl"] * 2, [facts] * 2, [BatchHardTriplet(1.0)] * 2, [], 16, 2.0, True, "base", by_label=by_label
+    )
+    assert [finding.name for finding in findings(situation)].count("few_positives") == 1
+
+
 def test_errors_come_first() -> None:
     found = look(CosineSimilarity(), replace(scores(0, 1, 2), num_duplicates=500), leaks=[])
     assert [finding.severity for finding in found] == ["error", "warning", "warning"]

@@ -103,9 +103,10 @@ def imbalanced_classes(situation: Situation) -> Iterator[Finding]:
 
 
 def few_positives(situation: Situation) -> Iterator[Finding]:
-    is_planned = dict(zip(situation.paths, situation.by_label, strict=False))
-    for path, _, labels, loss in situation.classed():
-        if not loss.positives_by_label or is_planned.get(path) or labels.largest == 1:
+    is_planned = situation.by_label or [False] * len(situation.paths)
+    for (path, facts, loss), planned in zip(situation.judged(), is_planned, strict=True):
+        labels = facts.labels
+        if labels is None or planned or not loss.positives_by_label or labels.largest == 1:
             continue
         # That none of the other rows of a random batch has the label of a row.
         share = (1.0 - labels.pair_share) ** (situation.batch_size - 1)
