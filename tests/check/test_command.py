@@ -157,6 +157,17 @@ def test_columns_that_the_loss_does_not_take(
     assert report["findings"][0]["cause"] == f"CosineSimilarity needs a column 'score', {path} has anchor, positive"
 
 
+def test_a_negative_that_is_the_positive(
+    tmp_path: Path, tiny_encoder: Path, demo_texts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "x.jsonl", pairs(20, [0, 1], demo_texts))
+    args = [*common(tmp_path, tiny_encoder, "InfoNCE"), "--data.train", source(path, {**PAIR, "negative": "b"})]
+    _, report = run(capsys, *args)
+    assert names(report, "error") == ["unfit_columns"]
+    wanted = f"{path} maps negative to 'b', the column of its positives: each text would be pulled and pushed"
+    assert report["findings"][0]["cause"] == wanted
+
+
 def test_scores_that_do_not_match_the_candidates(
     tmp_path: Path, tiny_encoder: Path, demo_texts: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

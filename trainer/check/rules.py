@@ -70,7 +70,8 @@ def unfit_validation(source: EvalSource) -> Iterator[Finding]:
 
 
 def unfit_columns(loss: Loss, source: Source, table: TokenTable | StreamedTable | OpaqueStream) -> Iterator[Finding]:
-    """Columns that the loss does not take, columns it lacks, classes it has no place for: no run can start so."""
+    """Columns that the loss does not take, columns it lacks or that contradict each other, classes it has no place for:
+    no run can start so."""
     name, low, high = type(loss).__name__, loss.min_columns, loss.max_columns
 
     def finding(cause: str, remedy: str) -> Finding:
@@ -81,6 +82,14 @@ def unfit_columns(loss: Loss, source: Source, table: TokenTable | StreamedTable 
         wanted = f"{low}" if high == low else f"{low} or more" if high is None else f"{low} to {high}"
         columns = "text column" if wanted == "1" else "text columns"
         yield finding(f"{name} takes {wanted} {columns}, {found}", "change data.train columns")
+    positive = source.columns.get("positive", source.columns.get("positives"))
+    for key, column in source.columns.items():
+        if key.startswith("negative") and str(column) == str(positive):
+            yield finding(
+                f"{source.path} maps {key} to '{column}', the column of its positives: each text would be pulled and "
+                "pushed",
+                "map another column in data.train columns, or leave it out",
+            )
     for need in sorted(loss.needs & _COLUMNS_OF.keys()):
         if not any(column in source.columns for column in _COLUMNS_OF[need]):
             wanted = " or ".join(f"'{column}'" for column in _COLUMNS_OF[need])
