@@ -168,6 +168,20 @@ def test_a_negative_that_is_the_positive(
     assert report["findings"][0]["cause"] == wanted
 
 
+def test_a_source_whose_weight_is_too_small_for_a_step(
+    tmp_path: Path, tiny_encoder: Path, demo_texts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """10 steps shared out by 100 and 1: the second source has a tenth of a step, by 100 and 10 one."""
+    found = []
+    for weight in (1.0, 10.0):
+        paths = [write(tmp_path / f"{name}.jsonl", pairs(80, [0, 1], demo_texts)) for name in ("large", "small")]
+        train = [{"path": str(p), "columns": PAIR, "weight": w} for p, w in zip(paths, (100.0, weight), strict=True)]
+        args = [*common(tmp_path, tiny_encoder, "InfoNCE"), "--data.train", json.dumps(train)]
+        _, report = run(capsys, *args, "--data.mixing", "weighted", "--data.batch_size", "16")
+        found.append([f["where"] for f in report["findings"] if f["name"] == "untrained_source"])
+    assert found == [[str(paths[1])], []]
+
+
 def test_scores_that_do_not_match_the_candidates(
     tmp_path: Path, tiny_encoder: Path, demo_texts: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

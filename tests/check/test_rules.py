@@ -201,6 +201,14 @@ CASES: dict[str, list[tuple[str, str, dict[str, Any], dict[str, Any]]]] = {
             {"left_out": [(9, "9 rows find no place")]},
         )
     ],
+    "untrained_source": [
+        (
+            "warning",
+            "x.jsonl: none of the 32 steps of an epoch takes its rows, for its weight is too small",
+            {"steps": [0, 32]},
+            {"steps": [1, 31]},
+        )
+    ],
     "unused_columns": [
         (
             "warning",

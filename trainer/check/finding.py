@@ -61,6 +61,7 @@ class Situation:
         no_duplicates: whether batches are put together without texts that stand twice.
         by_label: for each source whether batches take some rows of each of their labels.
         left_out: for each source the rows of an epoch that no batch can hold, and what is told of them.
+        steps: of each source in an epoch.
     """
 
     paths: Sequence[str]
@@ -74,6 +75,7 @@ class Situation:
     no_duplicates: bool = False
     by_label: Sequence[bool] = ()
     left_out: Sequence[tuple[int, str]] = ()
+    steps: Sequence[int] = ()
 
     def each(self) -> Iterator[tuple[str, SourceFacts]]:
         """Path and facts of the sources."""

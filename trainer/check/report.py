@@ -149,6 +149,7 @@ def make_report(
         no_duplicates=data.no_duplicates,
         by_label=[source.rows_per_label is not None for source in data.train_sources],
         left_out=[(n, part.tell_left_out(n)) for n, part in zip(data.rows_without_place, data.parts, strict=True)],
+        steps=data.order.steps_by_source,
     )
     unfit = [f for source, table in zip(data.train_sources, data.tables, strict=True)
              for f in unfit_columns(module.loss_of(source), source, table)]  # fmt: skip

@@ -31,6 +31,7 @@ RULES = (
     texts.bad_rows_skipped,
     texts.false_negatives,
     texts.rows_without_place,
+    texts.untrained_source,
     texts.unused_columns,
     texts.few_negatives,
     texts.duplicate_rows,

@@ -64,6 +64,17 @@ def rows_without_place(situation: Situation) -> Iterator[Finding]:
             yield Finding("rows_without_place", "warning", path, told, "gather more rows, or lower data.batch_size")
 
 
+def untrained_source(situation: Situation) -> Iterator[Finding]:
+    for (path, _), num_steps in zip(situation.each(), situation.steps, strict=False):
+        if num_steps == 0:  # only of mixing weighted: the shares are the same in every epoch
+            yield Finding(
+                "untrained_source", "warning", path,
+                f"none of the {sum(situation.steps):,} steps of an epoch takes its rows, for its weight is too small: "
+                "the run never trains on it",
+                "raise its weight, lower data.batch_size, or leave the source out",
+            )  # fmt: skip
+
+
 def unused_columns(situation: Situation) -> Iterator[Finding]:
     for path, facts in situation.each():
         used = [column.name for column in facts.columns if column.num_texts]
