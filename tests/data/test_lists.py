@@ -216,6 +216,9 @@ def test_specs_of_lists_that_cannot_be_meant_are_refused() -> None:
         Source("x.jsonl", {**LISTS, "negative_1": "n"})
     with pytest.raises(ValueError, match="max_negatives is 0; it must be 1 or more"):
         Source("x.jsonl", LISTS, max_negatives=0)
+    for name in ("negative_1", "negatives"):
+        with pytest.raises(ValueError, match=f"'{name}', which a row with few negatives lacks; there are anchor, pos"):
+            Source("x.jsonl", LISTS, holdout=0.1, holdout_by=name)
     with pytest.raises(ValueError, match="positives does not go with streaming: true"):
         Source("x.jsonl", LISTS, streaming=True)
     with pytest.raises(ValueError, match=r"negatives is for data\.train"):

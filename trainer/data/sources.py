@@ -171,6 +171,12 @@ class Source:
                 raise ValueError(f"{self.path}: triplets names '{self.triplets[0]}' as positive and as negative")
         if not 0.0 <= self.holdout < 1.0:
             raise ValueError(f"{self.path}: holdout is {self.holdout:g}; it is a share of the rows, 0 to below 1")
+        if self.holdout_by and self.key_of(self.holdout_by) == "negatives":
+            sure = [name for name in self.text_columns if self.key_of(name) != "negatives"]
+            raise ValueError(
+                f"{self.path}: holdout_by names '{self.holdout_by}', which a row with few negatives lacks; there are "
+                f"{', '.join(sure)}"
+            )
         for key, names in (
             ("holdout_by", [self.holdout_by] if self.holdout_by else []),
             ("prompts", self.prompts or []),
