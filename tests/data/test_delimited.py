@@ -145,6 +145,26 @@ def test_any_text_of_cells_is_read_as_the_csv_module_reads_it(tmp_path: Path, mo
     assert taken > 500
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_columns_without_a_name_are_let_be(suffix: str, tmp_path: Path) -> None:
+    """As Excel writes them. By their places they can be read; a name that stands twice is still refused."""
+
+    def source(content: str, *columns: str | int, **more: bool) -> Source:
+        path = write(tmp_path / f"x{suffix}", content.replace(",", "," if suffix == ".csv" else "\t"))
+        return Source(path, dict(zip(("anchor", "positive"), columns, strict=True)), **more)
+
+    for count in (1, 300):
+        lines = "".join(f"one {i},two {i},1,u{i},v{i}\n" for i in range(count))
+        for columns, first, second in ((("a", "b"), "one", "two"), (("a", 3), "one", "u"), ((4, "b"), "v", "two")):
+            rows = load(source(f"a,b,score,,\n{lines}", *columns), tmp_path / "c")
+            assert [name.replace(" ", "") for name in rows["anchor"]] == [f"{first}{i}" for i in range(count)]
+            assert [name.replace(" ", "") for name in rows["positive"]] == [f"{second}{i}" for i in range(count)]
+    records = list(delimited.stream_delimited(source("a,b,,\nx,y,z,w\n", "a", "b").path))
+    assert records == [(2, {"a": "x", "b": "y", "2": "z", "3": "w"})]
+    assert ":1: the header names column 'a' twice" in failure(source("a,a,,\nx,y,,\n", "a", 1), tmp_path / "c2")
+    assert ":1: the header names column '' twice" in failure(source(",,\na,b,c\n", 0, 1), tmp_path / "c2")
+
+
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".tsv.gz"])
 def test_a_first_line_that_may_be_a_row_is_said(suffix: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Once for each file, and only where no name of the config shows that the line is a header."""

@@ -131,6 +131,8 @@ def _header(path: Path | str, cells: list[str] | str) -> list[str]:
     if isinstance(cells, str):
         raise ValueError(f"{path}:1: {cells}")
     header = [name.strip() for name in cells]
+    if header.count("") > 1 and any(header):  # Excel writes such behind the last column; a place is a name to them
+        header = [name or str(place) for place, name in enumerate(header)]
     if twice := sorted({name for name in header if header.count(name) > 1}):
         raise ValueError(f"{path}:1: the header names column '{twice[0]}' twice")
     return header
