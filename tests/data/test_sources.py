@@ -17,6 +17,7 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from trainer.data import json_lines, loading, rows
+from trainer.data.files import data_files
 from trainer.data.loading import fingerprint, load, num_skipped
 from trainer.data.rowgroups import group_files
 from trainer.data.sources import EvalSource, Source
@@ -117,6 +118,35 @@ def test_a_folder_with_train_and_dev_files_gives_only_the_split(tmp_path: Path) 
     assert load(Source(str(tmp_path), PAIR, split="validation"), tmp_path / "c")["anchor"][:] == ["left 2"]
     with pytest.raises(ValueError, match=r"no file of split 'test'; the file names say train, validation"):
         load(Source(str(tmp_path), PAIR, split="test"), tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    ("names", "split", "wanted"),
+    [
+        (["pairs", "test"], "train", ["pairs"]),
+        (["pairs", "test"], "test", ["test"]),
+        (["train-0", "train-1"], "train", ["train-0", "train-1"]),
+        (["train-0", "train-1"], "test", None),
+        (["more", "train-0"], "train", ["more", "train-0"]),
+        (["more", "train-0"], "tset", None),
+        (["all", "dev", "train"], "train", ["train"]),
+        (["more", "dev", "test"], "train", ["more"]),
+        (["more", "dev", "test"], "dev", ["dev"]),
+        (["dev", "test"], "train", None),
+        (["test"], "train", None),
+        (["part-0", "part-1"], "test", ["part-0", "part-1"]),
+    ],
+)
+def test_files_of_a_folder_by_their_split(
+    names: list[str], split: str, wanted: list[str] | None, tmp_path: Path
+) -> None:
+    for name in names:
+        write_lines(tmp_path / f"{name}.jsonl", good(1))
+    if wanted is None:
+        with pytest.raises(ValueError, match=f"no file of split '{split}'; .*: set split to one of them, or name the"):
+            data_files(str(tmp_path), split)
+    else:
+        assert [file.stem for file in data_files(str(tmp_path), split)] == wanted
 
 
 def test_text_columns_come_in_canonical_order(tmp_path: Path) -> None:

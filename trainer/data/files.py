@@ -52,7 +52,7 @@ def data_files(path: str, split: str) -> list[Path]:
 
     Args:
         path: file, glob or folder.
-        split: of a saved DatasetDict, or of a folder whose file names say train, dev, test, ...
+        split: of a saved DatasetDict, or of a folder where a file name says train, dev, test, ...
 
     Raises:
         ValueError: nothing is there, or nothing of a known format.
@@ -98,10 +98,16 @@ def _folder_files(folder: Path, split: str) -> list[Path]:
         raise ValueError(f"{folder}: the folder holds no data file ({', '.join(FORMATS)}, also with .gz)")
     by_split = {f: {_SPLIT_WORDS[w] for w in re.findall("[a-z]+", f.name.lower()) if w in _SPLIT_WORDS} for f in files}
     named = set().union(*by_split.values())
-    if len(named) < 2:
+    if not named:
         return files
-    # A folder with train and dev files: training on both would spoil the evaluation.
-    wanted = {f for f, words in by_split.items() if _SPLIT_WORDS.get(split, split) in words}
+    # A folder with a dev or test file: training on it would spoil the evaluation.
+    meant = _SPLIT_WORDS.get(split, split)
+    wanted = {f for f, words in by_split.items() if meant in words}
+    if meant == "train" and (not wanted or named == {"train"}):
+        wanted |= {f for f, words in by_split.items() if not words}
     if not wanted:
-        raise ValueError(f"{folder}: no file of split '{split}'; the file names say {', '.join(sorted(named))}")
+        raise ValueError(
+            f"{folder}: no file of split '{split}'; the file names say {', '.join(sorted(named))}: set split to one of "
+            "them, or name the files in path"
+        )
     return sorted(wanted)
