@@ -8,7 +8,7 @@ import torch
 from scipy.spatial.distance import pdist
 
 from trainer.evaluation import STS, BinaryClassification, LabelAccuracy, Triplet
-from trainer.evaluation.base import Evaluator
+from trainer.evaluation.base import Evaluator, Rows
 from trainer.evaluation.health import MAX_TEXTS, NUM_BINS, effective_rank, measure, positive_rows
 
 RNG = np.random.default_rng(0)
@@ -94,5 +94,25 @@ def test_a_set_without_pairs_has_no_positives() -> None:
     distinct = np.concatenate([unit[0][:1], unit[0][2:], unit[1]])
     upper = np.triu_indices(len(distinct), 1)
     assert found.metrics["negative_p50"] == pytest.approx(np.median((distinct @ distinct.T)[upper]), abs=1e-6)
+    assert found.histograms.keys() == {"negative_histogram"}
+    assert "alignment" not in found.metrics
+
+
+class WithMoreTexts(Triplet2):
+    """It embeds some texts that are in no row."""
+
+    def texts(self, rows: Rows) -> list[str]:
+        return [*super().texts(rows), *(f"more {number}" for number in range(5))]
+
+
+def test_texts_beside_those_of_the_rows_are_no_pairs() -> None:
+    """Which of them belong together is not known: the health is that of all distinct texts."""
+    rows, embeddings_UD, text_N, unit = made(30)
+    more = RNG.normal(size=(5, 8))
+    embeddings_UD = torch.cat([embeddings_UD, torch.tensor(more, dtype=torch.float32)])
+    found = measure(WithMoreTexts(), rows, embeddings_UD, torch.cat([text_N, torch.arange(60, 65)]))
+    distinct = np.concatenate([unit[0][:1], unit[0][2:], unit[1], more / np.linalg.norm(more, axis=1, keepdims=True)])
+    assert found.metrics["uniformity"] == pytest.approx(np.log(np.exp(-2 * pdist(distinct) ** 2).mean()), abs=1e-6)
+    assert found.metrics["negative_p50"] == pytest.approx(1 - np.median(pdist(distinct, "cosine")), abs=1e-6)
     assert found.histograms.keys() == {"negative_histogram"}
     assert "alignment" not in found.metrics

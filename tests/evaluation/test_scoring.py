@@ -19,7 +19,8 @@ from trainer.distributed import gather
 from trainer.encoder import Encoder, EncoderSpec
 from trainer.evaluation import Evaluator
 from trainer.evaluation.base import Rows, cosine
-from trainer.evaluation.scoring import evaluate
+from trainer.evaluation.scoring import Observe, evaluate
+from trainer.evaluation.sharded import TokenizedSet
 
 KINDS: dict[str, Callable[[Tensor], Any]] = {
     "numpy": lambda cosines_B: cosines_B.numpy().mean(),
@@ -48,10 +49,14 @@ class MeanCosine(Evaluator):
         return {"mean": KINDS[self.kind](cosines_B)}
 
 
-def run(folder: Path, texts: list[str], kind: str) -> dict[str, float]:
+def refuse_to_observe(one: TokenizedSet, embeddings_UD: Tensor, text_N: Tensor) -> None:
+    raise ValueError(f"{one.name}: {len(text_N)} texts can't be observed")
+
+
+def run(folder: Path, texts: list[str], kind: str, observe: Observe | None = None) -> dict[str, float]:
     encoder = Encoder(EncoderSpec(str(folder), compact_vocabulary="off"), max_tokens=MAX_TOKENS).eval()
     one = Set("dev", make_rows(texts[:50], 20), MeanCosine(kind), encoder.text)
-    return evaluate(Recorder(encoder), [one], gather.rank(), gather.world_size(), MAX_TOKENS)  # type: ignore[list-item]
+    return evaluate(Recorder(encoder), [one], gather.rank(), gather.world_size(), MAX_TOKENS, None, observe)  # type: ignore[list-item]
 
 
 @pytest.mark.parametrize("kind", ["numpy", "numpy_0d", "tensor", "python"])
@@ -77,3 +82,10 @@ def test_what_is_no_number_is_named(
 def test_what_is_no_mapping_is_named(tiny_encoder: Path, demo_texts: list[str]) -> None:
     with pytest.raises(ValueError, match=r"dev: score\(\) of MeanCosine gives float; return a dict, metric -> float"):
         run(tiny_encoder, demo_texts, NO_MAPPING)
+
+
+def test_no_rank_waits_for_one_that_fails_to_observe(
+    two_ranks: TwoRanks, tiny_encoder: Path, demo_texts: list[str]
+) -> None:
+    said = two_ranks(message_of, run, tiny_encoder, demo_texts, "python", refuse_to_observe)
+    assert said == ["dev: 40 texts can't be observed"] * 2

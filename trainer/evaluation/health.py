@@ -39,14 +39,14 @@ class Health:
 
 def measure(evaluator: Evaluator, rows: Rows, embeddings_UD: Tensor, text_N: Tensor) -> Health:
     """Of a set with pairs: positives are the pairs that belong together, negatives texts of different rows. Of other
-    sets there are no positives.
+    sets, and where an evaluator's own `texts` gives more or fewer than its columns have, there are no positives.
 
     Args:
         embeddings_UD: of the distinct texts, on any device.
         text_N: for each text of the set, column by column, the distinct text it is.
     """
     chosen_B = positive_rows(evaluator, rows)
-    if chosen_B is None:
+    if chosen_B is None or len(text_N) != len(evaluator.text_columns) * len(chosen_B):
         texts_N = _every(text_N.unique(), MAX_TEXTS)
         near_ND = _directions(embeddings_UD, texts_N)
         return _health(near_ND, None, _of_pairs(near_ND))

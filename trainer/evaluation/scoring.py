@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Optional
 
 import torch
@@ -89,18 +90,26 @@ def _as_floats(one: TokenizedSet, found: Mapping[str, Any]) -> dict[str, float]:
     return metrics
 
 
-def _score(one: TokenizedSet, score: Callable[[], dict[str, float]], rank: int, world_size: int) -> dict[str, float]:
-    """Score on rank 0 and tell the others, a failure too: nobody may wait for a rank that has raised."""
+def _score(
+    one: TokenizedSet,
+    score: Callable[[], dict[str, float]],
+    observe: Callable[[], None] | None,
+    rank: int,
+    world_size: int,
+) -> dict[str, float]:
+    """Score and observe on rank 0 and tell the others, a failure too: nobody may wait for a rank that has raised."""
     metrics: dict[str, float] = {}
     failure = None
     if rank == 0:
         try:
             metrics = _as_floats(one, score())
+            if observe is not None:
+                observe()
         except Exception as error:
             failure = error
     if world_size > 1:
         metrics, message = gather.broadcast_object((metrics, str(failure) if failure else None))
-        if message and rank != 0:
+        if message is not None and rank != 0:  # it may be empty
             failure = gather.SharedError(message)
     if failure:
         raise failure
@@ -133,7 +142,7 @@ def evaluate(
         `eval/<suite>/<metric>`.
 
     Raises:
-        ValueError: on every rank, what an evaluator can't score.
+        ValueError: on every rank, what an evaluator can't score or ``observe`` refuses.
     """
     metrics: dict[str, float] = {}
     of_suite: dict[str, dict[str, list[float]]] = {}
@@ -141,9 +150,8 @@ def evaluate(
         gather.enter(f"evaluation of {validation_set.name}")
         one = validation_set if isinstance(validation_set, TokenizedSet) else tokenize_set(validation_set)
         score, embedded = _scorer(one, encode, classify, rank, world_size, max_tokens)
-        found = _score(one, score, rank, world_size)
-        if observe is not None and rank == 0:
-            observe(one, *embedded)
+        observe_set = None if observe is None else partial(observe, one, *embedded)
+        found = _score(one, score, observe_set, rank, world_size)
         metrics |= found
         for key, value in found.items() if one.suite else ():
             mean_key = f"eval/{one.suite}/{key.rpartition('/')[2]}"
