@@ -82,7 +82,8 @@ def mine(args: Sequence[str]) -> int:
         Interrupted: asked to stop; what is finished is kept.
     """
     options = flags().read(args)
-    _refuse(options)
+    rules = Rules(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Rules)})
+    _refuse(options, rules)
     from trainer.distributed import gather
     from trainer.mine.columns import embed_columns, read_columns
     from trainer.mine.pairs import number_pairs
@@ -91,7 +92,6 @@ def mine(args: Sequence[str]) -> int:
     interruption.stop_if_asked()  # the imports took seconds
     with said_once():
         columns = read_columns(options)
-        rules = Rules(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Rules)})
         specs = _specs(options)
         if specs:
             _warn_of_similarity(specs["query"])
@@ -108,8 +108,6 @@ def mine(args: Sequence[str]) -> int:
         )
         facts = json.dumps([dataclasses.asdict(rules), about, CHUNK_ANCHORS], sort_keys=True)
         parts = work / f"parts-{hashlib.sha256(facts.encode()).hexdigest()[:12]}"
-        with said_once():
-            rules.resolved(pairs.most_positives)
         with said_when_stopped():
             search(pairs, vectors, rules, parts, device)
         if gather.rank() == 0:
@@ -121,7 +119,11 @@ def mine(args: Sequence[str]) -> int:
     return 0
 
 
-def _refuse(options: argparse.Namespace) -> None:
+def _refuse(options: argparse.Namespace, rules: Rules) -> None:
+    try:
+        rules.resolved(0)  # before the embeddings: no number of positives makes a --range-max wide enough
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     if (options.corpus is None) != (options.text is None):
         raise ConfigError("--corpus and --text go together: a file, and the column of its texts")
     if options.corpus_embeddings and not options.corpus:
