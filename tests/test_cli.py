@@ -929,3 +929,16 @@ def test_only_the_failing_rank_speaks(recipe: Path) -> None:
     errors = re.findall(r"^error.*", done.stderr, re.MULTILINE)
     assert len([line for line in errors if line.startswith("error: nowhere.csv")]) == 1
     assert all("nowhere.csv" in line or "another rank has ended" in line for line in errors)
+
+
+def test_a_callback_with_an_enum_as_default(tiny_encoder: Path) -> None:
+    """Lightning's Timer: its interval is one. The config that the run writes builds the same callback."""
+    recipe = write_tiny_recipe(Path(), tiny_encoder, max_steps=1, default_root_dir="run")
+    timer = '[{"class_path": "Timer", "init_args": {"duration": "00:01:00:00"}}]'
+    assert main(["fit", "--config", str(recipe), "--trainer.callbacks", timer]) == 0
+    (written,) = yaml.safe_load(Path("run/config.yaml").read_text())["trainer"]["callbacks"]
+    assert written["init_args"] == {"duration": "00:01:00:00", "interval": "step", "verbose": True}
+    args = ["--config", "run/config.yaml", "--trainer.default_root_dir", "again"]
+    again = run(["fit", *args], read_command(args), execute=False)
+    (timer_again,) = (one for one in again.trainer.callbacks if type(one).__name__ == "Timer")
+    assert (timer_again._duration, timer_again._interval) == (3600, "step")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import enum
 import logging
 import os
 import sys
@@ -56,6 +57,8 @@ from trainer.trainer_refusals import (
 # No value is built where any value fits. Naming a deny list, be it empty, turns jsonargparse's own one (os, subprocess,
 # pickle, importlib, ...) from a warning into a refusal.
 set_parsing_settings(instantiate_subclass_spec_in_any=False, import_path_denylist=[])
+# Defaults of some callbacks are members of an enum (the interval of Lightning's Timer), which PyYAML refuses to write.
+yaml.SafeDumper.add_multi_representer(enum.Enum, lambda dumper, member: dumper.represent_data(member.value))
 
 GROUPS: Mapping[str, type] = {
     "model": EmbeddingModule,
