@@ -32,9 +32,9 @@ def test_is_the_sum_of_its_losses() -> None:
 
 
 def test_it_wants_what_its_losses_want() -> None:
-    loss = WeightedSum([InfoNCE(), Triplet(), Softmax(num_labels=4), CosineSimilarity()])
+    loss = WeightedSum([InfoNCE(), Softmax(num_labels=4), CosineSimilarity()])
     assert loss.needs == {"labels", "scores"}
-    assert (loss.min_columns, loss.max_columns, loss.num_labels) == (3, 2, 4)  # which no data can have: it is refused
+    assert (loss.min_columns, loss.max_columns, loss.num_labels) == (2, 2, 4)
     assert loss.score_range == (-1.0, 1.0)
     assert loss.in_batch_negatives
     assert not loss.absent_texts
@@ -43,10 +43,17 @@ def test_it_wants_what_its_losses_want() -> None:
     assert [type(part).__name__ for part in loss.parts()] == [
         "WeightedSum",
         "InfoNCE",
-        "Triplet",
         "Softmax",
         "CosineSimilarity",
     ]
+    triplets = WeightedSum([InfoNCE(), Triplet()])
+    assert (triplets.min_columns, triplets.max_columns) == (3, 3)
+
+
+def test_losses_that_no_data_suits() -> None:
+    message = "^WeightedSum: Triplet takes 3 text columns at least, CosineSimilarity 2 at most, so no data suits both;"
+    with pytest.raises(ValueError, match=message):
+        WeightedSum([InfoNCE(), CosineSimilarity(), Triplet()])
 
 
 def test_weights_that_do_not_fit() -> None:

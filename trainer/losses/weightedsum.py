@@ -34,6 +34,13 @@ class WeightedSum(Loss):
         self.min_columns = max(loss.min_columns for loss in losses)
         limits = [loss.max_columns for loss in losses if loss.max_columns is not None]
         self.max_columns = min(limits, default=None)
+        if self.max_columns is not None and self.min_columns > self.max_columns:
+            most = next(type(loss).__name__ for loss in losses if loss.min_columns == self.min_columns)
+            least = next(type(loss).__name__ for loss in losses if loss.max_columns == self.max_columns)
+            raise ValueError(
+                f"WeightedSum: {most} takes {self.min_columns} text columns at least, {least} {self.max_columns} at "
+                "most, so no data suits both; leave one out, or train it on a source of its own (model.losses)"
+            )
         self.num_labels = min((n for loss in losses if (n := loss.num_labels) is not None), default=None)
         ranges = [loss.score_range for loss in losses if loss.score_range is not None]
         self.score_range = (max(low for low, _ in ranges), min(high for _, high in ranges)) if ranges else None
