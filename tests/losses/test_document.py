@@ -52,9 +52,15 @@ def test_the_example_is_short_and_right() -> None:
     assert float(loss(t=1.5, uniform_weight=0.5)(columns, targets_of(7))) == pytest.approx(wanted, rel=1e-5)
 
 
-def test_the_example_is_exact_on_two_ranks(two_ranks: TwoRanks) -> None:
-    value, whole = value_and_gradients((7,))
-    (one, first), (other, second) = two_ranks(value_and_gradients, (4, 3))
+def test_a_batch_of_one_row_is_its_alignment() -> None:
+    a, p = (x.double().numpy()[0] / np.linalg.norm(x.double().numpy()) for x in draw(2, 1))
+    assert float(_example()[1]()(draw(2, 1), targets_of(1))) == pytest.approx(np.square(a - p).sum(), rel=1e-5)
+
+
+@pytest.mark.parametrize("split", [(4, 3), (1, 0)])
+def test_the_example_is_exact_on_two_ranks(two_ranks: TwoRanks, split: tuple[int, int]) -> None:
+    value, whole = value_and_gradients((sum(split),))
+    (one, first), (other, second) = two_ranks(value_and_gradients, split)
     assert (one + other) / 2 == pytest.approx(value, rel=1e-5)
     for expected, *found in zip(whole, first, second, strict=True):
         assert_close(torch.cat(found) / 2, expected, rtol=1e-5, atol=1e-7)
