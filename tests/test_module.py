@@ -6,7 +6,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,24 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import get_linear_schedule_with_warmup
 
-from trainer.batch import PackedBatch
+from trainer.batch import PackedBatch, Targets
 from trainer.data.collate import pack_texts
 from trainer.data.module import PairData
 from trainer.data.sources import Source
 from trainer.demo_data import MAX_SCORE, read_pairs, write_pairs
 from trainer.encoder import EncoderSpec
-from trainer.losses import BatchHardTriplet, Contrastive, CosineSimilarity, InfoNCE, MarginMSE, SigLIP, Softmax
+from trainer.losses import (
+    BatchHardTriplet,
+    Contrastive,
+    CosineSimilarity,
+    InfoNCE,
+    Loss,
+    MarginMSE,
+    Matryoshka,
+    SigLIP,
+    Softmax,
+    WeightedSum,
+)
 from trainer.module import EmbeddingModule
 
 ROWS, BATCH = 44, 8  # 6 steps an epoch, the last of 4 rows
@@ -292,6 +303,43 @@ def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
 
 
 PAIR = {"anchor": "sentence1", "positive": "sentence2"}
+
+
+class OwnLoss(CosineSimilarity):
+    """Of a user: one value for each row."""
+
+    def forward(self, columns: Sequence[Tensor], targets: Targets) -> Tensor:
+        return torch.cosine_similarity(columns[0], columns[1])
+
+
+class Misspelt(OwnLoss):
+    needs = frozenset({"score"})
+
+
+class NotInitialised(OwnLoss):
+    def __init__(self, scale: float = 1.0) -> None:
+        self.scale = scale
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (Misspelt(), "Misspelt.needs has 'score', which is none of scores, candidate_scores, labels, teacher; these"),
+        (NotInitialised(), "NotInitialised was not initialised; call super().__init__() first in NotInitialised."),
+        (WeightedSum([InfoNCE(), Misspelt()]), "Misspelt.needs has 'score', which is none of scores"),
+        (Matryoshka(NotInitialised(), [8]), "NotInitialised was not initialised; call super().__init__() first in"),
+    ],
+)
+def test_a_loss_that_keeps_less_than_the_contract(loss: Loss, message: str) -> None:
+    for settings in ({"loss": loss}, {"loss": InfoNCE(), "losses": {"other": loss}}):
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+            EmbeddingModule(EncoderSpec("x"), **settings)  # type: ignore[arg-type]
+
+
+def test_a_loss_of_many_numbers(tiny_encoder: Path, pairs: Path) -> None:
+    message = "OwnLoss gives a tensor of shape (8,), but a loss is a single number: return targets.weight times the sum"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        _fit(*_parts(tiny_encoder, pairs, {"loss": OwnLoss()}), max_steps=1)
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from trainer.evaluation.classification import Classification
 from trainer.finite import FiniteSteps
 from trainer.host_memory import keep_freed_pages
 from trainer.losses import Loss
-from trainer.losses.base import refuse_not_positive
+from trainer.losses.base import refuse_incomplete, refuse_not_positive
 from trainer.memory import explained_memory
 from trainer.optimizer import clip, count_steps, gradient_norm, parameter_groups
 
@@ -85,6 +85,8 @@ class EmbeddingModule(LightningModule):
         if wrong := [name for name in losses or {} if not name.isidentifier() or hasattr(nn.ModuleDict, name)]:
             raise ValueError(f"model.losses can't have the name '{wrong[0]}'; take another, of letters, digits and '_'")
         self.losses = nn.ModuleDict(losses or {})
+        for one in self.all_losses:
+            refuse_incomplete(one)
         self.teacher_spec = teacher
         taught = [type(loss).__name__ for loss in self.all_losses if "teacher" in loss.needs]
         if taught and teacher is None:
@@ -338,6 +340,11 @@ class EmbeddingModule(LightningModule):
     def training_step(self, batch: PackedBatch, batch_idx: int) -> Tensor:
         used = self.loss_of(self.data.train_sources[batch.source])
         loss = used(self.encoder(batch), batch.targets)
+        if loss.dim() != 0:
+            raise ValueError(
+                f"{type(used).__name__} gives a tensor of shape {tuple(loss.shape)}, but a loss is a single number: "
+                "return targets.weight times the sum of its rows' terms"
+            )
         self.last_metrics = used.last_metrics
         # The gradient of this step's loss with respect to the heads of the others: strategies wait for all of them.
         idle = [p.sum() for other in self.all_losses if other is not used for p in other.parameters()]

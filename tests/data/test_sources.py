@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from torch import Tensor
 
 from trainer.data import json_lines, loading, rows
 from trainer.data.files import data_files
@@ -22,6 +23,7 @@ from trainer.data.loading import fingerprint, load, num_skipped
 from trainer.data.rowgroups import group_files
 from trainer.data.sources import EvalSource, Source
 from trainer.evaluation import STS, Triplet
+from trainer.evaluation.base import Evaluator, Rows
 
 PAIR = {"anchor": "a", "positive": "b"}
 TEXTS = [
@@ -555,6 +557,23 @@ def test_eval_source_has_a_name_and_an_evaluator() -> None:
         EvalSource("x.jsonl", PAIR)
     with pytest.raises(ValueError, match=r"validation set name '\.\./x'"):
         EvalSource("x.jsonl", PAIR, name="../x")
+
+
+class Unfinished(Evaluator):
+    """Of a user, who names too little."""
+
+    def score(self, embeddings_ND: Tensor, rows: Rows) -> dict[str, float]:
+        return {}
+
+
+@pytest.mark.parametrize("lacking", ["columns", "text_columns", "primary"])
+def test_an_evaluator_that_names_too_little(lacking: str) -> None:
+    named = {"columns": ("anchor",), "text_columns": ("anchor",), "primary": "mean"}
+    own = type("Own", (Unfinished,), {name: value for name, value in named.items() if name != lacking})
+    message = f"^x.jsonl: Own has no {lacking}; an evaluator names columns, text_columns and its primary metric$"
+    with pytest.raises(ValueError, match=message):
+        EvalSource("x.jsonl", PAIR, name="dev", evaluator=own())
+    EvalSource("x.jsonl", PAIR, name="dev", evaluator=type("Own", (Unfinished,), named)())
 
 
 def test_fingerprint_follows_content_and_spec_not_place(tmp_path: Path) -> None:

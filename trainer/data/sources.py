@@ -311,6 +311,11 @@ class EvalSource(Source):
 
     def __post_init__(self) -> None:
         kind = type(self.evaluator).__name__
+        if lacking := [name for name in ("columns", "text_columns", "primary") if not hasattr(self.evaluator, name)]:
+            raise ValueError(
+                f"{self.path}: {kind} has no {lacking[0]}; an evaluator names columns, text_columns and its primary "
+                "metric"
+            )
         lists = [name for name in _LISTS if name in self.columns]
         if lists and not self.evaluator.takes_lists:
             raise ValueError(

@@ -29,6 +29,10 @@ SENTENCE_BERT = """@inproceedings{reimers-2019-sentence-bert,
 }"""
 
 
+# What a loss may want of a batch besides row ids.
+NEEDS = ("scores", "candidate_scores", "labels", "teacher")
+
+
 def refuse_not_positive(name: str, value: float, or_zero: bool = False) -> None:
     """Raises ValueError unless ``value`` is finite and above 0, or 0 where that means something."""
     # Written so that NaN, which compares as false, is refused.
@@ -101,3 +105,15 @@ class Loss(nn.Module, ABC):
     def describe(self) -> dict[str, Any]:
         """Plain values for the model card."""
         return {}
+
+
+def refuse_incomplete(loss: Loss) -> None:
+    """Raises ValueError where a loss, or one that it wraps, keeps less than the contract, as classes of a user may."""
+    for part in reversed([*loss.parts()]):  # what a wrapper needs it has from those inside
+        name = type(part).__name__
+        if not hasattr(part, "last_metrics"):
+            raise ValueError(f"{name} was not initialised; call super().__init__() first in {name}.__init__")
+        if unknown := sorted(set(part.needs) - set(NEEDS)):
+            raise ValueError(
+                f"{name}.needs has '{unknown[0]}', which is none of {', '.join(NEEDS)}; these are what a loss can want"
+            )
