@@ -407,6 +407,19 @@ def test_labels_of_a_stream_that_the_loss_does_not_have(
         _fit(module, data, max_steps=2)
 
 
+def test_nothing_to_train(tiny_encoder: Path, pairs: Path) -> None:
+    module, data = _parts(tiny_encoder, pairs)
+    module.encoder_spec = EncoderSpec(str(tiny_encoder), dropout=0.0, freeze=2)
+    message = "nothing is left to train: model.encoder.freeze 2 is all layers, and CosineSimilarity has no weights of"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        _fit(module, data, max_steps=1)
+    columns = {"anchor": "sentence1", "positive": "sentence2", "label": "score"}
+    module, data = _parts(tiny_encoder, pairs, {"loss": Softmax(num_labels=6)}, columns)
+    module.encoder_spec = EncoderSpec(str(tiny_encoder), dropout=0.0, freeze=2)
+    run = _fit(module, data, max_steps=1)
+    assert {name.split(".")[0] for name, p in run.module.named_parameters() if p.requires_grad} == {"loss"}
+
+
 def test_a_run_without_an_end(tiny_encoder: Path, pairs: Path) -> None:
     with pytest.raises(ValueError, match=r"max_epochs is -1 and trainer.max_steps is not set: give one of them"):
         _fit(*_parts(tiny_encoder, pairs), max_epochs=-1)

@@ -246,6 +246,7 @@ class EmbeddingModule(LightningModule):
         self.refuse_classifiers(self.data)  # now, not after hours
         if self.trainer.training:
             self._check_columns()
+            self._refuse_all_frozen()
             # The loss scaler of fp16 leaves out steps, and would not tell us to leave out their decay.
             known_decay = not self.weight_decay or str(self.trainer.precision) != "16-mixed"
             if known_decay and not self.compact_vocabularies(self.data):
@@ -268,6 +269,17 @@ class EmbeddingModule(LightningModule):
                 else:
                     part.compact_vocabulary(used_ids)
         return are_known
+
+    def _refuse_all_frozen(self) -> None:
+        if any(parameter.requires_grad for parameter in self.parameters()):
+            return
+        keys = ["model.encoder.freeze", "model.document_encoder.freeze"][: len(self.encoder_specs)]
+        frozen = " and ".join(f"{key} {spec.freeze}" for key, spec in zip(keys, self.encoder_specs, strict=True))
+        names = ", ".join(type(loss).__name__ for loss in self.all_losses)
+        raise ValueError(
+            f"nothing is left to train: {frozen} is all layers, and {names} has no weights of its own; lower "
+            "freeze, or take a loss with a head (Softmax)"
+        )
 
     def _check_columns(self) -> None:
         """The columns of every source against what its loss takes."""
