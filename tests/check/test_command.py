@@ -391,6 +391,18 @@ def test_probe_measures_a_real_step(
     assert tokens == pytest.approx(longest, rel=0.3)
 
 
+def test_probe_reads_only_the_start_of_a_stream(
+    tmp_path: Path, tiny_encoder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """24 slices. Rows are permuted within 8, and a loader has the next 8 built ahead."""
+    table = pa.table({"a": [f"the cat {i}" for i in range(24 * 2048)], "b": [f"a dog {i}" for i in range(24 * 2048)]})
+    pq.write_table(table, tmp_path / "x.parquet", row_group_size=2048)
+    args = [*common(tmp_path, tiny_encoder, "InfoNCE"), "--data.train"]
+    _, report = run(capsys, *args, source(tmp_path / "x.parquet", PAIR, streaming=True), "--probe")
+    assert "a batch of 16 rows" in report["measured"]
+    assert 0 < len(list((tmp_path / "cache").glob("blocks/*/slice-*.arrow"))) <= 16
+
+
 # -- real data --------------------------------------------------------------------------------------------
 
 

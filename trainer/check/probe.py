@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 
 from trainer.batch import PackedBatch
+from trainer.check.report import STREAMED_STEPS
 from trainer.data.batches import StepBatches
 from trainer.data.module import PairData
 from trainer.encoder.towers import load_encoder
@@ -51,15 +52,18 @@ def probe(module: EmbeddingModule, data: PairData, num_ranks: int, is_half: bool
 
 
 def _longest_batch(data: PairData, num_ranks: int) -> PackedBatch:
-    """Rank 0's share of the global batch with the most tokens, as a run of one rank would see it."""
+    """Rank 0's share of the global batch with the most tokens, as a run of one rank would see it; of a
+    streamed source only the first batches are looked at."""
     order = data.order
-    stride = -(-order.steps_per_epoch // _MAX_STEPS)
+    steps = range(0, order.steps_per_epoch, -(-order.steps_per_epoch // _MAX_STEPS))
+    if data.used_ids() is None:  # streamed: far steps lie in blocks that nobody has fetched
+        steps = range(min(order.steps_per_epoch, STREAMED_STEPS))
 
     def num_tokens(index: int) -> int:
         step = order.step(0, index)
         table = data.tables[step.source]
         return sum(len(ids) for column in table.columns for ids in table.ids(column, step.rows))
 
-    longest = max(range(0, order.steps_per_epoch, stride), key=num_tokens)
+    longest = max(steps, key=num_tokens)
     batch = StepBatches(data.tables, order, order.steps_per_epoch, 0, num_ranks, data.teachers)[longest]
     return replace(batch, targets=replace(batch.targets, rows_per_rank=(batch.num_rows,)))

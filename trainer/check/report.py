@@ -25,7 +25,8 @@ from trainer.tracking.redact import redact_text
 
 VERSION = 1  # of the JSON: raised when a key changes its meaning or goes
 FILE_NAME = "check.json"
-_SAMPLED_STEPS, _STREAMED_STEPS = 200, 10
+_SAMPLED_STEPS = 200
+STREAMED_STEPS = 10
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,7 @@ def _plan(situation: Situation, data: PairData, steps_per_epoch: int, num_steps:
     num_queries, num_false = np.zeros((2, len(data.tables)), np.int64)
     steps = range(0, order.steps_per_epoch, max(1, order.steps_per_epoch // _SAMPLED_STEPS))
     if used_ids[0] is None:  # streamed: far steps lie in blocks that nobody has fetched
-        steps = range(min(order.steps_per_epoch, _STREAMED_STEPS))
+        steps = range(min(order.steps_per_epoch, STREAMED_STEPS))
     for index in steps:
         step = order.step(0, index)
         table = data.tables[step.source]
