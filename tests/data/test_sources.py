@@ -135,7 +135,7 @@ def test_a_folder_with_train_and_dev_files_gives_only_the_split(tmp_path: Path) 
         (["more", "dev", "test"], "train", ["more"]),
         (["more", "dev", "test"], "dev", ["dev"]),
         (["dev", "test"], "train", None),
-        (["test"], "train", None),
+        (["test"], "train", ["test"]),
         (["part-0", "part-1"], "test", ["part-0", "part-1"]),
     ],
 )

@@ -98,8 +98,8 @@ def _folder_files(folder: Path, split: str) -> list[Path]:
         raise ValueError(f"{folder}: the folder holds no data file ({', '.join(FORMATS)}, also with .gz)")
     by_split = {f: {_SPLIT_WORDS[w] for w in re.findall("[a-z]+", f.name.lower()) if w in _SPLIT_WORDS} for f in files}
     named = set().union(*by_split.values())
-    if not named:
-        return files
+    if not named or (split == "train" and len(named) == 1 and all(by_split.values())):
+        return files  # train is what a source asks for that says nothing, and this is a folder of one split
     # A folder with a dev or test file: training on it would spoil the evaluation.
     meant = _SPLIT_WORDS.get(split, split)
     wanted = {f for f, words in by_split.items() if meant in words}
