@@ -389,6 +389,42 @@ def test_all_classes_are_named_where_none_is_meant(
     assert not [name for name in named if name.startswith(("_", "LazyInstance"))]
 
 
+OWN_CLASSES = {
+    "own_broken.Huber": "can't import module own_broken: No module named 'not_installed'",
+    "own_away.Cb": "can't import module own_away: No module named 'own_away'; is its folder on PYTHONPATH?",
+    "own_away.losses.Cb": "can't import module own_away.losses: No module named 'own_away'; is its folder on "
+    "PYTHONPATH?",
+    "own.Hubr": "module own has no Hubr; did you mean 'own.Huber'?",
+    "own.Zzz": "module own has no Zzz",
+    "own.Cb": "'own.Cb' is no Loss; make it a class that inherits from trainer.losses.base.Loss",
+    "sentence_transformers.losses.TripletLos": "module sentence_transformers.losses has no TripletLos; did you mean "
+    "'sentence_transformers.losses.TripletLoss'?",
+}
+
+
+@pytest.fixture
+def own(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modules as a user writes them beside a recipe, before anything has imported them."""
+    (place / "own_broken.py").write_text("import not_installed\n")
+    (place / "own.py").write_text(
+        "from lightning.pytorch import Callback\nfrom trainer.losses import Loss\n"
+        "class Huber(Loss): ...\nclass Cb(Callback): ...\n"
+    )
+    monkeypatch.syspath_prepend(place)
+    monkeypatch.delitem(sys.modules, "own", raising=False)
+
+
+@pytest.mark.usefixtures("own")
+@pytest.mark.parametrize("name", OWN_CLASSES)
+def test_why_a_class_of_ones_own_is_not_found(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The right callback behind it, which the parser has not come to, is accused of nothing."""
+    old = "{class_path: InfoNCE, init_args: {scale: 20.0}}"
+    Path("x.yaml").write_text(
+        f"{CONFIG.replace(old, f'{{class_path: {name}}}')}  callbacks: [{{class_path: own.Cb}}]\n"
+    )
+    assert refused(capsys, ["fit", "--config", "x.yaml"]) == f"x.yaml:4: model.loss.class_path: {OWN_CLASSES[name]}"
+
+
 # -- commands and files -----------------------------------------------------------------------------------
 
 BAD_COMMANDS = {

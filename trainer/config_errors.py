@@ -10,10 +10,10 @@ import dataclasses
 import difflib
 import inspect
 import re
-import sys
 import types
 import typing
 from collections.abc import Iterator, Mapping
+from importlib import import_module
 from typing import Any, Union
 
 import yaml
@@ -193,14 +193,7 @@ class _Walk:
             return None
         cls = _find_class(node.value, hint)
         if cls is None:
-            classes = [sub for sub in _subclasses(hint) if sub is not hint and not inspect.isabstract(sub)]
-            internal = ("_", "LazyInstance_")  # jsonargparse makes a class for a default that is an instance
-            names = sorted({sub.__name__ for sub in classes if not sub.__name__.startswith(internal)})
-            bare = node.value.rpartition(".")[2]
-            elsewhere = class_here(bare, names)
-            near = difflib.get_close_matches(bare, names, n=1) if elsewhere is None else []
-            others = f"; did you mean '{near[0]}'?" if near else f"; there are: {', '.join(names)}"
-            self.problems.append(f"{_at(node, path)}: '{node.value}' is no {hint.__name__}{elsewhere or others}")
+            self.problems.append(f"{_at(node, path)}: {_no_class(node.value, hint)}")
         return cls
 
 
@@ -277,10 +270,46 @@ def _subclasses(cls: type) -> list[type]:
 
 
 def _find_class(name: str, base: type) -> type | None:
-    """A class below ``base`` by bare name, or by a path that the parser has imported already."""
+    """A class below ``base`` by bare name, or by the path that the parser would import."""
     for cls in _subclasses(base):
         if name == cls.__name__:
             return cls
-    module, _, attribute = str(name).rpartition(".")
-    found = getattr(sys.modules.get(module), attribute, None)
+    found, _ = _imported(name)
     return found if inspect.isclass(found) and issubclass(found, base) else None
+
+
+def _imported(name: str) -> tuple[Any, str]:
+    """What ``module.attribute`` names, or None and why there is nothing; the parser hides why an import failed."""
+    path, _, attribute = name.rpartition(".")
+    if not path:
+        return None, ""
+    try:
+        module = import_module(path)
+    except Exception as error:  # whatever the user's own module raises
+        parents = [path.rsplit(".", up)[0] for up in range(path.count(".") + 1)]
+        is_away = isinstance(error, ModuleNotFoundError) and error.name in parents
+        said = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
+        return None, f"can't import module {path}: {said}{'; is its folder on PYTHONPATH?' if is_away else ''}"
+    if not hasattr(module, attribute):
+        near = difflib.get_close_matches(attribute, vars(module), n=1)
+        hint = f"; did you mean '{path}.{near[0]}'?" if near else ""
+        return None, f"module {path} has no {attribute}{hint}"
+    return getattr(module, attribute), ""
+
+
+def _no_class(name: str, base: type) -> str:
+    """Why ``name`` is no class below ``base``, and which one may be meant."""
+    classes = [sub for sub in _subclasses(base) if sub is not base and not inspect.isabstract(sub)]
+    internal = ("_", "LazyInstance_")  # jsonargparse makes a class for a default that is an instance
+    names = sorted({sub.__name__ for sub in classes if not sub.__name__.startswith(internal)})
+    module, _, bare = name.rpartition(".")
+    refused = f"'{name}' is no {base.__name__}"
+    elsewhere = class_here(bare, names) if module.partition(".")[0] in ("", "sentence_transformers") else None
+    if elsewhere:
+        return refused + elsewhere
+    if module:
+        _, cause = _imported(name)
+        return cause or f"{refused}; make it a class that inherits from {base.__module__}.{base.__name__}"
+    lower = {one.lower(): one for one in names}
+    near = difflib.get_close_matches(bare.lower(), lower, n=1) if elsewhere is None else []
+    return refused + (f"; did you mean '{lower[near[0]]}'?" if near else f"; there are: {', '.join(names)}")
