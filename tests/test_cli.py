@@ -27,7 +27,7 @@ from trainer.config_errors import _dotted_keys
 from trainer.config_files import Flag, read_command
 from trainer.config_migration import CLASS_HERE, KEY_HERE, class_here
 from trainer.help_text import live_parsers
-from trainer.lightning_cli import GROUPS, run
+from trainer.lightning_cli import GROUPS, LINKS, run
 from trainer.manifest import read_manifest, read_state, write_checkpoint
 from trainer.run_dir import is_first_rank, name_run, rank_name
 from trainer.tracking.metrics import run_id_in
@@ -74,7 +74,7 @@ def refused(capsys: pytest.CaptureFixture[str], args: Sequence[str], code: int =
 
 
 def test_keys_of_other_trainers_lead_to_keys_that_exist() -> None:
-    known = {"ckpt_path", *_dotted_keys(GROUPS)}
+    known = {"ckpt_path", "seed_everything", *_dotted_keys(GROUPS)} - LINKS.keys()
     assert {here for here, _ in KEY_HERE.values()} <= known
     assert not {key for key in KEY_HERE if any(name.endswith(f".{key}") for name in known)}
 
@@ -94,6 +94,8 @@ def test_classes_of_sentence_transformers_lead_to_classes_that_exist() -> None:
             cls = getattr(losses, here.split()[0])
             cls(**{option: yaml.safe_load(value) for option, value in options.items()})
     assert class_here("TripletLoss", ["STS"]) is None
+    for name in ("multiplenegativesranking", "MultipleNegativesRanking", "infonce", "InfoNCELoss"):
+        assert class_here(name, losses.__all__) == "; here it is InfoNCE"
 
 
 # -- keys and values --------------------------------------------------------------------------------------
@@ -118,7 +120,7 @@ BAD_CONFIGS = {
         "batch_size: 16",
         "zzz: 16",
         "x.yaml:13: unknown key 'data.zzz'; keys here: train, encoder, validation, batch_size, no_duplicates, "
-        "mixing, num_workers, max_rows, cache_dir, stream_cache_gib, seed, document_encoder",
+        "mixing, num_workers, max_rows, cache_dir, stream_cache_gib",
     ),
     "key of another trainer": (
         "batch_size: 16",
@@ -297,6 +299,16 @@ BAD_FLAGS = {
     "--data.validation.colums x": "flag --data.validation.colums: unknown key 'data.validation.colums'; "
     "did you mean 'data.validation.columns'?",
     "--data.validation.evaluator STSS": "flag --data.validation.evaluator: 'STSS' is no Evaluator; did you mean 'STS'?",
+    "--model.loss contrastiv": "flag --model.loss: 'contrastiv' is no Loss; did you mean 'Contrastive'?",
+    "--model.loss.num_labels 3": "flag --model.loss.num_labels: InfoNCE takes no 'num_labels'; it takes scale, "
+    "similarity, directions, partition, hardness, hardness_strength, mask_false_negatives",
+    "--model.loss.scale x": "flag --model.loss.scale must be a number, found 'x'",
+    "--model.loss CosineSimilarity --model.loss.scale 3": "flag --model.loss.scale: CosineSimilarity takes no 'scale'; "
+    "it takes nothing",
+    "--seed 1": "flag --seed: unknown key 'seed'; here it is seed_everything",
+    "--learning-rate 1e-4": "flag --learning-rate: unknown key 'learning-rate'; did you mean 'model.learning_rate'?",
+    "--model.per-device-eval-batch-size 8": "flag --model.per-device-eval-batch-size: unknown key "
+    "'model.per-device-eval-batch-size'; here it is model.max_tokens (in tokens, of training and evaluation)",
     "--batch_size 3": "flag --batch_size: unknown key 'batch_size'; did you mean 'data.batch_size'?",
     "--model.learning_rate fast": "flag --model.learning_rate must be a number, found 'fast'",
     "--model.learning_rate": "flag --model.learning_rate must be a number, found nothing",

@@ -12,13 +12,13 @@ import inspect
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import Any, Union
 
 import yaml
 
-from trainer.config_files import ConfigError, Flag, Written, compose_flag, describe, place_of
+from trainer.config_files import ConfigError, Flag, Written, compose_flag, describe, place_of, walk_keys
 from trainer.config_migration import class_here, name_here
 from trainer.config_values import FlagText, fits, must
 
@@ -27,16 +27,18 @@ _MAX_PROBLEMS = 5
 _CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
 
 
-def explain(message: str, groups: Mapping[str, Any], written: Written) -> str:
+def explain(message: str, groups: Mapping[str, Any], links: Mapping[str, str], written: Written) -> str:
     """One line per problem, at most five.
 
     Args:
         message: what the parser said.
         groups: top-level key -> class whose ``__init__`` takes the keys below it, or type of a plain value.
+        links: key -> the key that it always follows.
         written: files and flags of the command.
     """
-    walk = _Walk(groups)
-    for root in [*written.files, *(_as_node(flag) for flag in written.flags)]:
+    roots = [*written.files, *(_as_node(flag) for flag in written.flags)]
+    walk = _Walk(groups, links, roots)
+    for root in roots:
         walk.keys(root, groups, "")
     if walk.problems:
         rest = len(walk.problems) - _MAX_PROBLEMS
@@ -99,10 +101,12 @@ def _as_node(flag: Flag) -> yaml.MappingNode:
 
 
 class _Walk:
-    """Goes down one tree of nodes beside type hints and collects what does not fit."""
+    """Goes down trees of nodes beside type hints and collects what does not fit."""
 
-    def __init__(self, groups: Mapping[str, Any]) -> None:
+    def __init__(self, groups: Mapping[str, Any], links: Mapping[str, str], roots: Sequence[yaml.Node]) -> None:
         self.groups = groups
+        self.links = links
+        self.roots = roots
         self.problems: list[str] = []
 
     def keys(self, node: yaml.Node, known: Mapping[str, Any], path: str, closed: bool = True) -> None:
@@ -116,12 +120,16 @@ class _Walk:
                 hint = self.suggest(key.value, path, known)
                 self.problems.append(f"{place_of(key)}: unknown key '{name}'{hint}")
 
-    def suggest(self, key: str, path: str, known: Mapping[str, Any]) -> str:
+    def suggest(self, key: str, path: str, known: Iterable[str]) -> str:
         """The nearest key at this level, or the same word at another level, or the keys there are."""
+        key = key.replace("-", "_")
         if elsewhere := name_here(key):
             return elsewhere
+        known = [name for name in known if f"{path}.{name}" not in self.links]  # setting these is refused
         near = [f"{path}.{name}".lstrip(".") for name in difflib.get_close_matches(key, known, n=1)]
-        same = [name for name in _dotted_keys(self.groups) if name.endswith(f".{key}")]
+        follows = tuple(f"{name}." for name in self.links)
+        free = [name for name in _dotted_keys(self.groups) if not f"{name}.".startswith(follows)]
+        same = [name for name in free if name.endswith(f".{key}")]
         found = near + same if path else same + near
         if found:
             return f"; did you mean '{found[0]}'?"
@@ -173,9 +181,31 @@ class _Walk:
                     )
         elif path in self.groups or dataclasses.is_dataclass(hint):
             self.keys(node, known, path, closed)
-        else:  # arguments without the class: they may be any subclass's
-            names = {name for cls in _subclasses(hint) for name in parameters(cls)[0]}
-            self.keys(node, dict.fromkeys([*_CLASS_KEYS, *names], Any), path)
+        else:
+            self.arguments(node, hint, path)
+
+    def arguments(self, node: yaml.MappingNode, hint: type, path: str) -> None:
+        """What a class takes, without the class: it is named elsewhere, or any subclass may be meant."""
+        names = {name for cls in _subclasses(hint) for name in parameters(cls)[0]}
+        known: dict[str, Any] = dict.fromkeys([*_CLASS_KEYS, *names], Any)
+        if cls := self.class_at(path, hint):
+            taken, closed = parameters(cls)
+            for key, _ in node.value:
+                if closed and key.value in names and key.value not in taken:
+                    takes = f"it takes {', '.join(taken)}" if taken else "it takes nothing"
+                    self.problems.append(
+                        f"{_at(key, f'{path}.{key.value}')}: {cls.__name__} takes no '{key.value}'; {takes}"
+                    )
+            known |= taken
+        self.keys(node, known, path)
+
+    def class_at(self, path: str, hint: type) -> type | None:
+        """The class that was named last for ``path``."""
+        for root in reversed(self.roots):
+            for key, _, value in walk_keys(root):
+                if key in (path, f"{path}.class_path") and isinstance(value, yaml.ScalarNode):
+                    return _find_class(value.value, hint)
+        return None
 
     def whole(self, node: yaml.Node, hint: Any, path: str) -> None:
         """Required keys of a list item: no later file adds to an item, so they stand here or nowhere."""
@@ -226,6 +256,8 @@ def _dotted_keys(groups: Mapping[str, Any], path: str = "") -> Iterator[str]:
 
 def _is_group(hint: Any) -> bool:
     """A class, written as keys or by its name; not a plain value, container or union."""
+    if hint is Any:  # a class since Python 3.11
+        return False
     return inspect.isclass(hint) and typing.get_origin(hint) is None and hint.__module__ != "builtins"
 
 

@@ -28,13 +28,19 @@ KEY_HERE: Mapping[str, tuple[str, str]] = {
     "output_dir": ("trainer.default_root_dir", ""),
     "logging_steps": ("trainer.log_every_n_steps", ""),
     "eval_steps": ("trainer.val_check_interval", ""),
+    "eval_strategy": ("trainer.val_check_interval", "a number of steps, or 1.0 for each epoch"),
+    "per_device_eval_batch_size": ("model.max_tokens", "in tokens, of training and evaluation"),
     "save_steps": ("checkpoint.save_every_steps", ""),
     "save_total_limit": ("checkpoint.keep", ""),
     "metric_for_best_model": ("checkpoint.monitor", ""),
+    "load_best_model_at_end": ("checkpoint.monitor", "the best checkpoint by it is exported"),
     "resume_from_checkpoint": ("ckpt_path", "auto takes the newest"),
     "dataloader_num_workers": ("data.num_workers", ""),
+    "batch_sampler": ("data.no_duplicates", "or rows_per_label of a source, for batches by label"),
     "multi_dataset_batch_sampler": ("data.mixing", ""),
     "report_to": ("tracking.wandb", ""),
+    "run_name": ("tracking.name", "trainer.default_root_dir is the folder"),
+    "seed": ("seed_everything", ""),
     "deepspeed": ("trainer.strategy", "see configs/hardware/zero*.yaml"),
     "model_name_or_path": ("model.encoder.backbone", ""),
     "max_seq_length": ("model.encoder.max_length", ""),
@@ -70,10 +76,17 @@ CLASS_HERE: Mapping[str, str] = {
 
 def class_here(name: str, known: Collection[str]) -> str | None:
     """The sentence for a class that is none of ``known``, empty where none is like it; None: nothing is known of it."""
-    here = CLASS_HERE.get(name, name.removesuffix("Loss").removesuffix("Evaluator"))
-    if here and re.split(r"\W", here)[0] not in known:  # of the other kind, or of no kind
+    plain = _plain(name)
+    named = {_plain(there): here for there, here in CLASS_HERE.items()} | {_plain(one): one for one in known}
+    here = named.get(plain)
+    if here is None or (here and re.split(r"\W", here)[0] not in known):  # of no kind, or of the other kind
         return None
     return f"; here it is {here}" if here else ""
+
+
+def _plain(name: str) -> str:
+    """Without what is often left out or added."""
+    return name.lower().removesuffix("loss").removesuffix("evaluator")
 
 
 def name_here(key: str) -> str:

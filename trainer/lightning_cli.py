@@ -146,7 +146,7 @@ class TrainerCLI(LightningCLI):
         try:
             self.config = parser.parse_args(args)
         except argparse.ArgumentError as error:
-            raise ConfigError(explain(str(error), self._known_keys(), self.written)) from error
+            raise ConfigError(explain(str(error), self._known_keys(), LINKS, self.written)) from error
         refuse_values(self.config[self.config.subcommand].trainer, self.written)
 
     def _known_keys(self) -> dict[str, Any]:
