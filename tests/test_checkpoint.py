@@ -134,6 +134,16 @@ def test_another_metric_has_another_best(
     assert f"the checkpoint watched {METRIC} (max), this run watches {other} (max)" in caplog.text
 
 
+def test_a_metric_without_a_set_is_refused_before_the_first_step(
+    tmp_path: Path, tiny_encoder: Path, rows: list[Path]
+) -> None:
+    with pytest.raises(ValueError, match=r"checkpoint.monitor '.*' was not measured, for no set is: .*; name a set in"):
+        fit(tmp_path, tiny_encoder, rows[:1], {}, monitor=METRIC)
+    assert kept(tmp_path) == []
+    fit(tmp_path, tiny_encoder, rows[:1], {})
+    assert kept(tmp_path) == [12], "auto watches nothing where nothing is evaluated"
+
+
 @pytest.mark.parametrize("killed_at", [6, 12])
 def test_early_stopping_is_decided_once(tmp_path: Path, tiny_encoder: Path, rows: list[Path], killed_at: int) -> None:
     """The checkpoint at an epoch's end knows what early stopping found there; one of the last step, that it stopped."""

@@ -106,6 +106,13 @@ def test_a_loss_that_is_not_there(folder: Path) -> None:
         trainer.fit(module, datamodule=data)
 
 
+def test_a_loss_that_no_source_names(folder: Path) -> None:
+    module, data, trainer = build(str(folder), [Source(f"{folder}/scored.jsonl", PAIR)])
+    text = "model.losses has 'regress', but no source of data.train names it: give one loss: regress, or leave it out"
+    with pytest.raises(ValueError, match=text):
+        trainer.fit(module, datamodule=data)
+
+
 def test_columns_are_checked_against_the_loss_of_their_source(folder: Path) -> None:
     wrong = Source(f"{folder}/scored.jsonl", PAIR, loss="classify")
     module, data, trainer = build(str(folder), [wrong])

@@ -8,6 +8,7 @@ its epochs (`EmbeddingModule.on_fit_start`).
 import logging
 import math
 import shutil
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, Optional
@@ -18,6 +19,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from trainer import manifest
+from trainer.data.files import did_you_mean
+from trainer.data.validation import ValidationSet
 from trainer.distributed import gather
 from trainer.evaluation.runner import Evaluation, not_measured
 from trainer.tracking.metrics import MetricsLog
@@ -80,9 +83,29 @@ class Checkpoints(Checkpoint):
         if self.monitor == "auto":
             sets = trainer.datamodule.validation_sets  # type: ignore[attr-defined]
             self.monitor = sets[0].primary_metric if sets else None
+        if stage == "fit":
+            self.refuse_monitor(trainer.datamodule.validation_sets)  # type: ignore[attr-defined]
         if stage == "fit" and trainer.is_global_zero:
             for left in (self.run_dir / "checkpoints").glob(".step-*"):  # by a kill in the middle of a save
                 shutil.rmtree(left, ignore_errors=True)
+
+    def refuse_monitor(self, sets: Sequence[ValidationSet]) -> None:
+        """Raises ValueError where the metric is of none of the sets; which ones a set has is known when it is scored.
+
+        Args:
+            sets: to evaluate on.
+        """
+        if self.monitor is None or self.monitor == "auto":
+            return
+        if not sets:
+            raise not_measured("checkpoint.monitor", self.monitor, ())
+        starts = [f"eval/{name}/" for name in dict.fromkeys(one.suite or one.name for one in sets)]
+        if not self.monitor.startswith((*starts, *(f"eval/{one.name}/" for one in sets))):
+            raise ValueError(
+                f"checkpoint.monitor '{self.monitor}' is of no set in data.validation; there are: "
+                f"{', '.join(f'{start}...' for start in starts)}."
+                f"{did_you_mean(self.monitor, [one.primary_metric for one in sets])}"
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         resumed, step = trainer.ckpt_path, trainer.global_step

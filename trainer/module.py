@@ -163,6 +163,15 @@ class EmbeddingModule(LightningModule):
             if isinstance(held_out.evaluator, Classification):
                 self.classifier_of(held_out.evaluator.loss)
 
+    def refuse_idle_losses(self, data: PairData) -> None:
+        """Raises ValueError where no training source names one of model.losses."""
+        named = {source.loss for source in data.train_sources}
+        if idle := [name for name in self.losses if name not in named]:
+            raise ValueError(
+                f"model.losses has '{idle[0]}', but no source of data.train names it: give one loss: {idle[0]}, or "
+                "leave it out"
+            )
+
     def classify(self, loss: Optional[str], columns: Sequence[Tensor]) -> Tensor:
         """Logits (B, classes) that the head of a loss gives to columns of (B, D) embeddings."""
         return self.classifier_of(loss).logits(columns)
@@ -294,6 +303,7 @@ class EmbeddingModule(LightningModule):
                     "leaves its prompt out of the embedding: give one prompt as model.encoder.prompt, or set "
                     "include_prompt to true in its 1_Pooling/config.json"
                 )
+        self.refuse_idle_losses(self.data)
 
     @property
     def num_training_steps(self) -> int:

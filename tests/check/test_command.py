@@ -378,6 +378,18 @@ def test_an_unknown_name_is_refused(sound: list[str], capsys: pytest.CaptureFixt
     assert "flag --check.allow: check.allow: 'constant_label' is no finding. Did you mean 'constant_labels'?" in said
 
 
+def test_a_monitor_of_no_set_is_refused(sound: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", *sound, "--checkpoint.monitor", "eval/dve/spearman_cosine"]) == 1
+    said = "checkpoint.monitor 'eval/dve/spearman_cosine' is of no set in data.validation; there are: eval/dev/.... "
+    assert f"error: {said}Did you mean 'eval/dev/spearman_cosine'?" in capsys.readouterr().err
+    assert main(["check", *sound, "--checkpoint.monitor", "eval/dev/pearson_cosine"]) == 0
+
+
+def test_losses_that_no_source_names_are_refused(sound: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", *sound, "--model.losses", '{"spare": {"class_path": "InfoNCE"}}']) == 1
+    assert "error: model.losses has 'spare', but no source of data.train names it" in capsys.readouterr().err
+
+
 def test_probe_measures_a_real_step(
     tmp_path: Path, tiny_encoder: Path, demo_texts: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

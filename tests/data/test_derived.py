@@ -338,6 +338,7 @@ def test_a_field_that_some_rows_lack_is_a_bad_row(tmp_path: Path) -> None:
         ({"triplets": ("a", "b")}, "triplets need columns anchor, positive and label, without label_map"),
         ({"holdout": 1.5}, "holdout is 1.5; it is a share of the rows, 0 to below 1"),
         ({"holdout_by": "text"}, "holdout_by names 'text', which is no text column; there are anchor, positive"),
+        ({"holdout_by": "anchor"}, "holdout_by is set, but holdout is 0, so no row is left out: set holdout, or leave"),
         ({"prompts": {"query": "q: "}}, "prompts names 'query', which is no text column"),
         ({"max_rows": 0}, "max_rows is 0; it must be 1 or more"),
         ({"where": {"score": ">= high"}}, "compares with 'high', which is no number"),

@@ -22,7 +22,7 @@ from trainer.data.files import data_files
 from trainer.data.loading import fingerprint, load, num_skipped
 from trainer.data.rowgroups import group_files
 from trainer.data.sources import EvalSource, Source
-from trainer.evaluation import STS, Triplet
+from trainer.evaluation import STS, InformationRetrieval, Triplet
 from trainer.evaluation.base import Evaluator, Rows
 
 PAIR = {"anchor": "a", "positive": "b"}
@@ -574,6 +574,14 @@ def test_an_evaluator_that_names_too_little(lacking: str) -> None:
     with pytest.raises(ValueError, match=message):
         EvalSource("x.jsonl", PAIR, name="dev", evaluator=own())
     EvalSource("x.jsonl", PAIR, name="dev", evaluator=type("Own", (Unfinished,), named)())
+
+
+@pytest.mark.parametrize("evaluator", [STS(), InformationRetrieval()])
+@pytest.mark.parametrize("settings", [{"loss": "mine"}, {"weight": 3.0}])
+def test_settings_of_a_loss_are_for_training(settings: dict, evaluator: Evaluator) -> None:
+    text = rf"x.jsonl: {next(iter(settings))} is for data.train; nothing is learnt from a validation set: leave it out"
+    with pytest.raises(ValueError, match=text):
+        EvalSource("x.jsonl", {}, name="dev", evaluator=evaluator, **settings)
 
 
 def test_fingerprint_follows_content_and_spec_not_place(tmp_path: Path) -> None:

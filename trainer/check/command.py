@@ -35,6 +35,7 @@ def check(args: Sequence[str]) -> int:
     data.refuse_ranks(num_ranks)
     data.prepare_data()  # a damaged file of the cache is made again, as by fit
     data.setup("fit")
+    parts.config_init[parts.subcommand].checkpoint.refuse_monitor(data.validation_sets)
     if data.stream is not None:
         raise ValueError(
             f"{data.stream.source.path}: a stream without an index can't be looked at before it is read; "

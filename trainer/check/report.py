@@ -155,6 +155,7 @@ def make_report(
     unfit = [f for source, table in zip(data.train_sources, data.tables, strict=True)
              for f in unfit_columns(module.loss_of(source), source, table)]  # fmt: skip
     unfit += [f for held_out in data.validation_sources for f in unfit_validation(held_out)]
+    module.refuse_idle_losses(data)
     module.refuse_classifiers(data)
     module.refuse_teacher()
     plan = _plan(situation, data, steps_per_epoch, num_steps, num_ranks)

@@ -190,6 +190,11 @@ class Source:
                         f"{self.path}: {key} names '{name}', which is no text column; there are "
                         f"{', '.join(self.text_columns)}"
                     )
+        if self.holdout_by and not self.holdout:
+            raise ValueError(
+                f"{self.path}: holdout_by is set, but holdout is 0, so no row is left out: set holdout, or leave "
+                "holdout_by out"
+            )
 
     def _check_label_map(self) -> None:
         if self.label_map is None:
@@ -327,6 +332,10 @@ class EvalSource(Source):
             raise ValueError(f"{self.path}: {kind} compares with a teacher; name it: teacher: {{backbone: ...}}")
         if self.evaluator.teacher_column is None and self.teacher is not None:
             raise ValueError(f"{self.path}: {kind} compares with no teacher; leave teacher out")
+        if asked := [name for name, unset in (("loss", None), ("weight", 1.0)) if getattr(self, name) != unset]:
+            raise ValueError(
+                f"{self.path}: {asked[0]} is for data.train; nothing is learnt from a validation set: leave it out"
+            )
         if self.searches:
             self._check_search()
             return
@@ -355,7 +364,7 @@ class EvalSource(Source):
                     f"{did_you_mean(name, SEARCH_COLUMNS)}"
                 )
         others = {f.name: f for f in fields(Source)}
-        for name in ("score_range", "label_map", "where", "triplets", "holdout", "holdout_by", "loss", "streaming"):
+        for name in ("score_range", "label_map", "where", "triplets", "holdout", "holdout_by", "streaming"):
             if getattr(self, name) != others[name].default:
                 raise ValueError(f"{self.path}: {name} does not go with an evaluator that searches; leave it out")
         if (self.corpus is None) != (self.qrels is None):
