@@ -146,13 +146,13 @@ BAD_CONFIGS = {
         "    - path: train.jsonl.gz\n",
         "      path: train.jsonl.gz\n",
         "x.yaml:8: data.train must be a list (keys (path, columns, score_range, ...) each), "
-        "found keys (path, columns, score_range)",
+        "found keys (path, columns, score_range); put '- ' before path",
     ),
     "keys for a list that may be left out": (
         "    - {name: dev, path",
         "      {name: dev, path",
         "x.yaml:12: data.validation must be a list (keys (path, columns, score_range, ...) each), "
-        "found keys (name, path, columns, evaluator)",
+        "found keys (name, path, columns, evaluator); put '- ' before name",
     ),
     "of a class": (
         "{scale: 20.0}",
@@ -268,6 +268,11 @@ BAD_CONFIGS = {
         "max_epochs: [1",
         "x.yaml:16: not valid YAML: expected ',' or ']', but got ':'",
     ),
+    "a tab": (
+        "  max_epochs: 1",
+        "\tmax_epochs: 1",
+        "x.yaml:15: not valid YAML: found character '\\t' that cannot start any token; indent by spaces",
+    ),
 }
 
 
@@ -363,6 +368,9 @@ BAD_FLAGS = {
     "`CPUAccelerator` should be an int > 0.",
     "--trainer.logger CSVLogger": "trainer.logger: Problem with given class_path "
     "'lightning.pytorch.loggers.CSVLogger': the following arguments are required: save_dir",
+    "--data.train nope.jsonl": "flag --data.train must be a list (keys (path, columns, score_range, ...) each), found "
+    "'nope.jsonl'; did you mean --data.train.path?",
+    "-config y.yaml": "'-config' belongs to no flag; did you mean '--config'?",
     "y.yaml": "'y.yaml' belongs to no flag; did you mean --config y.yaml?",
     "--trainer.max_epochs null --trainer.max_time 00:00:01:00": "flag --trainer.max_time: trainer.max_time alone does "
     "not say how long the schedule of the learning rate is: give trainer.max_epochs or trainer.max_steps too",

@@ -157,7 +157,7 @@ class _Walk:
             if not node.tag.endswith("null"):
                 self.class_name(node, hint, path)
         elif not fits(node, hint) and not self.is_class_of(node, hint):
-            self.problems.append(f"{_at(node, path)} {must(hint, node)}")
+            self.problems.append(f"{_at(node, path)} {must(hint, node)}{_item_hint(node, hint, path)}")
 
     def is_class_of(self, node: yaml.Node, hint: Any) -> bool:
         """Whether a class of a Union is named: then what is wrong is below it, and the parser says it."""
@@ -269,6 +269,17 @@ def _at(node: yaml.Node, path: str) -> str:
 
 def _is_of_flag(node: yaml.Node) -> bool:
     return place_of(node).startswith("flag --")
+
+
+def _item_hint(node: yaml.Node, hint: Any, path: str) -> str:
+    """How to write what stands in place of a list of keys: as its one item."""
+    items = [one for one in (hint, *typing.get_args(hint)) if typing.get_origin(one) is list]
+    item = typing.get_args(items[0])[0] if items else None
+    if not dataclasses.is_dataclass(item):
+        return ""
+    if isinstance(node, yaml.MappingNode) and node.value:
+        return f"; put '- ' before {node.value[0][0].value}"
+    return f"; did you mean --{path}.path?" if isinstance(node, FlagText) and node.value else ""
 
 
 def _choose(node: yaml.Node, union: Any) -> Any:

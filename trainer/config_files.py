@@ -68,6 +68,8 @@ def _split_flags(args: Sequence[str]) -> Iterator[Flag]:
             word = "--config" + word[2:]
         if not word.startswith("--"):
             hint = f"; did you mean --config {word}?" if word.endswith((".yaml", ".yml")) else ""
+            if word.startswith("-") and word[1:2].isalpha():
+                hint = f"; did you mean '-{word}'?"
             raise ConfigError(f"'{word}' belongs to no flag{hint}")
         key, equals, text = word[2:].partition("=")
         if equals:
@@ -89,7 +91,8 @@ def read_config(path: Path) -> yaml.MappingNode:
         raise ConfigError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ConfigError(f"{path}{line}: not valid YAML: {error.problem}") from error
+        hint = "; indent by spaces" if error.problem and "'\\t'" in error.problem else ""
+        raise ConfigError(f"{path}{line}: not valid YAML: {error.problem}{hint}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if root is None:
