@@ -336,7 +336,8 @@ BAD_FLAGS = {
     **{
         f"--trainer.fast_dev_run {value}": "flag --trainer.fast_dev_run: trainer.fast_dev_run stays false: the few "
         "steps would stay as a run that the true one goes on from: to try a config, add --config "
-        "configs/hardware/debug.yaml"
+        "configs/hardware/debug.yaml, whose run has a directory of its own (once more: --trainer.default_root_dir "
+        "OTHER)"
         for value in ("1", "true")
     },
     "--trainer.limit_train_batches 0": "flag --trainer.limit_train_batches: trainer.limit_train_batches is 0; it must "
@@ -599,6 +600,32 @@ def test_run_name_is_kept_on_other_hardware_and_when_resumed() -> None:
     assert name_run(["a/b.yaml"], same, 42, {}) == Path("runs/b/seed=42")
 
 
+def test_a_later_file_is_in_the_name_where_it_decides_what_is_trained(tmp_path: Path) -> None:
+    """A hardware file says where: the run goes on under its name elsewhere."""
+    hardware = sorted((Path(__file__).parents[1] / "configs/hardware").glob("*.yaml"))
+    texts = {
+        "rate.yaml": "model: {learning_rate: 1e-3}",
+        "rows.yaml": "data: {train: [{path: x.csv}]}",
+        "sets.yaml": "data: {validation: []}",  # another evaluation of the same run
+        "site.yaml": "seed_everything: 7\ntracking: {wandb: 'off'}\ndata: {num_workers: 4}\nmodel: {max_tokens: 9}",
+        "a b.yaml": "trainer: {max_steps: 3}",
+    }
+    for name, text in texts.items():
+        Path(name).write_text(text)
+    Path("base.yaml").write_text("model: {learning_rate: 1e-4}")
+    names = {}
+    for later in [*map(str, hardware), *texts]:
+        written = read_command(["--config", "base.yaml", "--config", later, "--data.batch_size", "8"])
+        found = name_run(written.paths, written.flags, 42, {"SLURM_JOB_ID": "9"}, written.files)
+        names[Path(later).stem] = str(found.relative_to("runs/base"))
+    spaced = names.pop("a b")
+    assert re.fullmatch("a-b_batch_size=8-[0-9a-f]{8}_seed=42_job=9", spaced)
+    changed = {stem: name for stem, name in names.items() if name != "batch_size=8_seed=42_job=9"}
+    assert changed == {stem: f"{stem}_batch_size=8_seed=42_job=9" for stem in ("debug", "rate", "rows")}
+    written = read_command(["--config", "base.yaml", "--config", "rate.yaml"])
+    assert name_run(written.paths, written.flags, 42, {}, written.files) == Path("runs/base/rate_seed=42")
+
+
 def test_run_name_stays_inside_runs() -> None:
     def names(value: str) -> Path:
         return name_run(["../../x.yaml"], [Flag("model.encoder.backbone", value)], 1, {"SLURM_JOB_ID": "../1"})
@@ -743,6 +770,17 @@ def test_fit_repeat_resume_and_validate(
     printed = capsys.readouterr().out
     assert "held_out" in printed
     assert "note: held_out: 9 rows are scored at most (max_rows); all: --data.validation.max_rows null" in printed
+
+
+def test_a_debug_run_leaves_the_directory_of_the_true_run(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    debug = str(Path(__file__).parents[1] / "configs/hardware/debug.yaml")
+    flags = ["--trainer.max_steps", "2", "--trainer.accelerator", "cpu"]
+    assert main(["fit", "--config", str(recipe), "--config", debug, *flags]) == 0
+    assert main(["fit", "--config", str(recipe), *flags]) == 0
+    found = {path.name: logged_steps(path) for path in Path("runs/tiny").iterdir()}
+    assert found == {"debug_max_steps=2_seed=42": [1, 2], "max_steps=2_seed=42": [1, 2]}
+    said = refused(capsys, ["fit", "--config", str(recipe), "--config", debug, *flags])
+    assert said.endswith("start anew beside it: --trainer.default_root_dir runs/tiny/debug_max_steps=2_seed=42-2")
 
 
 def test_a_logger_in_the_place_of_tracking_is_said(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -46,9 +46,14 @@ def identity(config: Mapping[str, Any], fingerprints: Sequence[str], facts: Mapp
         fingerprints: of the rows of each training source.
         facts: what the config may leave to a default: strategy and precision as they are.
     """
-    flat = {key: value for key, value in _flatten("", config) if _PART.fullmatch(key)}
+    flat = {key: value for key, value in _flatten("", config) if is_part(key)}
     rows = {f"data.train.{number}.rows": fingerprint for number, fingerprint in enumerate(fingerprints)}
     return {**flat, **rows, **facts}
+
+
+def is_part(key: str) -> bool:
+    """Whether what stands under a dotted key of the config decides the weights."""
+    return _PART.fullmatch(key) is not None
 
 
 def _flatten(prefix: str, value: Any) -> Iterable[tuple[str, Any]]:

@@ -170,7 +170,7 @@ class TrainerCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         if self.options.trainer.default_root_dir is None:
             seed = self.options.seed_everything
-            folder = name_run(self.written.paths, self.written.flags, seed, os.environ)
+            folder = name_run(self.written.paths, self.written.flags, seed, os.environ, self.written.files)
             self.options.trainer.default_root_dir = str(folder)
         refuse_remote(self.options.trainer.default_root_dir, self.written.place("trainer.default_root_dir"))
         for group, key in (("trainer", "default_root_dir"), ("data", "cache_dir")):

@@ -10,8 +10,9 @@ from typing import Any
 
 import yaml
 
-from trainer.config_files import ConfigError, Flag
+from trainer.config_files import ConfigError, Flag, walk_keys
 from trainer.files import write_whole
+from trainer.identity import is_part
 from trainer.tracking.redact import redact_arguments
 from trainer.tracking.runs import METRICS_FILE
 
@@ -22,24 +23,52 @@ _NOT_IN_NAME = re.compile(
     r"|data\.(num_workers|cache_dir|stream_cache_gib)|model\.(max_tokens|print_first_batch)"
     r"|trainer\.(default_root_dir|devices|num_nodes|accelerator|strategy(\..*)?|logger(\..*)?|enable_.*|log_every_n_steps)"
 )
+# A run may go on with these from another hardware file, and the seed has a word of its own in the name.
+_OF_HARDWARE = re.compile(r"seed_everything|trainer\.(precision|strategy)")
 _MAX_NAME = 100
 _RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
 
 
-def name_run(configs: Sequence[str], flags: Sequence[Flag], seed: int, environ: Mapping[str, str]) -> Path:
-    """``runs/<recipe>/<overrides>_seed=<seed>[_job=<id>]``; a requeued job keeps its id, so its folder."""
+def name_run(
+    configs: Sequence[str],
+    flags: Sequence[Flag],
+    seed: int,
+    environ: Mapping[str, str],
+    files: Sequence[yaml.MappingNode] = (),
+) -> Path:
+    """``runs/<recipe>/[<file>_]<overrides>_seed=<seed>[_job=<id>]``; a requeued job keeps its id, so its folder.
+
+    Args:
+        configs: as they were named; the first is the recipe.
+        flags: beside them.
+        seed: of the run.
+        environ: of the process.
+        files: what stands in the configs. Those behind the recipe that decide what is trained, as debug.yaml does,
+            are in the name; those that say where are not.
+    """
     recipe = _recipe(Path(configs[0]).stem) if configs else "run"
+    stems = [Path(file.start_mark.name).stem for file in files if _is_later(file, configs) and _decides(file)]
     overrides = {flag.key: flag.text or "" for flag in flags if not _NOT_IN_NAME.fullmatch(flag.key)}
     said = [f"{_short_key(key, overrides)}={overrides[key]}" for key in sorted(overrides)]
     # Redacted as options of a command line, for the name of a run goes wherever the run is watched.
     safe = [word[2:] for word in redact_arguments([f"--{word}" for word in said])]
-    whole, told = "_".join(said), "_".join(_last_part(word) for word in safe)
+    whole, told = "_".join([*stems, *said]), "_".join([*stems, *(_last_part(word) for word in safe)])
     short = _sanitise(told)[:_MAX_NAME] if whole else ""
     if short != whole:  # something was cut or replaced: two different runs must not share a name
-        short += "-" + hashlib.sha256(repr(sorted(overrides.items())).encode()).hexdigest()[:8]
+        short += "-" + hashlib.sha256(repr([*stems, *sorted(overrides.items())]).encode()).hexdigest()[:8]
     job = environ.get("SLURM_JOB_ID")
     parts = [short, f"seed={seed}", f"job={_sanitise(job)}" if job else ""]
     return Path("runs") / recipe / "_".join(part for part in parts if part)
+
+
+def _is_later(file: yaml.MappingNode, configs: Sequence[str]) -> bool:
+    """Whether a file stands behind the recipe."""
+    return file.start_mark.name != str(Path(configs[0]))
+
+
+def _decides(file: yaml.MappingNode) -> bool:
+    """Whether a file says what is trained, not only where."""
+    return any(is_part(key) and not _OF_HARDWARE.fullmatch(key) for key, _, _ in walk_keys(file))
 
 
 def _short_key(key: str, keys: Iterable[str]) -> str:

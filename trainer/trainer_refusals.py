@@ -46,7 +46,8 @@ FIXED: Mapping[str, tuple[Any, str]] = {
     "fast_dev_run": (
         False,
         "the few steps would stay as a run that the true one goes on from: to try a config, add "
-        "--config configs/hardware/debug.yaml",
+        "--config configs/hardware/debug.yaml, whose run has a directory of its own (once more: "
+        "--trainer.default_root_dir OTHER)",
     ),
     "use_distributed_sampler": (False, "data decides which rows form a step, whatever the number of ranks"),
 }
