@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import typing
@@ -567,6 +568,27 @@ def test_run_name_tells_files_by_their_own_names() -> None:
     assert name_run(["a.yaml"], flags, 1, {}).name != name
 
 
+def test_run_name_shows_the_files_of_the_first_command_in_the_readme() -> None:
+    """How they are read is in the hash, whatever the spaces; another range is another run."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    (said,) = re.findall(r"trainer fit (--config configs/stsb.*?)\n```", readme, re.S)
+    words = shlex.split(said.replace("\\\n", ""))
+
+    def name(words: list[str]) -> str:
+        written = read_command(words)
+        return name_run(["configs/stsb.yaml"], written.flags, 42, {}).name
+
+    words = [word for word in words if not word.endswith(".yaml") and word != "--config"]
+    assert re.fullmatch("train.path=pairs.jsonl.gz_validation.path=dev.jsonl.gz-[0-9a-f]{8}_seed=42", name(words))
+    assert name([word.replace("[0, 5]", "[0,5]") for word in words]) == name(words)
+    assert name([word.replace("[0, 5]", "[1, 5]") for word in words]) != name(words)
+    columns = ["--data.train.columns.anchor", "question"]
+    assert re.fullmatch("[0-9a-f]{8}_seed=42", name(columns))
+    assert name(columns) != name([*columns[:1], "query"])
+    whole = "--data.train.columns={%s}"
+    assert name([whole % "anchor: q, positive: a"]) == name([whole % '"anchor":  "q", "positive": a'])
+
+
 def test_run_name_holds_no_secret() -> None:
     """It goes wherever the run is watched. Two that differ only there are two."""
     texts = [f"https://me:SECRET{i}@host/x.parquet?token=SECRET{i}" for i in range(2)]
@@ -631,6 +653,7 @@ def test_run_name_stays_inside_runs() -> None:
         return name_run(["../../x.yaml"], [Flag("model.encoder.backbone", value)], 1, {"SLURM_JOB_ID": "../1"})
 
     hostile = ["../../x", "/etc/passwd", "a" * 500, "a" * 501, "a/b", "a-b", "a\nb", "", "..", "ü"]
+    hostile += ["2024-13-45", "[", "[&a [*a]]", "{0: a}", '{"0": a}', "{a: 1, 0: 2, 2024-01-01: 3, [1]: 4}", "\x00"]
     found = [names(value) for value in hostile]
     assert len(set(found)) == len(hostile)  # two runs never share a folder
     for path in found:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,8 @@ _NOT_IN_NAME = re.compile(
 )
 # A run may go on with these from another hardware file, and the seed has a word of its own in the name.
 _OF_HARDWARE = re.compile(r"seed_everything|trainer\.(precision|strategy)")
+# Ways to read a file, told by their hash alone: they would leave no room for the file itself.
+_IN_HASH = re.compile(r"data\..*\.(columns(\..*)?|score_range)")
 _MAX_NAME = 100
 _RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
 
@@ -48,14 +51,16 @@ def name_run(
     """
     recipe = _recipe(Path(configs[0]).stem) if configs else "run"
     stems = [Path(file.start_mark.name).stem for file in files if _is_later(file, configs) and _decides(file)]
-    overrides = {flag.key: flag.text or "" for flag in flags if not _NOT_IN_NAME.fullmatch(flag.key)}
-    said = [f"{_short_key(key, overrides)}={overrides[key]}" for key in sorted(overrides)]
+    overrides = {flag.key: _one_way(flag.text or "") for flag in flags if not _NOT_IN_NAME.fullmatch(flag.key)}
+    shown = [key for key in sorted(overrides) if not _IN_HASH.fullmatch(key)]
+    said = [f"{_short_key(key, overrides)}={overrides[key]}" for key in shown]
     # Redacted as options of a command line, for the name of a run goes wherever the run is watched.
     safe = [word[2:] for word in redact_arguments([f"--{word}" for word in said])]
     whole, told = "_".join([*stems, *said]), "_".join([*stems, *(_last_part(word) for word in safe)])
     short = _sanitise(told)[:_MAX_NAME] if whole else ""
-    if short != whole:  # something was cut or replaced: two different runs must not share a name
-        short += "-" + hashlib.sha256(repr([*stems, *sorted(overrides.items())]).encode()).hexdigest()[:8]
+    if short != whole or len(shown) < len(overrides):  # two different runs must not share a name
+        digest = hashlib.sha256(repr([*stems, *sorted(overrides.items())]).encode()).hexdigest()[:8]
+        short += f"-{digest}" if short else digest
     job = environ.get("SLURM_JOB_ID")
     parts = [short, f"seed={seed}", f"job={_sanitise(job)}" if job else ""]
     return Path("runs") / recipe / "_".join(part for part in parts if part)
@@ -69,6 +74,17 @@ def _is_later(file: yaml.MappingNode, configs: Sequence[str]) -> bool:
 def _decides(file: yaml.MappingNode) -> bool:
     """Whether a file says what is trained, not only where."""
     return any(is_part(key) and not _OF_HARDWARE.fullmatch(key) for key, _, _ in walk_keys(file))
+
+
+def _one_way(text: str) -> str:
+    """A list or keys as YAML would write them, for [0,5] and [0, 5] are one run; else the text as it was typed."""
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):  # of a date that there is not
+        return text
+    if not isinstance(value, list | dict):
+        return text
+    return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, allow_unicode=True, width=math.inf).strip()
 
 
 def _short_key(key: str, keys: Iterable[str]) -> str:
