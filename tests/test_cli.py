@@ -910,6 +910,36 @@ def test_best_checkpoint_is_taken(recipe: Path, command: str, capsys: pytest.Cap
         assert json.loads(Path("b/metrics.json").read_text())["checkpoint"] == "b/checkpoints/step-00000001"
 
 
+@pytest.mark.parametrize(("command", "file"), [("validate", "metrics.json"), ("test", "test.json")])
+def test_figures_of_a_checkpoint_are_not_replaced_by_those_of_the_untouched_model(
+    recipe: Path, command: str, file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["--config", str(recipe), "--trainer.default_root_dir", "c"]
+    backbone = yaml.safe_load(recipe.read_text())["model"]["encoder"]["backbone"]
+    assert main([command, *args]) == 0
+    untouched = Path("c", file).read_text()
+    said = capsys.readouterr().out
+    assert f"model: {backbone}, untouched\nmetric" in said
+    assert "this is the untouched model" not in said  # there is no other
+    assert main(["fit", *args, "--model.learning_rate", "1e-2"]) == 0
+    first = json.loads(Path("c/metrics.jsonl").read_text().splitlines()[0])
+    capsys.readouterr()
+
+    assert main([command, *args]) == 0
+    note = "note: this is the untouched model, not the run in c; that one: --ckpt_path best, or auto for its newest"
+    assert f"{note}\n" in capsys.readouterr().out
+    assert Path("c", file).read_text() == untouched
+    assert main([command, *args, "--ckpt_path", "auto"]) == 0
+    assert f"model: {backbone}, checkpoint c/checkpoints/step-00000003\nmetric" in capsys.readouterr().out
+    trained = Path("c", file).read_text()
+    name = "eval/dev/spearman_cosine"
+    assert json.loads(trained)["metrics"][name] != pytest.approx(first[name], abs=1e-3)
+    assert json.loads(untouched)["metrics"][name] == pytest.approx(first[name], abs=1e-3)
+    assert main([command, *args]) == 0
+    assert f"{note}; c/{file} keeps the figures of c/checkpoints/step-00000003\n" in capsys.readouterr().out
+    assert Path("c", file).read_text() == trained
+
+
 def test_what_cannot_be_written_was_printed(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The evaluation of a large set may have taken an hour."""
     Path("v/metrics.json").mkdir(parents=True)

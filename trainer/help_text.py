@@ -197,7 +197,8 @@ usage: trainer fit --config RECIPE.yaml [--config HARDWARE.yaml] [--KEY VALUE]
     "validate": """\
 usage: trainer validate --config RECIPE.yaml [--ckpt_path best] [--KEY VALUE]
 
-Evaluates on data.validation: the backbone as it is, or a checkpoint of a run.
+Evaluates on data.validation: the backbone as it is, or with --ckpt_path a
+checkpoint of a run.
 
   trainer validate --config configs/stsb.yaml
   trainer validate --config runs/stsb/seed=42/config.yaml --ckpt_path best

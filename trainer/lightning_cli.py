@@ -43,7 +43,7 @@ from trainer.run_lock import release_lock, take_lock
 from trainer.tracking.metrics import MetricsLog, run_id_in
 from trainer.tracking.progress import Progress
 from trainer.tracking.redact import redact
-from trainer.tracking.results import RESULTS_NAME, TEST_NAME, print_results, write_results
+from trainer.tracking.results import RESULTS_NAME, TEST_NAME, checkpoint_in, print_results, write_results
 from trainer.tracking.wandb import RunLogger, Tracking, make_logger
 from trainer.trainer_refusals import (
     refuse_callbacks,
@@ -323,10 +323,18 @@ class TrainerCLI(LightningCLI):
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         metrics = next(callback for callback in callbacks if isinstance(callback, Evaluation)).last_metrics
         if is_first_rank(os.environ):
-            names = [spec.backbone for spec in self.model.encoder_specs]
-            about = {"model": " and ".join(names), "checkpoint": self.options.ckpt_path}
+            names = " and ".join(spec.backbone for spec in self.model.encoder_specs)
+            taken, path = self.options.ckpt_path, self.run_dir / name
+            print(f"model: {names}, {f'checkpoint {taken}' if taken else 'untouched'}")
             print_results(metrics, [one.name for one in self.datamodule.validation_sets])  # whatever the disk says
-            write_results(metrics, about, self.run_dir / name)
+            kept = None if taken else checkpoint_in(path)
+            if taken is None and newest(self.run_dir):
+                print(
+                    f"note: this is the untouched model, not the run in {self.run_dir}; that one: --ckpt_path best, or "
+                    f"auto for its newest{f'; {path} keeps the figures of {kept}' if kept else ''}"
+                )
+            if kept is None:
+                write_results(metrics, {"model": names, "checkpoint": taken}, path)
 
     def effective_config(self) -> dict[str, Any]:
         """What the run is made of, every default written out, secrets taken out; `fit --config` reads it."""

@@ -23,6 +23,14 @@ def write_results(metrics: Mapping[str, float], about: Mapping[str, Any], path: 
     write_whole(path, json.dumps({**about, "metrics": finite}, indent=1, ensure_ascii=False) + "\n")
 
 
+def checkpoint_in(path: Path) -> Optional[str]:
+    """The checkpoint whose figures a file of results holds; None: they are of the untouched model, or there is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).get("checkpoint")
+    except (OSError, ValueError, AttributeError):  # AttributeError: JSON, but of something else
+        return None
+
+
 def print_results(metrics: Mapping[str, float], sets: Sequence[str], console: Optional[Console] = None) -> None:
     """One column for each set, one row for each metric; sets of other metrics get a table of their own.
 
