@@ -341,6 +341,9 @@ BAD_FLAGS = {
         "OTHER)"
         for value in ("1", "true")
     },
+    "--trainer.enable_checkpointing false": "flag --trainer.enable_checkpointing: trainer.enable_checkpointing stays "
+    "true: a run goes on, and exports its model, from its checkpoints: to keep few, set checkpoint.save_every_steps "
+    "and checkpoint.keep",
     "--trainer.limit_train_batches 0": "flag --trainer.limit_train_batches: trainer.limit_train_batches is 0; it must "
     "be above 0: to evaluate without training, run trainer validate",
     "--trainer.limit_train_batches=-1": "flag --trainer.limit_train_batches: trainer.limit_train_batches is -1; it "

@@ -209,6 +209,8 @@ class TrainerCLI(LightningCLI):
                     print(f"note: {one.name}: {one[key]:,} {what} at most ({key}); all: --data.validation.{key} null")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        theirs = self._get(self.config_init, "trainer").callbacks or []  # before Lightning counts the progress bars
+        refuse_callbacks(theirs if isinstance(theirs, list) else [theirs], self.written.place("trainer.callbacks"))
         plugins = self._get(self.config_init, "trainer").plugins or []
         self.checkpoint_io = DirectoryCheckpointIO()
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), self.checkpoint_io]
@@ -220,7 +222,6 @@ class TrainerCLI(LightningCLI):
             trainer = super().instantiate_trainer(**kwargs)
         except (TypeError, ValueError, MisconfigurationException) as error:
             raise ConfigError(f"the trainer can't be built from these settings: {error}") from error
-        refuse_callbacks(trainer, self.written.place("trainer.callbacks"))
         refuse_spawned(trainer, self.written.place("trainer.strategy"))
         refuse_ranks_apart(trainer)
         if (precision := str(trainer.precision)) not in PRECISIONS:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
     BatchSizeFinder,
     GradientAccumulationScheduler,
     LearningRateFinder,
+    ProgressBar,
     StochasticWeightAveraging,
     WeightAveraging,
 )
@@ -35,6 +37,8 @@ CALLBACKS: Mapping[type[Callback], str] = {
     StochasticWeightAveraging: _AVERAGES,
     LearningRateFinder: "it trains trial steps inside the run: try --model.learning_rate in short runs of their own",
     BatchSizeFinder: f"it trains trial steps inside the run; {NO_ACCUMULATION}",
+    BackboneFinetuning: "it unfreezes model.backbone, which no model here has: model.encoder.freeze holds layers still",
+    ProgressBar: "a run has a bar of its own: leave it out, or see none with --trainer.enable_progress_bar false",
 }
 # trainer key -> (the only value, why)
 FIXED: Mapping[str, tuple[Any, str]] = {
@@ -48,6 +52,11 @@ FIXED: Mapping[str, tuple[Any, str]] = {
         "the few steps would stay as a run that the true one goes on from: to try a config, add "
         "--config configs/hardware/debug.yaml, whose run has a directory of its own (once more: "
         "--trainer.default_root_dir OTHER)",
+    ),
+    "enable_checkpointing": (
+        True,
+        "a run goes on, and exports its model, from its checkpoints: to keep few, set checkpoint.save_every_steps and "
+        "checkpoint.keep",
     ),
     "use_distributed_sampler": (False, "data decides which rows form a step, whatever the number of ranks"),
 }
@@ -71,7 +80,7 @@ def refuse_values(options: Any, written: Written) -> None:
         raise ConfigError(f"{written.place(f'trainer.{key}')}: trainer.{key} {said}")
 
     for key, (value, reason) in FIXED.items():
-        if options[key] != value:
+        if options[key] not in (value, None):  # None: what Lightning takes by default
             refuse(key, f"stays {str(value).lower()}: {reason}")
     for key, instead in ABOVE_ZERO.items():
         value = options[key]
@@ -107,13 +116,14 @@ def refuse_nothing_to_evaluate(options: Any, command: str, written: Written) -> 
         raise ConfigError(f"{written.place(key)}: {key} is 0: {nothing}; leave it out")
 
 
-def refuse_callbacks(trainer: Trainer, place: str | None) -> None:
-    """Callbacks that train other steps, or save other weights, than the run accounts for."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+def refuse_callbacks(callbacks: Sequence[Callback], place: str) -> None:
+    """Callbacks of the user that train other steps, or save other weights, than the run accounts for, and others that
+    have no place in it."""
     for callback in callbacks:
         for kind, reason in CALLBACKS.items():
             if isinstance(callback, kind):
-                raise ConfigError(f"{place}: {type(callback).__name__} can't be one of trainer.callbacks: {reason}")
+                name = type(callback).__name__
+                raise ConfigError(f"{f'{place}: ' if place else ''}{name} can't be one of trainer.callbacks: {reason}")
 
 
 def refuse_spawned(trainer: Trainer, place: str | None) -> None:
