@@ -210,6 +210,28 @@ def test_only_the_keys_that_differ(tmp_path: Path) -> None:
     }
 
 
+def test_what_a_group_lacks_differs_where_the_other_says_something() -> None:
+    """Not in each default of the other's validation set; a logger is how a run is tracked."""
+    logger = {"class_path": "CSVLogger", "init_args": {"save_dir": "logs", "flush_logs_every_n_steps": 9}}
+    runs = [
+        made(
+            "one",
+            0.5,
+            1.0,
+            {"data": {"validation": [dev_set(corpus=None, max_rows=None)]}, "trainer": {"logger": True}},
+        ),
+        made("two", 0.5, 1.0, {"data": {"validation": []}, "trainer": {"logger": logger}}),
+    ]
+    assert differences(fold(runs)) == {
+        "data.validation": [MISSING, []],
+        "data.validation.0.name": ["dev", MISSING],
+        "data.validation.0.path": ["stsb-dev.jsonl", MISSING],
+        "data.validation.0.evaluator": ["trainer.evaluation.STS", MISSING],
+    }
+    seeds = [made(f"seed={n}", 0.5, 1.0, {"lr": 1, "trainer": {"logger": [False, logger][n]}}) for n in range(2)]
+    assert [len(group.runs) for group in fold(seeds)] == [2]
+
+
 @pytest.mark.parametrize("axis", ["step", "train/rows_seen", "train/wall_s"])
 def test_a_curve_is_the_mean_of_the_seeds_at_each_step(tmp_path: Path, axis: str) -> None:
     folders = make_runs(tmp_path, recipes=1)

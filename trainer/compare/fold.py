@@ -15,7 +15,7 @@ from trainer.tracking.runs import RunRecord, best, final, last, number
 
 # Of a config: the seed, and where a run lies and how it is watched.
 _NOT_COMPARED = re.compile(
-    r"seed_everything|data\.(seed|cache_dir)|ckpt_path|weights_only|trainer\.(default_root_dir|logger|enable_.*)"
+    r"seed_everything|data\.(seed|cache_dir)|ckpt_path|weights_only|trainer\.(default_root_dir|logger(\..*)?|enable_.*)"
     r"|(tracking|watch|check|resume)\..*|config"
 )
 _MACHINE = ("device", "ranks", "nodes")  # of run.json: what a run costs follows from them
@@ -209,10 +209,12 @@ MISSING = object()
 
 
 def differences(groups: Sequence[Group]) -> dict[str, list[Any]]:
-    """Key -> its value in each group (MISSING: not there), of the keys whose values are not all the same."""
+    """Key -> its value in each group (MISSING: not there), of the keys whose values are not all the same; a key that is
+    not there is the same as its null."""
     keys = sorted({key for group in groups for key in group.settings})
     values = {key: [group.settings.get(key, MISSING) for group in groups] for key in keys}
-    return {key: row for key, row in values.items() if any(one != row[0] for one in row)}
+    said = {key: [None if one is MISSING else one for one in row] for key, row in values.items()}
+    return {key: row for key, row in values.items() if any(one != said[key][0] for one in said[key])}
 
 
 # -- cost -------------------------------------------------------------------------------------------------
