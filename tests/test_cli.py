@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import os
 import re
 import shlex
@@ -821,6 +823,18 @@ def test_a_logger_in_the_place_of_tracking_is_said(recipe: Path, capsys: pytest.
     assert run_id_in(Path("a/checkpoints/step-00000001")) is None  # the logger's is 0, in every folder
     assert main([*args, "--trainer.default_root_dir", "b"]) == 0  # it is off
     assert "takes the place of tracking" not in capsys.readouterr().out
+
+
+def test_the_regular_end_is_not_told_by_a_setting_the_user_never_made(recipe: Path) -> None:
+    """Epochs were asked for: Lightning would say that max_steps=3 was reached."""
+    said = logging.StreamHandler(io.StringIO())
+    logging.getLogger("lightning.pytorch").addHandler(said)
+    try:
+        assert main(["fit", "--config", str(recipe), "--trainer.max_epochs", "1"]) == 0
+    finally:
+        logging.getLogger("lightning.pytorch").removeHandler(said)
+    assert "GPU available" in said.stream.getvalue()
+    assert "stopped" not in said.stream.getvalue()
 
 
 def test_auto_starts_fresh_where_there_is_no_checkpoint(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -373,5 +373,6 @@ def _quieten() -> None:
 
 
 def _is_wanted(record: logging.LogRecord) -> bool:
-    noise = ("litlogger", "TPU available", "`weights_only` was not", "Setting accelerator to CPU")
+    # "stopped: `max_" tells of the regular end, by max_steps, which the user may never have set.
+    noise = ("litlogger", "TPU available", "`weights_only` was not", "Setting accelerator to CPU", "stopped: `max_")
     return not any(part in record.getMessage() for part in noise)

@@ -149,6 +149,8 @@ def test_offline_runs_of_one_directory_are_one_run(tmp_path: Path) -> None:
     argv = [sys.executable, "train.py", str(run_dir), "--hub.token=SECRET", "--key", "SECRET"]
     done = subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert not re.search("^wandb: ", done.stdout + done.stderr, re.M)  # our line says where the files are
+    assert "tracked offline; send it from a machine with a network: wandb sync" in done.stdout
 
     fragments = sorted(run_dir.glob("wandb/offline-run-*/*.wandb"))
     assert len(fragments) == 5

@@ -235,7 +235,7 @@ class RunLogger(WandbLogger):
         arguments = {key: value for key, value in self._wandb_init.items() if value is not None}
         arguments |= redact({key: arguments[key] for key in _SHOWN if key in arguments})
         arguments["config"] = redact({**self._read_config(), "run": describe_environment()})
-        arguments["settings"] = wandb.Settings(
+        settings = wandb.Settings(
             # Printed lines, patches and the remote's address may hold secrets; the commit is in the config.
             console="off",
             save_code=False,
@@ -244,7 +244,9 @@ class RunLogger(WandbLogger):
             x_transaction_log_flush_interval=1.0,  # seconds of rows that a SIGKILL may take
             init_timeout=INIT_TIMEOUT_S,
             finish_timeout=FINISH_TIMEOUT_S,  # or a server that went away would hold the finished job
+            silent=arguments["mode"] == "offline",  # finalize says in one line where the files are
         )
+        arguments["settings"] = settings
         with _redacted_command_line(), _hidden_secrets():
             try:
                 if arguments["mode"] == "online" and not has_key():
@@ -256,6 +258,7 @@ class RunLogger(WandbLogger):
                 cause = str(error).splitlines()[0]
                 rank_zero_warn(f"W&B does not answer ({cause}): tracking offline")
                 wandb.teardown()  # or the failed start still holds the id
+                settings.silent = True
                 run = wandb.init(**{**arguments, "mode": "offline"}, allow_val_change=True)
         run.define_metric(STEP)
         run.define_metric("*", step_metric=STEP, step_sync=True)
