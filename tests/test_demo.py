@@ -114,8 +114,14 @@ def test_demo_trains_exports_and_names_true_commands(
     repository = Path(__file__).parents[1]
     words = shlex.split(commands["a cluster"])
     assert (repository / words[words.index("--nodes") + 2]).is_file()
+    Path("configs").symlink_to(repository / "configs")  # the demo is run from there
+    readme = (repository / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    (first_model,) = re.findall(r"^\.venv/bin/trainer fit (.*pairs\.jsonl\.gz.*)$", readme, re.M)
+    assert shlex.split(commands["your data"].split(" fit ", 1)[1]) == shlex.split(first_model)
     for name, num_ranks in (("two processes", 2), ("your data", 1)):
         words = shlex.split(commands[name].split(" fit ", 1)[1])
+        if name == "your data":
+            words += ["--model.encoder.backbone", str(folder / "encoder")]  # the recipe's own is on the hub
         cli = run(["fit", *words], read_command(words), execute=False)
         assert cli.trainer.world_size == num_ranks
         assert not cli.run_dir.exists()  # a used one would be refused

@@ -185,14 +185,20 @@ def _nearest_table(
 def _next_commands(folder: Path, config: Path) -> str:
     trainer = "trainer" if shutil.which("trainer") else shlex.join([sys.executable, "-m", "trainer"])
     fit = f"{trainer} fit --config {shlex.quote(str(config))}"
-    two, cluster, yours = (  # "run" holds a run
-        f"--trainer.default_root_dir {shlex.quote(str(folder / name))}" for name in ("two-ranks", "slurm", "your-data")
+    two, cluster = (  # "run" holds a run
+        f"--trainer.default_root_dir {shlex.quote(str(folder / name))}" for name in ("two-ranks", "slurm")
+    )
+    # As the README has it: a backbone that knows words, which the encoder of the demo does not.
+    yours = (
+        "--config configs/stsb.yaml --config configs/hardware/cpu.yaml "
+        "--data.train.path pairs.jsonl.gz --data.train.score_range '[0, 5]' "
+        "--data.validation.path dev.jsonl.gz --data.validation.score_range '[0, 5]'"
     )
     model = str(folder / "run" / "model")
     commands = {
         "two processes": f"{fit} --trainer.accelerator cpu --trainer.devices 2 --trainer.strategy ddp {two}",
         "a cluster": f"sbatch --nodes 2 slurm/train.sh {shlex.quote(str(config))} {cluster}",
-        "your data": f"{fit} --data.train.path FILE --data.train.columns.anchor COLUMN {yours}",
+        "your data": f"{trainer} fit {yours}",
         "all flags": f"{trainer} fit --help",
     }
     lines = [
