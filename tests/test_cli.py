@@ -1081,6 +1081,7 @@ def test_bad_row_is_named_through_every_library(recipe: Path, capsys: pytest.Cap
     assert "raised in" not in said
 
 
+@pytest.mark.slow  # tests/check/test_callback.py has an error that all ranks find
 def test_only_the_failing_rank_speaks(recipe: Path) -> None:
     """Two real ranks, in processes of their own: Lightning starts the second from the first's command."""
     args = ["fit", "--config", str(recipe), "--data.train.path", "nowhere.csv"]

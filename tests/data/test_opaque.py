@@ -275,7 +275,7 @@ def test_resume_through_the_loader(
         assert seen == whole
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_an_epoch_goes_on_where_the_one_before_ended(
     workers: int, tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

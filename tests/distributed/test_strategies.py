@@ -382,7 +382,7 @@ def test_evaluation_in_the_middle_of_training(result_of: Any, folder: Path, stag
         assert metrics == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_bf16(result_of: Any, folder: Path, stage: int) -> None:
     """Weights stay fp32 and autocast rounds as it does under DDP; a float64 count stays what it is."""
     run = Run(str(folder), precision="bf16-mixed")
