@@ -32,7 +32,7 @@ FLOORS = {
           trainer.distributed.launch trainer.distributed.preemption trainer.distributed.shared_work
           trainer.distributed.strategies trainer.distributed.watch trainer.finite trainer.memory
           trainer.mine.search trainer.mine.write trainer.predict.embed trainer.tracking trainer.tracking.*""",
-    2: """trainer.base_weights trainer.identity trainer.manifest trainer.optimizer
+    2: """trainer.base_weights trainer.identity trainer.manifest trainer.model_refusals trainer.optimizer
           trainer.losses trainer.losses.* trainer.encoder trainer.encoder.*
           trainer.check trainer.check.batches trainer.check.finding trainer.check.labels trainer.check.memory
           trainer.check.rules trainer.check.texts trainer.data.batches trainer.data.blocks

@@ -21,8 +21,6 @@ from trainer.data.teaching import teach
 from trainer.distributed import gather
 from trainer.distributed.strategies import ZeRO
 from trainer.encoder import Encoder, EncoderSpec
-from trainer.encoder.folder import embedding_dimension
-from trainer.encoder.size import UNCOUNTED
 from trainer.encoder.towers import Towers, load_encoder
 from trainer.evaluation.classification import Classification
 from trainer.finite import FiniteSteps
@@ -30,6 +28,15 @@ from trainer.host_memory import keep_freed_pages
 from trainer.losses import Loss
 from trainer.losses.base import refuse_incomplete, refuse_not_positive
 from trainer.memory import explained_memory
+from trainer.model_refusals import (
+    refuse_all_frozen,
+    refuse_idle,
+    refuse_lockstep,
+    refuse_missing_teacher,
+    refuse_names,
+    refuse_prompts,
+    refuse_teacher_size,
+)
 from trainer.optimizer import clip, count_steps, gradient_norm, parameter_groups
 
 logger = logging.getLogger(__name__)
@@ -82,21 +89,12 @@ class EmbeddingModule(LightningModule):
         self.encoder_spec = encoder
         self.document_spec = document_encoder
         self.loss = loss
-        if wrong := [name for name in losses or {} if not name.isidentifier() or hasattr(nn.ModuleDict, name)]:
-            raise ValueError(f"model.losses can't have the name '{wrong[0]}'; take another, of letters, digits and '_'")
+        refuse_names(losses or {})
         self.losses = nn.ModuleDict(losses or {})
         for one in self.all_losses:
             refuse_incomplete(one)
         self.teacher_spec = teacher
-        taught = [type(loss).__name__ for loss in self.all_losses if "teacher" in loss.needs]
-        if taught and teacher is None:
-            raise ValueError(f"{taught[0]} learns from a teacher, but there is none: set model.teacher.backbone")
-        if teacher is not None and not taught:
-            names = ", ".join(type(loss).__name__ for loss in self.all_losses)
-            raise ValueError(
-                f"model.teacher is set, but {names} asks for no teacher: leave it out, or name MSE, "
-                "EmbedDistill or GISTEmbed"
-            )
+        refuse_missing_teacher(self.all_losses, teacher)
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.warmup_ratio = warmup_ratio
@@ -163,15 +161,6 @@ class EmbeddingModule(LightningModule):
             if isinstance(held_out.evaluator, Classification):
                 self.classifier_of(held_out.evaluator.loss)
 
-    def refuse_idle_losses(self, data: PairData) -> None:
-        """Raises ValueError where no training source names one of model.losses."""
-        named = {source.loss for source in data.train_sources}
-        if idle := [name for name in self.losses if name not in named]:
-            raise ValueError(
-                f"model.losses has '{idle[0]}', but no source of data.train names it: give one loss: {idle[0]}, or "
-                "leave it out"
-            )
-
     def classify(self, loss: Optional[str], columns: Sequence[Tensor]) -> Tensor:
         """Logits (B, classes) that the head of a loss gives to columns of (B, D) embeddings."""
         return self.classifier_of(loss).logits(columns)
@@ -209,24 +198,12 @@ class EmbeddingModule(LightningModule):
         """
         if self.teacher_spec is None:
             return
-        self.refuse_teacher()
+        refuse_teacher_size(self.all_losses, self.encoder_spec, self.teacher_spec)
         for number, source in enumerate(data.train_sources):
             if "teacher" in self.loss_of(source).needs:
                 data.teachers[number] = teach(
                     source, self.teacher_spec, data.cache_dir, self.max_tokens, device, verify
                 )
-
-    def refuse_teacher(self) -> None:
-        """Raises ValueError where a loss can't compare with a teacher of this size; nothing is embedded for that."""
-        if self.teacher_spec is None:
-            return
-        try:
-            ours, theirs = embedding_dimension(self.encoder_spec), embedding_dimension(self.teacher_spec)
-        except (*UNCOUNTED, OSError):  # whoever loads the model says what is wrong with it, and the loss compares again
-            return
-        for loss in self.all_losses:
-            for part in loss.parts():
-                part.refuse_teacher(ours, theirs)
 
     def configure_model(self) -> None:
         """Load the encoder and make the heads; Lightning calls it inside the strategy's context."""
@@ -234,28 +211,24 @@ class EmbeddingModule(LightningModule):
             return
         strategy = self.trainer.strategy
         lockstep = isinstance(strategy, ZeRO) and strategy.stage == 3
-        if lockstep and any(spec.compile_layers for spec in self.encoder_specs):
-            raise ValueError(
-                "model.encoder.compile_layers is true, but ZeRO stage 3 gathers the weights of a layer while it "
-                "runs: set it to false, or take stage 2 (configs/hardware/zero2.yaml)"
-            )
         self.encoder = load_encoder(self.encoder_spec, self.document_spec, self.max_tokens, self.data.text)
         self._base = BaseWeights(self.encoder_specs, self.encoder.parts)
         for loss in self.all_losses:
             loss.build(self.encoder.embedding_dimension)
-        heads = [type(loss).__name__ for loss in self.all_losses if list(loss.parameters())]
-        if lockstep and self.losses and heads:
-            raise ValueError(
-                f"model.losses: {heads[0]} has weights of its own, which ZeRO stage 3 gathers only in steps that use "
-                "them: take stage 2 (configs/hardware/zero2.yaml)"
-            )
+        if lockstep:
+            refuse_lockstep(self.encoder_specs, self.all_losses)
         for part in self.encoder.parts.values():
             part.lockstep = lockstep
         self.train()  # transformers loads in evaluation mode, in which dropout is off
         self.refuse_classifiers(self.data)  # now, not after hours
         if self.trainer.training:
-            self._check_columns()
-            self._refuse_all_frozen()
+            data = self.data
+            for source, table in zip(data.train_sources, data.inputs, strict=True):
+                for finding in unfit_columns(self.loss_of(source), source, table):
+                    raise ValueError(str(finding))
+            refuse_prompts(data.train_sources, self.encoder_specs, list(self.encoder.parts.values()))
+            refuse_idle(self.losses, data.train_sources)
+            refuse_all_frozen(self, self.encoder_specs, self.all_losses)
             # The loss scaler of fp16 leaves out steps, and would not tell us to leave out their decay.
             known_decay = not self.weight_decay or str(self.trainer.precision) != "16-mixed"
             if known_decay and not self.compact_vocabularies(self.data):
@@ -278,32 +251,6 @@ class EmbeddingModule(LightningModule):
                 else:
                     part.compact_vocabulary(used_ids)
         return are_known
-
-    def _refuse_all_frozen(self) -> None:
-        if any(parameter.requires_grad for parameter in self.parameters()):
-            return
-        keys = ["model.encoder.freeze", "model.document_encoder.freeze"][: len(self.encoder_specs)]
-        frozen = " and ".join(f"{key} {spec.freeze}" for key, spec in zip(keys, self.encoder_specs, strict=True))
-        names = ", ".join(type(loss).__name__ for loss in self.all_losses)
-        raise ValueError(
-            f"nothing is left to train: {frozen} is all layers, and {names} has no weights of its own; lower "
-            "freeze, or take a loss with a head (Softmax)"
-        )
-
-    def _check_columns(self) -> None:
-        """The columns of every source against what its loss takes."""
-        for source, table in zip(self.data.train_sources, self.data.inputs, strict=True):
-            for finding in unfit_columns(self.loss_of(source), source, table):
-                raise ValueError(str(finding))
-            for spec, part in zip(self.encoder_specs, self.encoder.parts.values(), strict=True):
-                if part.pools_prompt or not any((source.prompts or {}).values()):
-                    continue
-                raise ValueError(
-                    f"{source.path}: prompts of columns are pooled like the text, but '{spec.backbone}' "
-                    "leaves its prompt out of the embedding: give one prompt as model.encoder.prompt, or set "
-                    "include_prompt to true in its 1_Pooling/config.json"
-                )
-        self.refuse_idle_losses(self.data)
 
     @property
     def num_training_steps(self) -> int:

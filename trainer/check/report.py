@@ -20,6 +20,7 @@ from trainer.data.module import PairData
 from trainer.distributed.strategies import ZeRO
 from trainer.encoder.folder import normalizes, public_name
 from trainer.encoder.size import UNCOUNTED, backbone_size
+from trainer.model_refusals import refuse_idle, refuse_teacher_size
 from trainer.module import EmbeddingModule
 from trainer.tracking.redact import redact_text
 
@@ -155,9 +156,9 @@ def make_report(
     unfit = [f for source, table in zip(data.train_sources, data.tables, strict=True)
              for f in unfit_columns(module.loss_of(source), source, table)]  # fmt: skip
     unfit += [f for held_out in data.validation_sources for f in unfit_validation(held_out)]
-    module.refuse_idle_losses(data)
+    refuse_idle(module.losses, data.train_sources)
+    refuse_teacher_size(module.all_losses, module.encoder_spec, module.teacher_spec)
     module.refuse_classifiers(data)
-    module.refuse_teacher()
     plan = _plan(situation, data, steps_per_epoch, num_steps, num_ranks)
     return Report(
         loss=" and ".join(dict.fromkeys(map(name_of, situation.losses))),

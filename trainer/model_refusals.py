@@ -1,0 +1,102 @@
+"""Encoders and losses that can't be trained together, or on this data: each is refused in one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+from trainer.data.sources import Source
+from trainer.encoder import Encoder, EncoderSpec
+from trainer.encoder.folder import embedding_dimension
+from trainer.encoder.size import UNCOUNTED
+from trainer.losses import Loss
+
+
+def refuse_names(names: Iterable[str]) -> None:
+    """Raises ValueError where torch can't name a part of a module so."""
+    if wrong := [name for name in names if not name.isidentifier() or hasattr(nn.ModuleDict, name)]:
+        raise ValueError(f"model.losses can't have the name '{wrong[0]}'; take another, of letters, digits and '_'")
+
+
+def refuse_missing_teacher(losses: Sequence[Loss], teacher: EncoderSpec | None) -> None:
+    """Raises ValueError where a loss lacks a teacher, or there is one that no loss asks for."""
+    taught = [type(loss).__name__ for loss in losses if "teacher" in loss.needs]
+    if taught and teacher is None:
+        raise ValueError(f"{taught[0]} learns from a teacher, but there is none: set model.teacher.backbone")
+    if teacher is not None and not taught:
+        raise ValueError(
+            f"model.teacher is set, but {_names(losses)} asks for no teacher: leave it out, or name MSE, "
+            "EmbedDistill or GISTEmbed"
+        )
+
+
+def refuse_teacher_size(losses: Sequence[Loss], encoder: EncoderSpec, teacher: EncoderSpec | None) -> None:
+    """Raises ValueError where a loss can't compare with a teacher of this size; nothing is embedded for that."""
+    if teacher is None:
+        return
+    try:
+        ours, theirs = embedding_dimension(encoder), embedding_dimension(teacher)
+    except (*UNCOUNTED, OSError):  # whoever loads the model says what is wrong with it, and the loss compares again
+        return
+    for loss in losses:
+        for part in loss.parts():
+            part.refuse_teacher(ours, theirs)
+
+
+def refuse_idle(names: Iterable[str], sources: Sequence[Source]) -> None:
+    """Raises ValueError where no training source names one of model.losses."""
+    named = {source.loss for source in sources}
+    if idle := [name for name in names if name not in named]:
+        raise ValueError(
+            f"model.losses has '{idle[0]}', but no source of data.train names it: give one loss: {idle[0]}, or "
+            "leave it out"
+        )
+
+
+def refuse_prompts(sources: Sequence[Source], specs: Sequence[EncoderSpec], encoders: Sequence[Encoder]) -> None:
+    """Raises ValueError where a column has a prompt and an encoder leaves prompts out of its embedding."""
+    for source in sources:
+        for spec, encoder in zip(specs, encoders, strict=True):
+            if not encoder.pools_prompt and any((source.prompts or {}).values()):
+                raise ValueError(
+                    f"{source.path}: prompts of columns are pooled like the text, but '{spec.backbone}' "
+                    "leaves its prompt out of the embedding: give one prompt as model.encoder.prompt, or set "
+                    "include_prompt to true in its 1_Pooling/config.json"
+                )
+
+
+def refuse_all_frozen(module: nn.Module, specs: Sequence[EncoderSpec], losses: Sequence[Loss]) -> None:
+    """Raises ValueError where ``module``, with its encoders and losses, has nothing left to train."""
+    if any(parameter.requires_grad for parameter in module.parameters()):
+        return
+    keys = ["model.encoder.freeze", "model.document_encoder.freeze"][: len(specs)]
+    frozen = " and ".join(f"{key} {spec.freeze}" for key, spec in zip(keys, specs, strict=True))
+    raise ValueError(
+        f"nothing is left to train: {frozen} is all layers, and {_names(losses)} has no weights of its own; lower "
+        "freeze, or take a loss with a head (Softmax)"
+    )
+
+
+def refuse_lockstep(specs: Sequence[EncoderSpec], losses: Sequence[Loss]) -> None:
+    """Raises ValueError where not every step takes the same weights in the same order, as ZeRO stage 3 wants it.
+
+    Args:
+        specs: of the encoders.
+        losses: that are built; with more than one, a step takes the weights of one of them.
+    """
+    if any(spec.compile_layers for spec in specs):
+        raise ValueError(
+            "model.encoder.compile_layers is true, but ZeRO stage 3 gathers the weights of a layer while it "
+            "runs: set it to false, or take stage 2 (configs/hardware/zero2.yaml)"
+        )
+    heads = [type(loss).__name__ for loss in losses if list(loss.parameters())]
+    if len(losses) > 1 and heads:
+        raise ValueError(
+            f"model.losses: {heads[0]} has weights of its own, which ZeRO stage 3 gathers only in steps that use "
+            "them: take stage 2 (configs/hardware/zero2.yaml)"
+        )
+
+
+def _names(losses: Sequence[Loss]) -> str:
+    return ", ".join(type(loss).__name__ for loss in losses)
