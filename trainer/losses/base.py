@@ -10,6 +10,7 @@ Shape suffixes: B rows of this rank, b rows of the global batch, N candidates, D
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -103,8 +104,12 @@ class Loss(nn.Module, ABC):
         """
 
     def describe(self) -> dict[str, Any]:
-        """Plain values for the model card."""
-        return {}
+        """Its settings that are plain values, for the model card."""
+        names = inspect.signature(type(self).__init__).parameters
+        kept = {name: getattr(self, name) for name in names if hasattr(self, name)}
+        values = (str, int, float, list, tuple, type(None))
+        plain = {name: value for name, value in kept.items() if isinstance(value, values)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
 
 
 def refuse_incomplete(loss: Loss) -> None:

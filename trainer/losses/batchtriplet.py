@@ -98,9 +98,6 @@ class BatchTriplet(Loss):
     def margin_limit(self, normalized: bool) -> float | None:
         return None if self.margin == "soft" else distance_limit(self.distance, normalized)
 
-    def describe(self) -> dict[str, Any]:
-        return {"mining": self.mining, "margin": self.margin, "distance": self.distance}
-
 
 class BatchHardTriplet(BatchTriplet):
     """BatchTriplet with mining hard.
@@ -116,6 +113,9 @@ class BatchHardTriplet(BatchTriplet):
         distance: Literal["euclidean", "cosine"] = "euclidean",
     ) -> None:
         super().__init__("hard", margin, distance)
+
+    def describe(self) -> dict[str, Any]:
+        return {"mining": self.mining, **super().describe()}
 
 
 def _hardest(distances_BN: Tensor, positive_BN: Tensor, same_BN: Tensor) -> tuple[Tensor, Tensor]:

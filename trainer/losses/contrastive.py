@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -51,6 +50,3 @@ class Contrastive(Loss):
 
     def margin_limit(self, normalized: bool) -> float | None:
         return distance_limit(self.distance, normalized)
-
-    def describe(self) -> dict[str, Any]:
-        return {"margin": self.margin, "distance": self.distance}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,6 +50,3 @@ class CoSENT(Loss):
     def similarities(self, columns: Sequence[Tensor]) -> Tensor:
         """Of each pair, (B,)."""
         return pairwise_cosine(columns[0], columns[1])
-
-    def describe(self) -> dict[str, Any]:
-        return {"scale": self.scale}

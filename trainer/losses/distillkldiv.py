@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Optional
+from typing import Optional
 
 import torch
 from torch import Tensor
@@ -65,6 +65,3 @@ class DistillKLDiv(Loss):
         log_q_BK = torch.log_softmax(self.teacher_scale * scores_BK, dim=1)
         terms_B = (log_q_BK.exp() * (log_q_BK - log_p_BK)).sum(dim=1)
         return targets.weight * terms_B.sum() / self.scale**2
-
-    def describe(self) -> dict[str, Any]:
-        return {"scale": self.scale, "teacher_scale": self.teacher_scale, "similarity": self.similarity}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal, Optional
+from typing import Literal, Optional
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +88,3 @@ class EmbedDistill(Loss):
         if self.distance == "l2":
             return torch.linalg.vector_norm(ours_BD - goals_BD, dim=-1)
         return 1.0 - F.cosine_similarity(ours_BD, goals_BD, dim=-1)
-
-    def describe(self) -> dict[str, Any]:
-        return {"distance": self.distance, "projection_dim": self.projection_dim}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -84,16 +84,6 @@ class GISTEmbed(Loss):
             all_sums.append(others.sums(self.scale, self.max_whole)[0])
         self.last_metrics = anchors.metrics(targets.weight)
         return targets.weight * (torch.logsumexp(torch.stack(all_sums), dim=0) - own_logits_B).sum()
-
-    def describe(self) -> dict[str, Any]:
-        return {
-            "scale": self.scale,
-            "margin_strategy": self.margin_strategy,
-            "margin": self.margin,
-            "contrast_anchors": self.contrast_anchors,
-            "contrast_positives": self.contrast_positives,
-            "mask_false_negatives": self.mask_false_negatives,
-        }
 
 
 def _judge(guide: InBatch, query: int, among: range, bound_B: Tensor) -> Judge:

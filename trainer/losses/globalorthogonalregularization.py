@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -69,10 +69,3 @@ class GlobalOrthogonalRegularization(Loss):
         terms_C = self.mean_weight * means_C2[:, 0].square()
         terms_C = terms_C + self.second_moment_weight * F.relu(means_C2[:, 1] - 1.0 / dimension)
         return terms_C.sum() if self.aggregation == "sum" else terms_C.mean()
-
-    def describe(self) -> dict[str, Any]:
-        return {
-            "mean_weight": self.mean_weight,
-            "second_moment_weight": self.second_moment_weight,
-            "aggregation": self.aggregation,
-        }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal, Optional
+from typing import Literal, Optional
 
 import torch
 from torch import Tensor
@@ -115,17 +115,6 @@ class InfoNCE(Loss):
         # Written as sentence-transformers writes it: F.cross_entropy rounds differently enough (1e-6 a step) to
         # part the two curves by 1e-4 within 50 steps of Adam.
         return targets.weight * (sums_B - own_B).sum()
-
-    def describe(self) -> dict[str, Any]:
-        return {
-            "scale": self.scale,
-            "similarity": self.similarity,
-            "directions": list(self.directions),
-            "partition": self.partition,
-            "hardness": self.hardness,
-            "hardness_strength": self.hardness_strength,
-            "mask_false_negatives": self.mask_false_negatives,
-        }
 
 
 def _hard(candidates: Candidates, hardness: Hardness, rows: slice, columns: slice) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,9 +54,6 @@ class MarginMSE(Loss):
         ours_BN = torch.stack([pairwise_similarity(anchors_BD, c, self.similarity) for c in candidates], dim=1)
         errors_BK = ours_BN[:, :1] - ours_BN[:, 1:] - scores_BK
         return targets.weight * errors_BK.square().sum() / num_negatives
-
-    def describe(self) -> dict[str, Any]:
-        return {"similarity": self.similarity}
 
 
 def candidate_scores(targets: Targets) -> Tensor:

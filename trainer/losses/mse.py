@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Optional
 
 from torch import Tensor
 
@@ -34,6 +34,3 @@ class MSE(EmbedDistill):
 
     def goals(self, teacher_BCD: Tensor, num_columns: int) -> Tensor:
         return teacher_BCD[:, :1].expand(-1, num_columns, -1)
-
-    def describe(self) -> dict[str, Any]:
-        return {"projection_dim": self.projection_dim}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +74,3 @@ class SigLIP(Loss):
         costs = F.softplus(torch.where(candidates.own(rows, everything), -logits, logits))
         left_out = candidates.left_out(rows, everything)
         return (costs if left_out is None else costs.masked_fill(left_out, 0.0)).sum()
-
-    def describe(self) -> dict[str, Any]:
-        return {"scale": self.scale, "bias": self.bias, "mask_false_negatives": self.mask_false_negatives}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +44,3 @@ class Softmax(Loss):
         assert targets.labels_B is not None
         logits = self.logits(columns)
         return targets.weight * F.cross_entropy(logits.float(), targets.labels_B, reduction="sum")
-
-    def describe(self) -> dict[str, Any]:
-        return {"num_labels": self.num_labels}
