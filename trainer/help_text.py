@@ -49,120 +49,6 @@ KEYS = {
 }
 KEYS["test"] = KEYS["validate"]
 
-MAIN = """\
-usage: trainer COMMAND ...       (trainer COMMAND --help shows a screen of each)
-
-Fine-tunes siamese sentence encoders: the same run on any number of ranks.
-
-commands:
-  fit        train, evaluate, write a folder that sentence-transformers loads
-  validate   evaluate a model or a checkpoint on data.validation
-  test       the same for another set: give it --data.validation.path FILE
-  predict    embed a corpus into Parquet or npy files, on any number of ranks
-  mine       find hard negatives for pairs, by the embeddings of a model
-  export     write a sentence-transformers folder from a run or a checkpoint
-  compare    what differs between runs, seeds folded; a report as one HTML file
-  check      what is wrong with the data; --exact: do ranks equal one process?
-  prepare    download and tokenise, so that compute nodes need no network
-  preflight  check this node for a run: imports, devices, disk, data
-  cache      list or empty the cache of rows and tokens
-  demo       generate data and an encoder, train, export and try it; no network
-
-three ways to run:
-  trainer fit --config configs/stsb.yaml                      as the recipe says
-  trainer fit --config configs/stsb.yaml --data.batch_size 64 any key overridden
-  sbatch --nodes 2 slurm/train.sh configs/stsb.yaml           on a cluster
-
---debug (or TRAINER_DEBUG=1) shows the traceback of a failure.
-"""
-EXPORT = """\
-usage: trainer export RUN_OR_CHECKPOINT OUT [--legacy] [--format onnx]
-                      [--push OWNER/NAME [--private]]
-
-Writes a folder that sentence-transformers loads, with its model card.
-
-  --legacy            in a layout that sentence-transformers 3 to 5 load too
-  --format onnx       also an ONNX graph, compared with torch; same layout
-  --push OWNER/NAME   upload the folder to the hub: HF_TOKEN, HF_ENDPOINT
-  --private           where --push makes the repository
-
-  trainer export runs/stsb/seed=42 model   of the best checkpoint, else the last
-  trainer export runs/stsb/seed=42/checkpoints/step-00000500 model
-  trainer export runs/stsb/seed=42 model --format onnx --push me/my-model
-"""
-COMPARE = """\
-usage: trainer compare RUN [RUN...] [--out report.html]
-
-What differs in the configs, the metrics (best and last), what the runs took.
-Runs whose configs differ in the seed alone, on the same kind and number of
-devices, are one column: mean and standard deviation. Where they lie and how
-they are watched does not count.
-
-A RUN is one of
-  runs/stsb/seed=1              a run directory, or a folder of them: runs/stsb
-  runs/stsb/seed=1/wandb        offline files of W&B; also one offline-run-*
-  wandb:entity/project[/group]  runs on the server of W&B
-
-  --out report.html   also curves, tables and histograms: one file, no network
-
-  trainer compare runs/stsb runs/nli --out report.html
-"""
-CHECK = """\
-usage: trainer check --config RECIPE.yaml [--json] [--probe] [--KEY VALUE]
-       trainer check --exact --config RECIPE.yaml [--KEY VALUE]
-
-Reads the data of a recipe and says what is in it, what a run would do with it,
-and what is wrong with it for this loss, with the recipe that would work. Exit
-code 1 where fit would refuse it. Needs no GPU, no weights, no network; once
-cached it takes seconds. Takes every key of trainer fit.
-
-  --json   the report as JSON
-  --probe  also one real step on the longest batch: the memory it takes
-  --check.allow NAME,NAME   errors that shall not stop a run
-
---exact runs two steps on your ranks and in a single process, dropout off, and
-compares rows, loss, parameter gradients and one metric. Says pass (exit 0), or
-which of them differs and by how much (exit 1).
-
-  trainer check --config configs/stsb.yaml
-  trainer check --exact --config configs/stsb.yaml --trainer.devices 2
-  srun trainer check --exact --config configs/stsb.yaml
-"""
-PREPARE = """\
-usage: trainer prepare --config RECIPE.yaml [--KEY VALUE]
-
-Downloads the backbone and the data sets of a recipe, checks and tokenises them
-into data.cache_dir, and says what lies where. Run it on a login node: fit,
-validate and test with the same flags then need no network. Takes every key of
-trainer fit; needs no GPU.
-
-  trainer prepare --config configs/stsb.yaml
-  HF_HUB_OFFLINE=1 sbatch slurm/train.sh configs/stsb.yaml
-"""
-PREFLIGHT = """\
-usage: trainer preflight --config RECIPE.yaml [--KEY VALUE]
-
-Checks this node for a run, in seconds: libraries, config, visible devices, run
-directory (written, flushed, read back), space for two checkpoints and the
-export, backbone and data. A line per check; exit code 2 where one failed.
-slurm/train.sh runs it on every node. Takes every key of trainer fit.
-
-  trainer preflight --config configs/stsb.yaml
-"""
-CACHE = """\
-usage: trainer cache ls|clean [--older-than DAYS | --all] [--data.cache_dir DIR]
-
-Rows and tokens of data sets are kept, so that each is read and tokenised once:
-in data.cache_dir; unset: $TRAINER_CACHE or ~/.cache/siamese-trainer.
-
-  trainer cache ls                      kind, source, rows, size, last use
-  trainer cache clean                   what killed builds have left
-  trainer cache clean --older-than 30   also what was not used for 30 days
-  trainer cache clean --all             everything
-
-What a running process on this machine builds or uses is left. Everything is
-made again when it is needed.
-"""
 PREDICT = """\
 usage: trainer predict --model M --data FILE --text COLUMN --out DIR [--FLAG]
 
@@ -270,7 +156,7 @@ def live_parsers() -> Mapping[str, Any]:
 
 
 def screens() -> dict[str, str]:
-    """File stem -> text of every screen."""
+    """File stem -> text of every screen that shows flags; the others are written by hand, in FOLDER."""
     from trainer.mine.command import flags as mine_flags
     from trainer.predict.command import flags as predict_flags
 
@@ -279,18 +165,9 @@ def screens() -> dict[str, str]:
     said_there -= {"model", "data", "text", "out"}  # which mean something else
     parsers = live_parsers()
     rendered = {command: render(command, parsers[command]) for command in KEYS}
-    texts = {
-        "trainer": MAIN,
-        "export": EXPORT,
-        "compare": COMPARE,
-        "check": CHECK,
-        "prepare": PREPARE,
-        "preflight": PREFLIGHT,
-        "cache": CACHE,
-        "predict": render_flags(PREDICT, predict),
-        "mine": render_flags(MINE, mine, said_there, MINE_TAIL),
-    }
-    return {**texts, **rendered}
+    rendered["predict"] = render_flags(PREDICT, predict)
+    rendered["mine"] = render_flags(MINE, mine, said_there, MINE_TAIL)
+    return rendered
 
 
 if __name__ == "__main__":
