@@ -78,18 +78,18 @@ def refuse_all_frozen(module: nn.Module, specs: Sequence[EncoderSpec], losses: S
     )
 
 
-def refuse_lockstep(specs: Sequence[EncoderSpec], losses: Sequence[Loss]) -> None:
-    """Raises ValueError where not every step takes the same weights in the same order, as ZeRO stage 3 wants it.
-
-    Args:
-        specs: of the encoders.
-        losses: that are built; with more than one, a step takes the weights of one of them.
-    """
+def refuse_compiled(specs: Sequence[EncoderSpec]) -> None:
+    """Raises ValueError where layers are compiled, whose weights ZeRO stage 3 gathers while they run."""
     if any(spec.compile_layers for spec in specs):
         raise ValueError(
             "model.encoder.compile_layers is true, but ZeRO stage 3 gathers the weights of a layer while it "
             "runs: set it to false, or take stage 2 (configs/hardware/zero2.yaml)"
         )
+
+
+def refuse_idle_heads(losses: Sequence[Loss]) -> None:
+    """Raises ValueError where a step takes the weights of one of several losses that are built: under ZeRO stage 3
+    every step has to take the same ones."""
     heads = [type(loss).__name__ for loss in losses if list(loss.parameters())]
     if len(losses) > 1 and heads:
         raise ValueError(

@@ -30,8 +30,9 @@ from trainer.losses.base import refuse_incomplete, refuse_not_positive
 from trainer.memory import explained_memory
 from trainer.model_refusals import (
     refuse_all_frozen,
+    refuse_compiled,
     refuse_idle,
-    refuse_lockstep,
+    refuse_idle_heads,
     refuse_missing_teacher,
     refuse_names,
     refuse_prompts,
@@ -211,12 +212,14 @@ class EmbeddingModule(LightningModule):
             return
         strategy = self.trainer.strategy
         lockstep = isinstance(strategy, ZeRO) and strategy.stage == 3
+        if lockstep:
+            refuse_compiled(self.encoder_specs)
         self.encoder = load_encoder(self.encoder_spec, self.document_spec, self.max_tokens, self.data.text)
         self._base = BaseWeights(self.encoder_specs, self.encoder.parts)
         for loss in self.all_losses:
             loss.build(self.encoder.embedding_dimension)
         if lockstep:
-            refuse_lockstep(self.encoder_specs, self.all_losses)
+            refuse_idle_heads(self.all_losses)
         for part in self.encoder.parts.values():
             part.lockstep = lockstep
         self.train()  # transformers loads in evaluation mode, in which dropout is off
