@@ -63,35 +63,12 @@ def _resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def plot(runs: list[dict[str, Any]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4))
-    for tiled, name in ((True, "in tiles"), (False, "whole")):
-        chosen = [run for run in runs if run["tiled"] == tiled]
-        rows = [run["rows"] for run in chosen]
-        axes[0].plot(rows, [run["bytes_above"] / 2**30 for run in chosen], "o-", label=name)
-        axes[1].plot(rows, [run["cpu_seconds"] for run in chosen], "o-", label=name)
-    for axis, unit in zip(axes, ("GiB above the embeddings", "CPU seconds, forward and backward"), strict=True):
-        axis.set(xscale="log", yscale="log", xlabel=f"pairs in the batch (D = {DIMENSION}, float32)", ylabel=unit)
-        axis.set_xticks(TILED, [f"{size // 1024}k" for size in TILED])
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-        axis.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--one", nargs=2, metavar=("ROWS", "TILED"), help="measure in this process and print JSON")
     parser.add_argument("--tiled", type=int, nargs="*", default=TILED, help="sizes in tiles")
     parser.add_argument("--whole", type=int, nargs="*", default=WHOLE, help="sizes with all logits at once")
     parser.add_argument("--json", type=Path, default=RESULTS / "loss-memory.json")
-    parser.add_argument("--plot", type=Path, default=RESULTS / "loss-memory.png")
     args = parser.parse_args()
     if args.one:
         print(json.dumps(measure(int(args.one[0]), args.one[1] == "1")))
@@ -103,7 +80,6 @@ def main() -> None:
         runs.append(json.loads(done.stdout))
         print(runs[-1], flush=True)
         args.json.write_text(json.dumps({"provenance": provenance(), "runs": runs}, indent=1) + "\n")
-    plot(runs, args.plot)
 
 
 if __name__ == "__main__":

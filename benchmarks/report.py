@@ -24,11 +24,12 @@ figures mean, and how they are taken, stands in [README.md](README.md); the trie
 ratio is ours over theirs in speed, the median of the rounds (lowest to highest round behind it), and ours over theirs
 in memory. The share is the arithmetic of the texts' tokens over what torch's large matrix products reached in the same
 minutes; in fp32 on a CPU our layers take those of oneDNN, which are faster where MKL is not at home. The loss is the
-mean of all steps, warm-up included: the same rows, dropout masks apart. Of one rank and two, compare rows per second
-within a side only.
+mean of all steps, warm-up included: the same rows, dropout masks apart. Pieces are those that the whole file uses: ours
+trains their embeddings, theirs all. Of one rank and two, compare rows per second within a side only; the speed-up is
+the median of the rounds', not that of the medians beside it.
 """
 _STEP = ("shape", "batch", "precision")
-_SPEED = (*_STEP, "side", "rows/s", "tokens/s", "share", "peak MiB", "loss", "ours is", "its memory", "run")
+_SPEED = (*_STEP, "pieces", "side", "rows/s", "tokens/s", "share", "peak MiB", "loss", "ours is", "its memory", "run")
 _MEMORY = (*_STEP, "peak MiB", "ours is", "run")
 _QUALITY = ("set", "precision", "side", "before", "after, mean and deviation", "seeds", "run")
 _SCALING = (*_STEP, "side", "rows/s on 1", "on 2", "speed-up", "gradient MB", "other MB", "run")
@@ -70,15 +71,21 @@ def _speed_rows(content: dict[str, Any]) -> Iterable[Sequence[str]]:
                 report["shape"],
                 f"{report['batch_size']:,}",
                 report["precision"],
+                f"{report['prepared']['used_pieces']:,}",
                 name,
                 f"{side['rows_per_s']:,.1f}",
                 f"{side['tokens_per_s']:,.0f}",
                 share,
                 f"{side['peak_device_mib'] or side['peak_host_mib']:,.0f}",
                 f"{statistics.mean(side['losses']):.4f}",
-                f"**{ratio['speed']:.2f}x** ({min(each):.2f} to {max(each):.2f})" if ratio else "",
+                f"**{ratio['speed']:.2f}x** {spread(each)}" if ratio else "",
                 f"{ratio['memory']:.2f}x" if ratio else "",
             )
+
+
+def spread(rounds: Sequence[float]) -> str:
+    """What stands behind a median."""
+    return "(1 round)" if len(rounds) == 1 else f"({min(rounds):.2f} to {max(rounds):.2f})"
 
 
 def _memory_rows(content: dict[str, Any]) -> Iterable[Sequence[str]]:

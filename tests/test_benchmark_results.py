@@ -50,7 +50,8 @@ def test_the_readme_quotes_the_files() -> None:
         ours, theirs = (f"{content['sides'][side]['rows_per_s']:.1f}" for side in ("ours", "default"))
         ratio = content["ratios"]["default"]
         rounds = ratio["speed_each_round"]
-        speed = f"{ratio['speed']:.2f} ({min(rounds):.2f} to {max(rounds):.2f})"
+        spread = f"({min(rounds):.2f} to {max(rounds):.2f})" if len(rounds) > 1 else "(1 round)"
+        speed = f"{ratio['speed']:.2f} {spread}"
         row = f"| {content['precision']} | {ours} | {theirs} | {speed} | {ratio['memory']:.2f} |"
         assert row in readme, path.name
 
@@ -84,6 +85,7 @@ def test_each_kind_of_file_has_its_rows(tmp_path: Path) -> None:
         "shape": "stsb",
         "batch_size": 16,
         "precision": "bf16",
+        "prepared": {"used_pieces": 10796},
         "sides": {
             "ours": {**ours, "peak_device_mib": None, "peak_host_mib": 500.0},
             "default": {**theirs, "peak_device_mib": None, "peak_host_mib": 1000.0},
@@ -126,12 +128,15 @@ def test_each_kind_of_file_has_its_rows(tmp_path: Path) -> None:
         path.write_text(json.dumps({**MACHINE, **content}))
     text = report.document(tmp_path)
     rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert "| stsb | 16 | bf16 | ours | 60.0 | 1,800 | 0.50 (0.60 with replays) | 500 | 1.5000 |  |  | [1] |" in rows
     assert (
-        "| stsb | 16 | bf16 | default | 20.0 | 1,800 | 0.50 | 1,000 | 1.5000 | **3.00x** (2.90 to 3.10) | 0.50x | [1] |"
+        "| stsb | 16 | bf16 | 10,796 | ours | 60.0 | 1,800 | 0.50 (0.60 with replays) | 500 | 1.5000 |  |  | [1] |"
         in rows
     )
-    assert [row for row in rows if row.startswith("| ja-en | 16 | bf16 | default") and row.endswith("[2] |")]
+    assert (
+        "| stsb | 16 | bf16 | 10,796 | default | 20.0 | 1,800 | 0.50 | 1,000 | 1.5000 | **3.00x** (2.90 to 3.10) "
+        "| 0.50x | [1] |" in rows
+    )
+    assert [row for row in rows if row.startswith("| ja-en | 16 | bf16 | 10,796 | default") and row.endswith("[2] |")]
     assert "| stsb | 16 | fp32 | ours 1, best 4 | 0.25x of best | [3] |" in rows
     assert "| ja-en | 16 | fp32 | ours | 10.0 | 18.0 | 1.80x | 90.0 | 1.00 | [4] |" in rows
     assert "A GPU, 2 threads; generated texts" in text

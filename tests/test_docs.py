@@ -66,6 +66,7 @@ def test_quoted_messages_are_in_the_source() -> None:
                 strings.append("".join(map(str, parts)))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 strings.append(node.value)
+    strings += [screen.read_text(encoding="utf-8") for screen in ROOT.glob("trainer/help/*.txt")]
     text = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
     quotes = [quote for quote in re.findall(r"`([^`\n]+)`", text) if " " in quote and "trainer " not in quote]
     quotes = [quote for quote in quotes if not re.match(r"[a-z_]+: \S+$", quote)]  # settings
