@@ -33,7 +33,7 @@ def make_run(folder: Path, recipe: str = "cosine", seed: int = 1, steps: int = S
         "model": {"encoder": {"backbone": "all-MiniLM-L6-v2", "dropout": None}, "loss": LOSSES[recipe],
                   "learning_rate": rate},
         "data": {"train": [{"path": "pairs.jsonl.gz", "columns": {"anchor": "sentence1", "positive": "sentence2"}}],
-                 "batch_size": batch, "cache_dir": f"/cache/{seed}"},
+                 "batch_size": batch, "cache_dir": f"/cache/{seed}", "stream_cache_gib": 8 + seed},
         "trainer": {"default_root_dir": str(folder), "max_epochs": 3, "devices": 1},
         "tracking": {"wandb": "off", "name": f"{recipe} {seed}"},
         "ckpt_path": None,

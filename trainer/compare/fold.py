@@ -15,8 +15,8 @@ from trainer.tracking.runs import RunRecord, best, final, last, number
 
 # Of a config: the seed, and where a run lies and how it is watched.
 _NOT_COMPARED = re.compile(
-    r"seed_everything|data\.(seed|cache_dir)|ckpt_path|weights_only|trainer\.(default_root_dir|logger(\..*)?|enable_.*)"
-    r"|(tracking|watch|check|resume)\..*|config"
+    r"seed_everything|data\.(seed|cache_dir|stream_cache_gib)|model\.print_first_batch|ckpt_path|weights_only"
+    r"|trainer\.(default_root_dir|logger(\..*)?|enable_.*)|(tracking|watch|check|resume)\..*|config"
 )
 _MACHINE = ("device", "ranks", "nodes")  # of run.json: what a run costs follows from them
 _OF_ONE_RUN = re.compile(r"(^|[_\-/])(seed|job|s)[=\-_]?\d+(?=$|[_\-/])")
