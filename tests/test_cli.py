@@ -1053,6 +1053,50 @@ def test_nothing_of_a_replaced_list_is_left(recipe: Path, tmp_path: Path) -> Non
     assert (one.path, one.max_rows) == ("new.jsonl", 5)
 
 
+def test_nothing_of_a_replaced_class_is_left(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """SigLIP, GISTEmbed and InfoNCE have arguments of the same names, Matryoshka takes a loss of its own."""
+
+    def settings(*args: str, old: Any = "InfoNCE") -> Any:
+        tuned = {"class_path": "InfoNCE", "init_args": {"scale": 77, "mask_false_negatives": False}}
+        loss = tuned if old == "InfoNCE" else {"class_path": old, "init_args": {"loss": tuned, "dims": [8]}}
+        Path("old.yaml").write_text(yaml.safe_dump({"model": {"loss": loss, "losses": {"second": tuned}}}))
+        words = ["--config", str(recipe), "--config", "old.yaml", *args]
+        return run(["fit", *words], read_command(words), execute=False).effective_config()["model"]
+
+    def file(text: str) -> tuple[str, str]:
+        path = Path(f"{len(list(Path().glob('*.yaml')))}.yaml")
+        path.write_text(f"model: {text}")
+        return "--config", str(path)
+
+    theirs = {"scale": 10.0, "bias": -10.0, "mask_false_negatives": True}  # of Zhai et al., eq. 1: t' = log 10, b = -10
+    for words in (
+        ["--model.loss", "SigLIP"],
+        ["--model.loss.class_path", "SigLIP"],
+        file("{loss: SigLIP}"),
+        file("{loss: {class_path: SigLIP}}"),
+    ):
+        assert settings(*words)["loss"] == {"class_path": "trainer.losses.SigLIP", "init_args": theirs}
+    later = settings("--model.loss", "SigLIP", "--model.loss.scale", "30")["loss"]["init_args"]
+    assert later == theirs | {"scale": 30.0}
+    assert settings(*file("{loss: {class_path: SigLIP, init_args: {bias: -5}}}"))["loss"]["init_args"] == theirs | {
+        "bias": -5.0
+    }
+    for words in (["--model.losses.second", "SigLIP"], file("{losses: {second: SigLIP}}")):
+        assert settings(*words)["losses"]["second"]["init_args"] == theirs
+    nested = settings(*file("{loss: {class_path: Matryoshka, init_args: {loss: SigLIP}}}"), old="Matryoshka")["loss"]
+    assert nested["init_args"]["loss"]["init_args"] == theirs
+    assert nested["init_args"]["dims"] == [8]
+    for same in ("InfoNCE", "trainer.losses.InfoNCE", "trainer.losses.infonce.InfoNCE"):
+        for words in (
+            ["--model.loss", same],
+            file(f"{{loss: {{class_path: {same}, init_args: {{similarity: dot}}}}}}"),
+        ):
+            kept = settings(*words)["loss"]["init_args"]
+            assert (kept["scale"], kept["mask_false_negatives"]) == (77.0, False)
+    said = refused(capsys, ["fit", "--config", str(recipe), "--model.loss.scale", "30", "--model.loss", "SigLIP"])
+    assert said == "flag --model.loss.scale stands before --model.loss, which takes its place: put it behind"
+
+
 def test_error_of_our_own_is_one_line(
     recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -51,6 +51,15 @@ def check_written(groups: Mapping[str, Any], links: Mapping[str, str], written: 
     for target, source in links.items():
         if place := written.place(target):
             raise ConfigError(f"{place}: '{target}' always follows '{source}'; set that one")
+    for index, flag in enumerate(written.flags):
+        node = compose_flag(flag)
+        if isinstance(node, yaml.MappingNode) and all(key.value != "class_path" for key, _ in node.value):
+            continue  # keys are added to those that stand there
+        for earlier in written.flags[:index]:
+            if earlier.key.startswith(f"{flag.key}."):
+                raise ConfigError(
+                    f"flag --{earlier.key} stands before --{flag.key}, which takes its place: put it behind"
+                )
     for file in written.files:
         for key, value in file.value:
             if inspect.isclass(groups.get(key.value)) and groups[key.value].__module__ != "builtins":

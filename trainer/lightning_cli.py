@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import transformers
 import yaml
-from jsonargparse import set_parsing_settings
+from jsonargparse import Namespace, _typehints, set_parsing_settings
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -57,6 +57,20 @@ from trainer.trainer_refusals import (
 # No value is built where any value fits. Naming a deny list, be it empty, turns jsonargparse's own one (os, subprocess,
 # pickle, importlib, ...) from a warning into a refusal.
 set_parsing_settings(instantiate_subclass_spec_in_any=False, import_path_denylist=[])
+
+
+def _discard_settings(_: Any, before: Any, now: Any) -> None:
+    """Nothing of a class that is replaced is left: a scale of 20 is tuned for InfoNCE, and not for SigLIP.
+
+    jsonargparse keeps what both classes have an argument for.
+    """
+    if before and before.get("init_args") and (old := before["class_path"]):  # no path: keys without a class
+        new = now["class_path"]
+        if old != new and _typehints.import_object(old) is not _typehints.import_object(new):
+            before["init_args"] = Namespace()
+
+
+_typehints.discard_init_args_on_class_path_change = _discard_settings
 # Defaults of some callbacks are members of an enum (the interval of Lightning's Timer), which PyYAML refuses to write.
 yaml.SafeDumper.add_multi_representer(enum.Enum, lambda dumper, member: dumper.represent_data(member.value))
 
