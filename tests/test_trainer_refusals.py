@@ -14,6 +14,8 @@ import pytest
 
 from tests.tiny_recipe import write_tiny_recipe
 from trainer.cli import main
+from trainer.config_files import read_command
+from trainer.lightning_cli import run
 
 
 @pytest.fixture(autouse=True)
@@ -192,3 +194,15 @@ def test_a_monitor_that_no_set_measures_is_one_sentence(recipe: Path, capsys: py
     said = capsys.readouterr().err
     assert "error: EarlyStopping: monitor 'train/loss' was not measured, for no set is: only eval/... can be" in said
     assert "Traceback" not in said
+
+
+def test_stopping_because_it_gets_better_is_refused(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Lightning's mode is min where none is given; every metric of ours is better when it is higher."""
+    metric = "eval/dev/spearman_cosine"
+    stop = ["--trainer.callbacks+=EarlyStopping", f"--trainer.callbacks.monitor={metric}"]
+    said = refused(capsys, recipe, *stop)
+    assert f"EarlyStopping has mode min (what Lightning takes by default), but more of {metric} is better" in said
+    lower = ["--checkpoint.monitor", metric, "--checkpoint.mode", "min"]
+    for allowed in (["--trainer.callbacks.mode=max"], lower):
+        words = ["--config", str(recipe), *stop, *allowed]
+        run(["fit", *words], read_command(words), execute=False)

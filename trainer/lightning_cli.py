@@ -224,7 +224,10 @@ class TrainerCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         theirs = self._get(self.config_init, "trainer").callbacks or []  # before Lightning counts the progress bars
-        refuse_callbacks(theirs if isinstance(theirs, list) else [theirs], self.written.place("trainer.callbacks"))
+        watched = self.options.checkpoint
+        lower = watched.monitor if watched.mode == "min" else None
+        place = self.written.place("trainer.callbacks")
+        refuse_callbacks(theirs if isinstance(theirs, list) else [theirs], place, lower)
         plugins = self._get(self.config_init, "trainer").plugins or []
         self.checkpoint_io = DirectoryCheckpointIO()
         kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), self.checkpoint_io]

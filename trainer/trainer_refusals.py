@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     BatchSizeFinder,
+    EarlyStopping,
     GradientAccumulationScheduler,
     LearningRateFinder,
     ProgressBar,
@@ -21,6 +22,7 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from trainer.config_files import ConfigError, Written
 from trainer.run_dir import is_first_rank
+from trainer.tracking.direction import direction
 
 NO_ACCUMULATION = (
     "data.batch_size is the global batch of one optimizer step, and model.max_tokens bounds the memory "
@@ -116,10 +118,23 @@ def refuse_nothing_to_evaluate(options: Any, command: str, written: Written) -> 
         raise ConfigError(f"{written.place(key)}: {key} is 0: {nothing}; leave it out")
 
 
-def refuse_callbacks(callbacks: Sequence[Callback], place: str) -> None:
+def refuse_callbacks(callbacks: Sequence[Callback], place: str, lower: str | None = None) -> None:
     """Callbacks of the user that train other steps, or save other weights, than the run accounts for, and others that
-    have no place in it."""
+    have no place in it; and those that would stop a run because it gets better.
+
+    Args:
+        callbacks: of the user.
+        place: where they are written.
+        lower: metric of which less is better, as checkpoint.monitor and checkpoint.mode say.
+    """
     for callback in callbacks:
+        falling = callback.monitor if isinstance(callback, EarlyStopping) and callback.mode == "min" else ""
+        if direction(falling) == "max" and falling != lower:
+            raise ConfigError(
+                f"{f'{place}: ' if place else ''}EarlyStopping has mode min (what Lightning takes by default), but "
+                f"more of {falling} is better: set mode: max; if less of your own metric is better, set "
+                f"checkpoint.monitor: {falling} and checkpoint.mode: min too"
+            )
         for kind, reason in CALLBACKS.items():
             if isinstance(callback, kind):
                 name = type(callback).__name__

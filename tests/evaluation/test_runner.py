@@ -142,12 +142,19 @@ def test_metrics_are_those_of_the_weights_in_evaluation_mode(
 
 
 @pytest.mark.parametrize("options", [{}, {"val_check_interval": 0.5}])
-def test_early_stopping(tmp_path: Path, tiny_encoder: Path, rows: list[Path], options: dict[str, Any]) -> None:
+def test_early_stopping(
+    tmp_path: Path, tiny_encoder: Path, rows: list[Path], options: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     """It stops where the metric can't get better, at the end of an epoch or in the middle of one."""
     stop = EarlyStopping(METRIC, mode="max", patience=1, min_delta=2.0)
     _, _, trainer = fit(tmp_path, tiny_encoder, rows, stop, max_epochs=5, **options)
     assert trainer.global_step == (12 if not options else 6)
     assert evaluated_steps(tmp_path) == ([0, 6, 12] if not options else [0, 3, 6])
+    best = next(row[METRIC] for row in read_metrics(tmp_path) if row["step"] == (6 if not options else 3))
+    assert (
+        f"EarlyStopping ended the run at step {trainer.global_step}: {METRIC} was not better than {best:.4f} for 1 "
+        "evaluations (patience 1)\n"
+    ) in capsys.readouterr().out
 
 
 class StopAt(SaveAt):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from torch import Tensor, nn
 
 from trainer.batch import PackedBatch
@@ -114,6 +115,7 @@ class Evaluation(Callback):
         trainer.callback_metrics.update(_as_tensors(self.last_metrics))
         for callback, patience in zip(trainer.early_stopping_callbacks, self._patience, strict=True):
             callback.patience = patience  # a checkpoint would bring its own
+            callback.stopping_reason = EarlyStoppingReason.NOT_STOPPED  # and why the run had ended
             if callback.wait_count >= patience:
                 trainer.should_stop = True  # it was decided at this step
                 gather.warn(
@@ -136,6 +138,19 @@ class Evaluation(Callback):
         # A run that stops early; the planned last step was evaluated in its own hook, before its checkpoint.
         if self.last_step != trainer.global_step:
             self._evaluate_step(trainer, pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for callback in trainer.early_stopping_callbacks if trainer.is_global_zero else ():
+            if callback.stopping_reason is EarlyStoppingReason.PATIENCE_EXHAUSTED:
+                said = (
+                    f"{callback.monitor} was not better than {callback.best_score:.4f} for {callback.wait_count} "
+                    f"evaluations (patience {callback.patience})"
+                )
+            elif callback.stopping_reason is not EarlyStoppingReason.NOT_STOPPED:
+                said = str(callback.stopping_reason_message).removesuffix(" Signaling Trainer to stop.")
+            else:
+                continue
+            print(f"EarlyStopping ended the run at step {trainer.global_step}: {said}")
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._evaluate_outside_fit(trainer, pl_module)
