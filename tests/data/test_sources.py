@@ -445,6 +445,17 @@ def test_other_encodings_and_shapes_of_json_are_named(tmp_path: Path) -> None:
     assert "z.jsonl:1: a JSON object is expected, not list" in message
 
 
+def test_names_of_the_data_as_keys_of_columns() -> None:
+    """The other way round than they are meant; what is far from every key of ours is not guessed."""
+    with pytest.raises(ValueError, match=r"values are columns of the data: write anchor: Question$"):
+        Source("x", {"Question": "Question", "positive": "b"})
+    with pytest.raises(ValueError, match=r"values are columns of the data: write positive: sentence2$"):
+        Source("x", {"anchor": "sentence1", "sentence2": "sentence2"})
+    for far in ("sentence_1", "context", "output", "is_duplicate"):
+        with pytest.raises(ValueError, match=r"score_1, \.\.\., group, id\.$"):
+            Source("x", {far: "a", "positive": "b"})
+
+
 LABELLED = {"text": "t", "label": "y"}
 
 

@@ -32,10 +32,10 @@ def cause_of(error: Exception) -> str:
     return (str(error) or "no reason given").splitlines()[0]
 
 
-def did_you_mean(name: str, known: Collection[str]) -> str:
-    """The sentence `` Did you mean 'x'?``, or nothing where no known name is near."""
+def did_you_mean(name: str, known: Collection[str], cutoff: float = 0.5) -> str:
+    """The sentence `` Did you mean 'x'?``, or nothing where no known name is near (1: only the same one)."""
     lowered = {k.lower(): k for k in known}
-    near = get_close_matches(name.lower(), lowered, n=1, cutoff=0.5)
+    near = get_close_matches(name.lower(), lowered, n=1, cutoff=cutoff)
     return f" Did you mean '{lowered[near[0]]}'?" if near else ""
 
 

@@ -22,6 +22,14 @@ _LISTS = ("positives", "negatives")
 _KNOWN = (
     "text", "anchor", "positive", "negative", "negative_1", *_LISTS, "label", "score", "score_1", "group", "id",
 )  # fmt: skip
+# What columns are often called in the data -> the key that they go below.
+_THEIRS = {
+    **dict.fromkeys(("sentence1", "query", "question", "premise", "source", "english"), "anchor"),
+    **dict.fromkeys(
+        ("sentence2", "answer", "hypothesis", "passage", "document", "response", "target", "pos"), "positive"
+    ),
+    "neg": "negative",
+}
 # What a set that is searched has: of the queries, of the corpus, of the judgements.
 SEARCH_COLUMNS = (
     "query_id", "query", "document_id", "title", "document", "judged_query", "judged_document", "relevance",
@@ -92,10 +100,15 @@ class Source:
     def __post_init__(self) -> None:
         for name in self.columns:
             if not _TEXT.fullmatch(name) and name not in _KNOWN and not _CANDIDATE_SCORE.fullmatch(name):
+                ours = _THEIRS.get(name.lower())
+                hint = (
+                    f" Keys are names of ours, values are columns of the data: write {ours}: {self.columns[name]}"
+                    if ours
+                    else did_you_mean(name, _KNOWN, cutoff=0.75)
+                )
                 raise ValueError(
                     f"{self.path}: columns has '{name}', which is none of text, anchor, positive, negative, "
-                    "negative_1, ..., positives, negatives, label, score, score_1, ..., group, id."
-                    f"{did_you_mean(name, _KNOWN)}"
+                    f"negative_1, ..., positives, negatives, label, score, score_1, ..., group, id.{hint}"
                 )
         expected = tuple(f"score_{number + 1}" for number in range(len(self.candidate_scores)))
         if self.candidate_scores != expected:
