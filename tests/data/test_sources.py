@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from torch import Tensor
 
@@ -472,6 +473,35 @@ def test_words_as_labels_show_the_label_map_to_write(tmp_path: Path) -> None:
     assert labels.tolist() == [1, 0, 2, 0]
     message = failure(Source(path, {"text": "t", "score": "y"}), tmp_path / "c2")
     assert "Map them to scores, with numbers of your own: label_map: {entailment: 0.0" in message
+
+
+def test_many_words_as_labels_show_their_whole_label_map(tmp_path: Path) -> None:
+    """Intents are often some hundreds; what is shown is YAML, and is taken as it stands."""
+    rows = [{"t": "x", "y": f"intent {number:03}"} for number in range(300)]
+    path = write_lines(tmp_path / "x.jsonl", *rows)
+    message = failure(Source(path, LABELLED), tmp_path / "c")
+    assert "column 'y' holds 300 different words. Map them to class numbers: label_map: {intent 000: 0, " in message
+    shown = yaml.safe_load(message.partition("numbers: ")[2])["label_map"]
+    labels = load(Source(path, LABELLED, label_map=shown), tmp_path / "c").data.column("label").to_numpy()
+    assert labels.tolist() == list(range(300))
+    path = write_lines(tmp_path / "y.jsonl", *({"t": "x", "y": f"word{number:04}"} for number in range(600)))
+    message = failure(Source(path, LABELLED), tmp_path / "c2")
+    assert "holds 600 different words" in message
+    assert message.endswith("label_map: {word0000: 0, word0001: 1, word0002: 2, word0003: 3, word0004: 4, ...}")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "cause"),
+    [
+        ("score", [0.5, 0.25], "holds a list, not a number; if it has one of each candidate, write score_1: y.0, "),
+        ("score", "1,5", "is '1,5' with a decimal comma; write 1.5"),
+        ("label", "1,5", "is '1,5' with a decimal comma; write 1.5"),
+        ("label", 0.5, "is 0.5, not a whole class number; if it is a degree, name the column score"),
+    ],
+)
+def test_a_target_of_another_kind_says_what_to_write(key: str, value: object, cause: str, tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "x.jsonl", {"t": "x", "y": value}, {"t": "z", "y": value})
+    assert failure(Source(path, {"text": "t", key: "y"}), tmp_path / "c").startswith(f"{path}:1: column 'y' {cause}")
 
 
 def test_a_value_outside_the_label_map_is_a_bad_row(tmp_path: Path) -> None:

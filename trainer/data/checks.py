@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 _LISTED = 5  # bad rows that an error quotes
 _COUNTED = 1000  # bad rows over the budget until reading stops
+_MAPPED = 500  # words of labels of which an error shows the whole map
+_SCORED = 20  # words that may stand for a score
 _PEEKED = 100  # rows that show whether labels are words
 
 
@@ -83,9 +85,9 @@ def _checks(source: Source, rows: Rows, columns: dict[str, Column]) -> list[tupl
         label_map = source.label_map if name == source.mapped_column else None
         class_names = rows.class_names.get(column.name)
         if name == "score":
-            checks.append((column, score_check(source.score_range, label_map, class_names)))
+            checks.append((column, score_check(source.score_range, label_map, class_names, str(column))))
         elif name in source.candidate_scores:
-            checks.append((column, score_check(None, None, None)))  # on a teacher's own scale
+            checks.append((column, score_check(None, None, None, str(column))))  # on a teacher's own scale
         elif name == "label":
             checks.append((column, label_check(label_map, class_names)))
         elif name == "id":
@@ -132,12 +134,22 @@ def _refuse_words(source: Source, rows: Rows, columns: dict[str, Column]) -> Ite
 
 
 def _words_remedy(name: str, words: list[str]) -> str:
-    if len(words) > 20:
-        return f"holds {len(words)} different words ({', '.join(words[:_LISTED])}, ...), not a {name}"
+    if len(words) > (_MAPPED if name == "label" else _SCORED):
+        held = f"holds {len(words)} different words ({', '.join(words[:_LISTED])}, ...), not a {name}"
+        if name != "label":
+            return held
+        begun = _label_map({word: number for number, word in enumerate(words[:_LISTED])}).removesuffix("}")
+        return f"{held}. Map them to class numbers: {begun}, ...}}"
     numbers = {word: number if name == "label" else 0.0 for number, word in enumerate(words)}
-    written = yaml.safe_dump({"label_map": numbers}, default_flow_style=True, allow_unicode=True, width=10_000)
     kind = "class numbers" if name == "label" else "scores, with numbers of your own"
-    return f"holds words: {', '.join(words)}. Map them to {kind}: {written.strip()[1:-1]}"
+    held = f"words: {', '.join(words)}" if len(words) <= _SCORED else f"{len(words)} different words"
+    return f"holds {held}. Map them to {kind}: {_label_map(numbers)}"
+
+
+def _label_map(numbers: dict[str, float]) -> str:
+    """As a config says it, in one line."""
+    written = yaml.safe_dump({"label_map": numbers}, default_flow_style=True, allow_unicode=True, width=1_000_000)
+    return str(written).strip()[1:-1]
 
 
 def _asked(wanted: object) -> str:

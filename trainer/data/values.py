@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
@@ -83,10 +84,22 @@ def score_check(
     score_range: tuple[float, float] | None,
     label_map: Mapping[str, float] | None,
     names: Sequence[str] | None,
+    column: str = "score",
 ) -> Callable[[object], float]:
-    """A check that turns a cell into a score, mapped linearly from ``score_range`` (if given) to 0..1."""
+    """A check that turns a cell into a score, mapped linearly from ``score_range`` (if given) to 0..1.
+
+    Args:
+        score_range: lowest and highest score of the data.
+        label_map: value in the data -> score.
+        names: class names of the column.
+        column: of the data.
+    """
 
     def check(value: object) -> float:
+        if isinstance(value, list):
+            each = ", ".join(f"score_{place + 1}: {column}.{place}" for place in range(min(len(value), 2)))
+            more = ", ..." if len(value) > 2 else ""
+            raise BadValueError(f"holds a list, not a number; if it has one of each candidate, write {each}{more}")
         number = _look_up(value, label_map, names) if label_map is not None else to_number(value)
         if score_range is None:
             return number
@@ -104,7 +117,7 @@ def label_check(label_map: Mapping[str, float] | None, names: Sequence[str] | No
     def check(value: object) -> int:
         number = _look_up(value, label_map, names) if label_map is not None else to_number(value)
         if not number.is_integer():
-            raise BadValueError(f"is {number:g}, not a whole class number")
+            raise BadValueError(f"is {number:g}, not a whole class number; if it is a degree, name the column score")
         if not 0 <= number <= MAX_LABEL:
             raise BadValueError(f"is {number:g}, classes are numbered 0, 1, 2, ...")
         return int(number)
@@ -118,6 +131,8 @@ def to_number(value: object) -> float:
         raise BadValueError("is null")
     if not isinstance(value, (str, int, float, Decimal)):
         raise BadValueError(f"holds {_kind(value)}, not a number")
+    if has_decimal_comma(value):
+        raise BadValueError(f"is '{value!s:.40}' with a decimal comma; write {str(value).strip().replace(',', '.')}")
     try:
         number = float(value)
     except ValueError:
@@ -164,9 +179,16 @@ def shown(value: object, names: Sequence[str] | None = None) -> str:
     return "null" if value is None else f"'{_keys(value, names)[0]:.40}'"
 
 
+def has_decimal_comma(value: object) -> bool:
+    """Whether a text is a number as much of Europe writes it, "1,5"; "1,500" may be one of thousands."""
+    if not isinstance(value, str) or re.fullmatch(r"\s*[+-]?[1-9]\d{0,2},\d{3}\s*", value):
+        return False
+    return re.fullmatch(r"\s*[+-]?\d+,\d+\s*", value) is not None
+
+
 def is_word(value: object) -> bool:
     """Whether a label can only be read through a label_map."""
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str) or not value.strip() or has_decimal_comma(value):
         return False
     try:
         float(value)
