@@ -196,6 +196,31 @@ def test_a_monitor_that_no_set_measures_is_one_sentence(recipe: Path, capsys: py
     assert "Traceback" not in said
 
 
+def test_a_monitor_of_a_run_that_measures_nothing_is_told(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--checkpoint.monitor", "eval/dev/spearman_cosine", "--trainer.limit_val_batches", "0"]
+    assert main(["fit", "--config", str(recipe), *words]) == 0
+    said = capsys.readouterr().out
+    assert "note: checkpoint.monitor eval/dev/spearman_cosine has no effect: trainer.limit_val_batches is 0" in said
+
+
+def test_a_wrong_path_leaves_no_folder(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "nowhere.csv: no such file" in refused(capsys, recipe, "--data.train.path", "nowhere.csv", code=1)
+
+
+def test_a_misspelt_callback_in_place_of_the_list(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(capsys, recipe, "--trainer.callbacks", "EarlyStoping")
+    assert said == "flag --trainer.callbacks: 'EarlyStoping' is no Callback; did you mean 'EarlyStopping'?"
+
+
+def test_a_module_of_the_user_that_fails(
+    recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("broken_module.py").write_text("raise RuntimeError('no key')\n")
+    monkeypatch.syspath_prepend(os.getcwd())
+    said = refused(capsys, recipe, "--model.loss", "broken_module.Mine")
+    assert said == "flag --model.loss: can't import module broken_module: RuntimeError: no key"
+
+
 def test_stopping_because_it_gets_better_is_refused(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Lightning's mode is min where none is given; every metric of ours is better when it is higher."""
     metric = "eval/dev/spearman_cosine"

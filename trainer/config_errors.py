@@ -14,7 +14,7 @@ import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
-from typing import Any, Union
+from typing import Any, Literal, Union
 
 import yaml
 
@@ -165,6 +165,8 @@ class _Walk:
         elif isinstance(node, yaml.ScalarNode) and _is_group(hint) and not dataclasses.is_dataclass(hint):
             if not node.tag.endswith("null"):
                 self.class_name(node, hint, path)
+        elif (cls := _class_meant(node, hint)) and not fits(node, hint):
+            self.class_name(node, cls, path)  # of a class that is there, the parser says what is wrong
         elif not fits(node, hint) and not self.is_class_of(node, hint):
             self.problems.append(f"{_at(node, path)} {must(hint, node)}{_item_hint(node, hint, path)}")
 
@@ -301,6 +303,15 @@ def _choose(node: yaml.Node, union: Any) -> Any:
         names = [value.value for key, value in node.value if key.value == "class_path"]
         fitting = [option for option in groups if names and _find_class(names[0], option)][:1] or groups[:1]
     return fitting[0] if len(fitting) == 1 else union
+
+
+def _class_meant(node: yaml.Node, union: Any) -> type | None:
+    """The one class of a union of which a word must be the name, for the others take no word."""
+    options = typing.get_args(union) if typing.get_origin(union) in (Union, types.UnionType) else ()
+    groups = [option for option in options if _is_group(option) and not dataclasses.is_dataclass(option)]
+    is_word = isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:str"
+    takes_words = any(option is str or typing.get_origin(option) is Literal for option in options)
+    return groups[0] if is_word and len(groups) == 1 and not takes_words else None
 
 
 def _can_hold(node: yaml.Node, option: Any) -> bool:

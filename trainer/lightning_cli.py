@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +161,10 @@ class TrainerCLI(LightningCLI):
             self.config = parser.parse_args(args)
         except argparse.ArgumentError as error:
             raise ConfigError(explain(str(error), self._known_keys(), LINKS, self.written)) from error
+        except Exception as error:  # of a module of the user's: while it is imported it may raise anything
+            if said := explain("", self._known_keys(), LINKS, self.written):
+                raise ConfigError(said) from error
+            raise
         refuse_values(self.config[self.config.subcommand].trainer, self.written)
 
     def _known_keys(self) -> dict[str, Any]:
@@ -207,6 +211,12 @@ class TrainerCLI(LightningCLI):
         if is_first_rank(os.environ):
             for note in replaced_lists(self.written.files):
                 print(f"note: {note}")
+            watched = self.options.checkpoint.monitor
+            if self.subcommand == "fit" and limits.limit_val_batches == 0 and watched not in (None, "auto"):
+                print(
+                    f"note: checkpoint.monitor {watched} has no effect: trainer.limit_val_batches is 0, so nothing is "
+                    "measured"
+                )
         if self.subcommand != "fit":
             refuse_nothing_to_evaluate(self.options, self.config.subcommand, self.written)
             self._say_what_is_drawn()
@@ -272,9 +282,10 @@ class TrainerCLI(LightningCLI):
         interruption.stop_if_asked()
         config, first = self.effective_config(), is_first_rank(os.environ)
         if first:
+            data = [fingerprint(source) for source in self.datamodule.train_sources]  # a wrong path leaves no folder
             if taken_over := take_lock(self.run_dir, os.environ):
                 print(f"note: {taken_over}")
-            self._match_checkpoint(config)
+            self._match_checkpoint(config, data)
             write_config(config, self.run_dir / "config.yaml")
             if self.options.trainer.logger and (asked := self.options.tracking.wandb) in ("online", "offline"):
                 print(
@@ -288,7 +299,7 @@ class TrainerCLI(LightningCLI):
             run_id = run_id_in(taken) if taken and is_of(self.run_dir, taken) else None
             self.trainer.logger = make_logger(tracking, self.run_dir, config, run_id)
 
-    def _match_checkpoint(self, config: dict[str, Any]) -> None:
+    def _match_checkpoint(self, config: dict[str, Any], data: Sequence[str]) -> None:
         """Refuse to go on as another run than the one that saved; what it is now is what later checkpoints carry."""
         strategy = self.trainer.strategy
         facts = {
@@ -296,7 +307,7 @@ class TrainerCLI(LightningCLI):
             # One process and DDP hold the same, whole state.
             "trainer.strategy": getattr(strategy, "identity", "replicated"),
         }
-        now = identity(config, [fingerprint(source) for source in self.datamodule.train_sources], facts)
+        now = identity(config, data, facts)
         self.checkpoint_io.identity = now
         if self.options.ckpt_path is None:
             return

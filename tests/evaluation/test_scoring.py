@@ -89,3 +89,13 @@ def test_no_rank_waits_for_one_that_fails_to_observe(
 ) -> None:
     said = two_ranks(message_of, run, tiny_encoder, demo_texts, "python", refuse_to_observe)
     assert said == ["dev: 40 texts can't be observed"] * 2
+
+
+def test_a_primary_that_the_score_does_not_return_is_refused(tiny_encoder: Path, demo_texts: list[str]) -> None:
+    class Misnamed(MeanCosine):
+        primary = "average"
+
+    encoder = Encoder(EncoderSpec(str(tiny_encoder), compact_vocabulary="off"), max_tokens=MAX_TOKENS).eval()
+    one = Set("dev", make_rows(demo_texts[:50], 20), Misnamed("python"), encoder.text)
+    with pytest.raises(ValueError, match=r"dev: primary of Misnamed is 'average', but its score returns mean"):
+        evaluate(Recorder(encoder), [one], 0, 1, MAX_TOKENS)  # type: ignore[list-item]

@@ -103,6 +103,11 @@ def _score(
     if rank == 0:
         try:
             metrics = _as_floats(one, score())
+            if (primary := one.evaluator.primary) not in metrics:
+                raise ValueError(
+                    f"{one.name}: primary of {type(one.evaluator).__name__} is '{primary}', but its score returns "
+                    f"{', '.join(metrics) or 'nothing'}"
+                )
             if observe is not None:
                 observe()
         except Exception as error:
