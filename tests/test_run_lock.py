@@ -111,7 +111,18 @@ def test_a_requeued_job_takes_over_from_itself(tmp_path: Path, restart: str, fre
             take_lock(tmp_path, environ)
 
 
-@pytest.mark.parametrize(("printed", "code", "free"), [("RUNNING", 0, False), ("COMPLETED", 0, True), ("", 1, True)])
+@pytest.mark.parametrize(
+    ("printed", "code", "free"),
+    [
+        ("RUNNING", 0, False),
+        ("STOPPED", 0, False),  # scancel --signal=STOP: its processes wait for CONT
+        ("SIGNALING", 0, False),
+        ("COMPLETED", 0, True),
+        ("OUT_OF_MEMORY", 0, True),
+        ("PENDING", 0, True),
+        ("", 1, True),
+    ],
+)
 def test_slurm_is_asked_about_a_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, printed: str, code: int, free: bool
 ) -> None:

@@ -15,8 +15,20 @@ from typing import Any
 from trainer.config_files import ConfigError
 
 FILE_NAME = "run.lock"
-# Of a Slurm job that has ended, or that waits to start again.
-_NOT_RUNNING = {"PENDING", "REQUEUED", "SPECIAL_EXIT", "REQUEUE_HOLD", "REQUEUE_FED"}
+# Of a Slurm job that has ended. In any state that is not named here a process may live: STOPPED, SIGNALING, STAGE_OUT.
+_ENDED = {
+    "BOOT_FAIL",
+    "CANCELLED",
+    "COMPLETED",
+    "DEADLINE",
+    "FAILED",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "PREEMPTED",
+    "TIMEOUT",
+}
+# Of one that waits to start again.
+_WAITING = {"PENDING", "REQUEUED", "SPECIAL_EXIT", "REQUEUE_HOLD", "REQUEUE_FED"}
 # What a file system says that has no hard links: vfat, many of FUSE, some network mounts.
 _NO_LINKS = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM}
 
@@ -116,7 +128,7 @@ def _is_alive(holder: Mapping[str, Any], mine: Mapping[str, Any]) -> bool | None
             return holder["restart"] >= mine["restart"] and _runs_here(holder, mine)
         state = _job_state(holder["job"])
         if state is not None:
-            return bool(state) and state not in _NOT_RUNNING
+            return bool(state) and state not in _ENDED | _WAITING
     return _runs_here(holder, mine)
 
 
@@ -144,7 +156,7 @@ def _job_state(job: str) -> str | None:
     if done.returncode:
         return "" if "Invalid job id" in done.stderr else None
     state = done.stdout.split()
-    return state[0] if state and state[0] in {"RUNNING", "COMPLETING", "SUSPENDED", *_NOT_RUNNING} else ""
+    return state[0] if state else ""
 
 
 def _who(holder: Mapping[str, Any]) -> str:
