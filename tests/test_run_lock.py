@@ -144,6 +144,24 @@ def test_slurm_is_asked_about_a_job(
             take_lock(run_dir, {})
 
 
+def test_a_process_that_outlived_its_job_is_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fit in a shell of an salloc that is over: Slurm has forgotten the job, the process writes on."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "squeue").write_text("#!/bin/sh\necho 'slurm_load_jobs error: Invalid job id specified' >&2\nexit 1\n")
+    (folder / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    run_dir = tmp_path / "run"
+    process = hold(run_dir, SLURM_JOB_ID="999999")
+    try:
+        with pytest.raises(ConfigError, match=f"in use by process {process.pid} on .*, Slurm job 999999; wait for it"):
+            take_lock(run_dir, {})
+    finally:
+        process.kill()
+        process.wait(10)
+    assert f"taken over from process {process.pid} on" in str(take_lock(run_dir, {}))
+
+
 # No file system without hard links can be mounted everywhere: the call is refused as such a one does.
 WITHOUT_LINKS = """
 def refuse(*_):

@@ -126,6 +126,8 @@ def _is_alive(holder: Mapping[str, Any], mine: Mapping[str, Any]) -> bool | None
     if holder["job"] is not None:
         if holder["job"] == mine["job"]:
             return holder["restart"] >= mine["restart"] and _runs_here(holder, mine)
+        if _runs_here(holder, mine):
+            return True  # a shell that has outlived its salloc, a tmux: Slurm knows nothing of it any more
         state = _job_state(holder["job"])
         if state is not None:
             return bool(state) and state not in _ENDED | _WAITING
