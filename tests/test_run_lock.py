@@ -130,7 +130,7 @@ def test_slurm_is_asked_about_a_job(
     folder = tmp_path / "bin"
     folder.mkdir()
     complaint = "echo 'slurm_load_jobs error: Invalid job id specified' >&2;" if code else ""
-    (folder / "squeue").write_text(f"#!/bin/sh\n{complaint}echo {printed}\nexit {code}\n")
+    (folder / "squeue").write_text(f"#!/bin/sh\n{complaint}echo {printed and f'78 {printed}'}\nexit {code}\n")
     (folder / "squeue").chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     run_dir = tmp_path / "run"

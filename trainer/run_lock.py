@@ -150,15 +150,15 @@ def _runs_here(holder: Mapping[str, Any], mine: Mapping[str, Any]) -> bool | Non
 
 def _job_state(job: str) -> str | None:
     """State of a Slurm job, empty where Slurm has forgotten it, None where there is no Slurm to ask."""
-    command = ["squeue", "--noheader", "--jobs", job, "--states=all", "--format=%T"]
+    command = ["squeue", "--noheader", "--jobs", job, "--states=all", "--format=%A %T"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     if done.returncode:
         return "" if "Invalid job id" in done.stderr else None
-    state = done.stdout.split()
-    return state[0] if state else ""
+    # The number of an array is that of its last task, too, and stands for all of them.
+    return dict(line.split(" ", 1) for line in done.stdout.splitlines() if " " in line).get(job, "").strip()
 
 
 def _who(holder: Mapping[str, Any]) -> str:

@@ -39,3 +39,20 @@ def test_a_stopped_job_still_holds_its_directory(slurm: Slurm, tmp_path: Path, m
     slurm.output(["scancel", number])
     wait_for(slurm, number, "CANCELLED")
     assert f"Slurm job {number}, which has ended" in str(take_lock(run_dir, {}))
+
+
+def test_a_task_of_an_array_is_judged_by_itself(slurm: Slurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its last task has the number of the array, under which Slurm names all of them, the waiting ones first."""
+    monkeypatch.setenv("SLURM_CONF", slurm.environ["SLURM_CONF"])
+    number = slurm.output(["sbatch", "--parsable", "--array=1-2", "--requeue", "--wrap", "sleep 100"]).strip()
+    first, last = slurm.numbers(number)
+    assert last == number
+    run_dir = held_by(last, tmp_path / "run")
+    wait_for(slurm, first, "RUNNING")
+    slurm.output(["scontrol", "requeue", first])
+    slurm.requeued(first)
+    states = slurm.output(["squeue", "--noheader", "--states=all", "--format=%T", "-j", number])
+    assert states.split() == ["PENDING", "RUNNING"]
+    with pytest.raises(ConfigError, match=f"Slurm job {last}; wait for it"):
+        take_lock(run_dir, {})
+    slurm.output(["scancel", number])
