@@ -24,7 +24,7 @@ from sentence_transformers.sentence_transformer import losses as st_losses
 
 from tests.compare.made_runs import make_run
 from tests.tiny_recipe import write_tiny_recipe
-from trainer import evaluation, losses
+from trainer import evaluation, lightning_cli, losses
 from trainer.cli import main
 from trainer.config_errors import _dotted_keys
 from trainer.config_files import Flag, read_command
@@ -978,6 +978,36 @@ def test_best_checkpoint_is_missing_or_damaged(recipe: Path, capsys: pytest.Capt
     Path("b/checkpoints/step-00000001/state.ckpt").unlink()
     said = refused(capsys, ["test", *best])
     assert said.startswith("--ckpt_path best (b/checkpoints/step-00000001): state.ckpt is missing; auto takes")
+
+
+@pytest.mark.parametrize("chosen", [1, None])
+def test_steps_saved_between_the_choice_and_the_lock_are_not_abandoned(
+    recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, chosen: int | None
+) -> None:
+    """Another process of this run saves steps 2 and 3, and ends, after this one chose where to go on from."""
+    args = ["fit", "--config", str(recipe), "--checkpoint.save_every_steps", "1", "--checkpoint.keep", "-1"]
+    args += ["--trainer.default_root_dir", "g"]
+    assert main(args) == 0
+    others = [Path(f"g/checkpoints/step-0000000{step}") for step in (1, 2, 3) if step > (chosen or 0)]
+    for folder in others:
+        folder.rename(folder.name)
+    take = lightning_cli.take_lock
+
+    def take_late(*arguments: Any) -> str | None:
+        for folder in others:
+            Path(folder.name).rename(folder)
+        return take(*arguments)
+
+    monkeypatch.setattr(lightning_cli, "take_lock", take_late)
+    capsys.readouterr()
+    assert main([*args, "--ckpt_path", "auto"]) == 2
+    assert capsys.readouterr().err == (
+        "another process has written g while this one started: its newest checkpoint is step-00000003, "
+        f"was {'step-00000001' if chosen else 'none'}; start again\n"
+    )
+    assert len(list(Path("g/checkpoints").glob("step-*"))) == 3
+    assert not Path("g/checkpoints/abandoned").exists()
+    assert not Path("g/run.lock").exists()
 
 
 def test_other_settings_are_refused_and_count_where_they_are_allowed(

@@ -221,6 +221,7 @@ class TrainerCLI(LightningCLI):
             refuse_nothing_to_evaluate(self.options, self.config.subcommand, self.written)
             self._say_what_is_drawn()
         allows = any(flag.key == "resume.allow" for flag in self.written.flags)
+        self.newest_then = newest(self.run_dir)
         self.options.ckpt_path = find_checkpoint(
             self.options.ckpt_path, self.config.subcommand, self.run_dir, os.environ, allows
         )
@@ -285,6 +286,7 @@ class TrainerCLI(LightningCLI):
             data = [fingerprint(source) for source in self.datamodule.train_sources]  # a wrong path leaves no folder
             if taken_over := take_lock(self.run_dir, os.environ):
                 print(f"note: {taken_over}")
+            self._refuse_later_checkpoint()
             self._match_checkpoint(config, data)
             write_config(config, self.run_dir / "config.yaml")
             if self.options.trainer.logger and (asked := self.options.tracking.wandb) in ("online", "offline"):
@@ -298,6 +300,16 @@ class TrainerCLI(LightningCLI):
             taken = Path(self.options.ckpt_path) if first and self.options.ckpt_path else None
             run_id = run_id_in(taken) if taken and is_of(self.run_dir, taken) else None
             self.trainer.logger = make_logger(tracking, self.run_dir, config, run_id)
+
+    def _refuse_later_checkpoint(self) -> None:
+        """Where to go on from was chosen before the lock was held: whoever held it may have saved since, and its steps
+        would be taken for those of an abandoned end."""
+        now, then = newest(self.run_dir), self.newest_then
+        if now != then:
+            raise ConfigError(
+                f"another process has written {self.run_dir} while this one started: its newest checkpoint is "
+                f"{now.name if now else 'gone'}, was {then.name if then else 'none'}; start again"
+            )
 
     def _match_checkpoint(self, config: dict[str, Any], data: Sequence[str]) -> None:
         """Refuse to go on as another run than the one that saved; what it is now is what later checkpoints carry."""
