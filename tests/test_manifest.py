@@ -14,11 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from trainer.checkpoint_path import find_checkpoint
 from trainer.files import sha256_of
 from trainer.manifest import (
     MANIFEST,
     STATE,
     best,
+    clean_up,
     mark_best,
     newest,
     newest_valid,
@@ -83,6 +85,46 @@ def test_a_kill_while_the_older_one_is_removed_leaves_the_newer_one(run_dir: Pat
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert newest_valid(run_dir) == (folder_of(run_dir, 9), {})
     assert torch.equal(read_state(folder_of(run_dir, 9))["state_dict"]["w"], torch.zeros(3))
+
+
+KILLED_BETWEEN_RENAMES = """
+import os, signal, sys, torch
+from pathlib import Path
+from trainer.manifest import write_checkpoint
+def is_second(event, arguments):  # what python reports before it renames
+    if event == "os.rename" and Path(arguments[1]) == Path(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(is_second)
+write_checkpoint({"state_dict": {"w": torch.zeros(3)}, "global_step": 9}, Path(sys.argv[1]), {"step": 9})
+"""
+
+
+def test_a_kill_between_the_renames_of_a_replacement_leaves_the_older_one(run_dir: Path) -> None:
+    mark_best(run_dir, 9)
+    command = [sys.executable, "-c", KILLED_BETWEEN_RENAMES, str(folder_of(run_dir, 9))]
+    killed = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not folder_of(run_dir, 9).exists()
+    for put_back in (False, True):  # who only reads a run finds it, too
+        if put_back:
+            clean_up(run_dir)
+            assert folder_of(run_dir, 9).is_dir()
+        assert newest_valid(run_dir) == (folder_of(run_dir, 9), {})
+        assert newest(run_dir) == best(run_dir) == folder_of(run_dir, 9)
+        assert torch.equal(
+            read_state(folder_of(run_dir, 9))["state_dict"]["weight"], content(9)["state_dict"]["weight"]
+        )
+        for word in ("auto", "best", str(folder_of(run_dir, 9))):
+            assert find_checkpoint(word, "test", run_dir, {}) == str(folder_of(run_dir, 9))
+    assert sorted(os.listdir(run_dir / "checkpoints")) == ["best.json", *(f"step-{n:08d}" for n in (3, 6, 9))]
+
+
+def test_what_is_left_of_a_removal_is_not_put_back(run_dir: Path) -> None:
+    left = folder_of(run_dir, 9).rename(run_dir / "checkpoints" / ".step-00000009.replaced")
+    (left / STATE).unlink()
+    assert newest_valid(run_dir)[0] == folder_of(run_dir, 6)
+    clean_up(run_dir)
+    assert sorted(os.listdir(run_dir / "checkpoints")) == [f"step-{n:08d}" for n in (3, 6)]
 
 
 def test_best_is_a_name_not_a_copy(run_dir: Path) -> None:

@@ -7,7 +7,6 @@ its epochs (`EmbeddingModule.on_fit_start`).
 
 import logging
 import math
-import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -86,8 +85,7 @@ class Checkpoints(Checkpoint):
         if stage == "fit":
             self.refuse_monitor(trainer.datamodule.validation_sets)  # type: ignore[attr-defined]
         if stage == "fit" and trainer.is_global_zero:
-            for left in (self.run_dir / "checkpoints").glob(".step-*"):  # by a kill in the middle of a save
-                shutil.rmtree(left, ignore_errors=True)
+            manifest.clean_up(self.run_dir)
 
     def refuse_monitor(self, sets: Sequence[ValidationSet]) -> None:
         """Raises ValueError where the metric is of none of the sets; which ones a set has is known when it is scored.

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from trainer.config_files import ConfigError
-from trainer.manifest import best, newest, newest_valid, problem, read_manifest
+from trainer.manifest import best, lies_at, newest, newest_valid, problem, read_manifest
 from trainer.run_dir import is_first_rank, refuse_used
 from trainer.tracking.runs import METRICS_FILE, read_log
 
@@ -55,7 +55,7 @@ def find_checkpoint(
             print(f"checkpoint: {found}" if found else f"no checkpoint in {run_dir}: starting fresh{_others(run_dir)}")
         return str(found) if found else None
     path = _best(run_dir) if wanted == "best" else Path(wanted)
-    if not path.is_dir():
+    if not lies_at(path).is_dir():
         raise ConfigError(f"--ckpt_path {wanted}: no such checkpoint (a folder); auto takes the newest of {run_dir}")
     if reason := problem(path):
         name = f"{wanted} ({path})" if wanted == "best" else wanted

@@ -2,8 +2,9 @@
 
 ``checkpoints/step-00000022/`` holds ``state.ckpt`` (what Lightning restores, plain types only) and ``manifest.json``
 (step, ranks, identity of the run, size and sha256 of every other file and of the manifest itself). A directory has its
-name only when all of it is on the disk. ``checkpoints/best.json`` names the step with the best metric. A run that goes
-back to an earlier step moves the later ones into ``checkpoints/abandoned``.
+name only when all of it is on the disk. The same step once more takes its place by two renames; a kill between them
+leaves ``.step-00000022.replaced``, which is read in its stead. ``checkpoints/best.json`` names the step with the best
+metric. A run that goes back to an earlier step moves the later ones into ``checkpoints/abandoned``.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from trainer.files import flush_folder, sha256_of, write_whole
 
 FORMAT = 1
 STATE, MANIFEST, BEST = "state.ckpt", "manifest.json", "best.json"
+_REPLACED = ".replaced"
 _STEP_NAME = re.compile(r"step-(\d+)")
 
 
@@ -62,7 +64,7 @@ def write_checkpoint(content: Mapping[str, Any], folder: Path, about: Mapping[st
         files = {STATE: {"bytes": (partial / STATE).stat().st_size, "sha256": sha256_of(partial / STATE)}}
         manifest = {"format": FORMAT, **about, "files": files}
         write_whole(partial / MANIFEST, json.dumps({**manifest, "sha256": _digest(manifest)}, indent=1))
-        aside = _aside(folder)
+        aside = _replaced(folder)
         if folder.exists():
             # The same step once more, for now it is the best; a directory can't be renamed over another. Only renames
             # lie between the two: to remove the older one takes long.
@@ -121,7 +123,7 @@ def problem(folder: Path) -> str | None:
     except ValueError as error:
         return str(error)
     for name, expected in manifest["files"].items():
-        path = folder / name
+        path = lies_at(folder) / name
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != expected["bytes"]:
@@ -138,7 +140,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         ValueError: there is none, or it is damaged or of another format.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads((lies_at(folder) / MANIFEST).read_text(encoding="utf-8"))
         digest = manifest.pop("sha256")
     except FileNotFoundError as error:
         raise ValueError(f"{MANIFEST} is missing") from error
@@ -158,7 +160,7 @@ def read_state(folder: Path, **options: Any) -> dict[str, Any]:
         ValueError: it can't be read, or holds more than tensors and plain types.
     """
     try:
-        content = torch.load(folder / STATE, **{"map_location": "cpu", **options, "weights_only": True})
+        content = torch.load(lies_at(folder) / STATE, **{"map_location": "cpu", **options, "weights_only": True})
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{folder / STATE} is refused: it holds more than tensors and plain types, which could run code; "
@@ -174,8 +176,16 @@ def read_state(folder: Path, **options: Any) -> dict[str, Any]:
 
 def steps(run_dir: Path) -> dict[int, Path]:
     """Step -> directory of the finished checkpoints of a run, ascending; not yet verified."""
-    found = [(m, path) for path in (run_dir / "checkpoints").glob("step-*") if (m := _STEP_NAME.fullmatch(path.name))]
-    return dict(sorted((int(m[1]), path) for m, path in found if path.is_dir()))
+    folder = run_dir / "checkpoints"
+    names = {path.name for path in folder.glob("step-*") if path.is_dir()}
+    names |= {path.name[1:].removesuffix(_REPLACED) for path in folder.glob(f".step-*{_REPLACED}")}
+    return dict(sorted((int(m[1]), folder / name) for name in names if (m := _STEP_NAME.fullmatch(name))))
+
+
+def lies_at(folder: Path) -> Path:
+    """Where the files of a checkpoint are: its folder, or beside it after a kill between two renames."""
+    aside = _replaced(folder)
+    return aside if aside.is_dir() and not folder.is_dir() else folder
 
 
 def newest(run_dir: Path) -> Path | None:
@@ -196,13 +206,22 @@ def newest_valid(run_dir: Path) -> tuple[Path | None, dict[Path, str]]:
 
 def drop(folder: Path) -> None:
     """Remove a checkpoint; a kill meanwhile leaves no half of it under its name."""
-    aside = _aside(folder)
+    aside = folder.with_name(f".{folder.name}.dropped")
     os.replace(folder, aside)
     shutil.rmtree(aside)
 
 
-def _aside(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.dropped")
+def clean_up(run_dir: Path) -> None:
+    """Put back, or remove, what a kill in the middle of a save has left; only for who holds the run directory."""
+    for folder in steps(run_dir).values():
+        if not folder.is_dir() and problem(folder) is None:
+            os.replace(_replaced(folder), folder)
+    for left in (run_dir / "checkpoints").glob(".step-*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _replaced(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}{_REPLACED}")
 
 
 def set_aside(run_dir: Path, step: int) -> list[Path]:
