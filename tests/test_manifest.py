@@ -21,6 +21,7 @@ from trainer.manifest import (
     STATE,
     best,
     clean_up,
+    drop,
     mark_best,
     newest,
     newest_valid,
@@ -28,6 +29,7 @@ from trainer.manifest import (
     problem,
     read_manifest,
     read_state,
+    steps,
     write_checkpoint,
 )
 
@@ -125,6 +127,32 @@ def test_what_is_left_of_a_removal_is_not_put_back(run_dir: Path) -> None:
     assert newest_valid(run_dir)[0] == folder_of(run_dir, 6)
     clean_up(run_dir)
     assert sorted(os.listdir(run_dir / "checkpoints")) == [f"step-{n:08d}" for n in (3, 6)]
+
+
+READ_WHILE_DROPPED = """
+import sys
+from pathlib import Path
+from trainer.manifest import drop
+def keep(event, arguments):  # as NFS does with a file that a reader has open: it comes back under such a name
+    if event == "os.rmdir":
+        Path(arguments[0], ".nfs0001").touch()
+sys.addaudithook(keep)
+drop(Path(sys.argv[1]))
+"""
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_wholly_ends_nothing(run_dir: Path) -> None:
+    """Nor does it where a run goes back, and comes by that step again."""
+    left = run_dir / "checkpoints" / ".step-00000003.dropped"
+    for remaining in ([6, 9], [3, 6, 9]):
+        command = [sys.executable, "-c", READ_WHILE_DROPPED, str(folder_of(run_dir, 3))]
+        dropped = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
+        assert dropped.returncode == 0, dropped.stderr
+        assert os.listdir(left) == [".nfs0001"]
+        assert list(steps(run_dir)) == remaining
+        write_checkpoint(content(3), folder_of(run_dir, 3), {"step": 3})
+    drop(folder_of(run_dir, 3))
+    assert sorted(os.listdir(run_dir / "checkpoints")) == [f"step-{n:08d}" for n in (6, 9)]
 
 
 def test_best_is_a_name_not_a_copy(run_dir: Path) -> None:

@@ -16,6 +16,7 @@ import pickle
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -205,10 +206,15 @@ def newest_valid(run_dir: Path) -> tuple[Path | None, dict[Path, str]]:
 
 
 def drop(folder: Path) -> None:
-    """Remove a checkpoint; a kill meanwhile leaves no half of it under its name."""
+    """Remove a checkpoint; a kill meanwhile leaves no half of it under its name.
+
+    What can't be removed stays: on NFS that is a file that somebody has open, and no reason to end a run.
+    """
     aside = folder.with_name(f".{folder.name}.dropped")
-    os.replace(folder, aside)
-    shutil.rmtree(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+    with suppress(OSError):  # what was left of it before is still open
+        os.replace(folder, aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def clean_up(run_dir: Path) -> None:
