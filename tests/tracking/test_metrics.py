@@ -283,6 +283,18 @@ def test_values_that_are_not_finite_stay_readable(tmp_path: Path) -> None:
     assert json.loads(text, parse_constant=pytest.fail) == {"step": 3, "a": None, "b": None, "c": 1.5}
 
 
+@pytest.mark.parametrize("damaged", [b'{"step": 5, "x"\0\0\n', b"\xff\xfe\n", b"[1]\n", b'{"x": 1}\n', b"\n"])
+def test_damaged_lines_do_not_keep_a_run_from_going_on(
+    tmp_path: Path, damaged: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step, "x": 1}).encode() + b"\n" for step in (0, 5, 10, 15)]
+    path.write_bytes(b"".join([lines[0], damaged, *lines[1:]]))
+    drop_rows_after(path, 10)
+    assert path.read_bytes() == b"".join(lines[:3])
+    assert caplog.messages == [f"{path}: damaged, and left out: line 2"]
+
+
 def test_rows_are_dropped_from_where_a_run_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": step, "x": 1}) + "\n" for step in (0, 5, 5, 10, 15)]

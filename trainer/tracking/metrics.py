@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,8 +23,10 @@ from trainer.encoder.size import UNCOUNTED
 from trainer.files import write_whole, writing
 from trainer.manifest import read_state
 from trainer.tracking.about import names_of_sources, peak_memory, write_about
-from trainer.tracking.runs import METRICS_FILE
+from trainer.tracking.runs import METRICS_FILE, read_row
 from trainer.tracking.wandb import RunLogger
+
+logger = logging.getLogger(__name__)
 
 Listener = Callable[[Mapping[str, float], int], None]
 
@@ -307,12 +310,15 @@ def run_id_in(checkpoint: Path) -> str | None:
 
 
 def drop_rows_after(path: Path, step: int) -> None:
-    """Remove what a run wrote after `step`, from where it now goes on; at step 0 everything. Atomic."""
+    """Remove what a run wrote after `step`, from where it now goes on, and what is damaged; at step 0 everything.
+    Atomic."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        # A kill may have cut the last line.
-        if step > 0 and line.endswith("\n") and json.loads(line)["step"] <= step:
-            kept.append(line)
-    write_whole(path, "".join(kept))
+    lines = path.read_bytes().splitlines(keepends=True) if step > 0 else []
+    if lines and not lines[-1].endswith(b"\n"):
+        lines.pop()  # a kill may have cut it
+    rows = [read_row(line) for line in lines]
+    if damaged := [str(number) for number, row in enumerate(rows, 1) if row is None]:
+        logger.warning("%s: damaged, and left out: line %s", path, ", ".join(damaged))
+    kept = [line for line, row in zip(lines, rows, strict=True) if row is not None and row["step"] <= step]
+    write_whole(path, b"".join(kept).decode())

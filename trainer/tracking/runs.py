@@ -45,15 +45,17 @@ class RunRecord:
 
 def read_log(path: Path) -> list[Row]:
     """Rows of a metrics.jsonl; what a kill has cut, or a disk has damaged, is left out, a missing file has none."""
-    rows = []
-    for line in path.read_bytes().splitlines() if path.is_file() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append(row)
-    return rows
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    return [row for line in lines if (row := read_row(line)) is not None]
+
+
+def read_row(line: bytes) -> Row | None:
+    """A line of a metrics.jsonl; None where it is damaged."""
+    try:
+        row = json.loads(line.decode())
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
 def read_about(folder: Path) -> dict[str, Any]:
