@@ -60,6 +60,15 @@ def test_ls_shows_kind_source_rows_size_and_last_use(tmp_path: Path, capsys: pyt
     assert f"(2 folders) in {tmp_path}" in out
 
 
+def test_the_cache_may_lie_in_the_home_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    _make(tmp_path / "cache", "a")
+    assert main(["cache", "ls", "--data.cache_dir=~/cache"]) == 0
+    assert f"(1 folder) in {tmp_path / 'cache'}" in capsys.readouterr().out
+
+
 def test_clean_takes_leftovers_then_what_is_old_then_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     old, new = _make(tmp_path, "old", days_old=31), _make(tmp_path, "new", days_old=29)
     leftover = tmp_path / "tokens" / f"{_key('killed')}.unfinished"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ def cache(args: Sequence[str]) -> int:
         flag, equals, text = rest.pop(0).partition("=")
         rest[:0] = [text] if equals else []
         if flag == "--data.cache_dir" and rest:
-            folder = Path(rest.pop(0))
+            folder = Path(os.path.expanduser(rest.pop(0)))  # no shell expands what --key=~/x says
         elif flag == "--all" and action == "clean":
             older_than_s = 0.0
         elif flag == "--older-than" and action == "clean" and rest:
