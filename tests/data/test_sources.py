@@ -398,6 +398,19 @@ def test_missing_files_and_formats_are_one_sentence(tmp_path: Path, monkeypatch:
     assert "nobody/nothing-2f: neither a file or folder here nor a hub data set that can be read" in message
 
 
+@pytest.mark.parametrize("content", ['{"_data_fil', "", "{}", "[]", '{"_data_files": null, "splits": null}'])
+@pytest.mark.parametrize(("kind", "name"), [("-saved", "state.json"), ("-splits", "dataset_dict.json")])
+def test_a_damaged_list_of_files_is_named_with_its_remedy(kind: str, name: str, content: str, tmp_path: Path) -> None:
+    folder = Path(save_as(FRAME, tmp_path, kind))
+    (folder / name).write_text(content)
+    message = failure(Source(str(folder), SCORED, score_range=(0, 5)), tmp_path / "c")
+    assert message.startswith(f"{folder / name} is not what save_to_disk writes (")
+    assert message.endswith("): save the data set again, or name its .arrow files in path")
+    files = folder / ("train" if kind == "-splits" else "") / "*.arrow"
+    rows = load(Source(str(files), SCORED, score_range=(0, 5)), tmp_path / "c")
+    assert rows["anchor"][:] == FRAME.a.tolist()
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [

@@ -6,9 +6,10 @@ import glob
 import json
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 FORMATS = (*JSON_LINES, ".csv", ".tsv", ".parquet", ".arrow")
@@ -85,14 +86,26 @@ def _missing(path: Path) -> str:
     return f"{path}: {what}{did_you_mean(first.name, os.listdir(first.parent) if first.parent.is_dir() else [])}"
 
 
+def _listed(path: Path, names_in: Callable[[Any], list[str]]) -> list[str]:
+    """Names in a file beside the rows of a saved data set."""
+    try:
+        return names_in(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is not what save_to_disk writes ({cause_of(error)}): save the data set again, or name its .arrow "
+            "files in path"
+        ) from error
+
+
 def _folder_files(folder: Path, split: str) -> list[Path]:
     if (folder / "dataset_dict.json").exists():
-        splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
+        splits = _listed(folder / "dataset_dict.json", lambda saved: list(saved["splits"]))
         if split not in splits:
             raise ValueError(f"{folder}: no split '{split}'; found: {', '.join(splits)}.{did_you_mean(split, splits)}")
         folder = folder / split
     if (folder / "state.json").exists():  # written by datasets' save_to_disk
-        return [folder / f["filename"] for f in json.loads((folder / "state.json").read_text())["_data_files"]]
+        names = _listed(folder / "state.json", lambda saved: [file["filename"] for file in saved["_data_files"]])
+        return [folder / name for name in names]
     files = sorted(f for f in folder.iterdir() if f.is_file() and data_format(f) and not f.name.startswith("."))
     if not files:
         raise ValueError(f"{folder}: the folder holds no data file ({', '.join(FORMATS)}, also with .gz)")
