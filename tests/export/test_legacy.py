@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Pooling
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from tests.export.conftest import TEXTS, VERSION_5, Bench, install
@@ -32,6 +34,7 @@ POOLING_KEYS = {
     "pooling_mode_lasttoken",
     "include_prompt",
 }
+KNOWN = ["cls", "max", "mean", "weightedmean"]  # whose older keys are pooling_mode_MODE_tokens, or _token
 SPECIAL = ["doctor", "car"]  # pieces of the vocabulary, so that they have rows
 TYPES = [f"sentence_transformers.models.{name}" for name in ("Transformer", "Pooling", "Normalize")]
 
@@ -119,6 +122,25 @@ def test_what_transformers_4_cannot_be_told_is_refused(
     config = AutoConfig.for_model(kind, num_hidden_layers=2, **settings)
     with pytest.raises(ValueError, match=rf"--legacy: transformers 4, .*{told}.*; export without it"):
         as_legacy(tmp_path, config)
+
+
+@pytest.mark.parametrize("modes", list(permutations(KNOWN, 2)), ids="-".join)
+def test_two_poolings_keep_their_order_or_are_refused(tmp_path: Path, modes: tuple[str, str]) -> None:
+    """A Dense behind them would read other numbers. sentence-transformers says what the older keys mean."""
+    wanted = Pooling(4, modes)  # type: ignore[arg-type]
+    wanted.save(str(tmp_path))
+    config = {f"pooling_mode_{mode}{'_token' if mode == 'cls' else '_tokens'}": mode in modes for mode in KNOWN}
+    (tmp_path / "older").mkdir()
+    (tmp_path / "older" / "config.json").write_text(json.dumps({"word_embedding_dimension": 4, **config}))
+    older = Pooling.load(str(tmp_path / "older"))
+    kind = "sentence_transformers.sentence_transformer.modules.pooling.Pooling"
+    (tmp_path / "modules.json").write_text(json.dumps([{"idx": 0, "name": "0", "path": "", "type": kind}]))
+    if older.pooling_mode == wanted.pooling_mode:
+        rewrite_as_legacy(tmp_path, 10)
+        assert Pooling.load(str(tmp_path)).pooling_mode == modes
+    else:
+        with pytest.raises(ValueError, match=rf"--legacy: this model pools {modes[0]}, {modes[1]} in this order"):
+            rewrite_as_legacy(tmp_path, 10)
 
 
 def as_legacy(folder: Path, config: PretrainedConfig) -> dict[str, Any]:

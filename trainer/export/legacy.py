@@ -9,6 +9,7 @@ from typing import Any
 
 # Those whose weights and meaning did not change. A Router's folder, and modules with names of inputs, did.
 _MODULES = ("Transformer", "Pooling", "Normalize", "Dense", "LayerNorm", "Dropout")
+# In the order in which older versions put several modes side by side.
 _POOLING_MODES = {
     "cls": "pooling_mode_cls_token",
     "max": "pooling_mode_max_tokens",
@@ -57,7 +58,7 @@ def rewrite_as_legacy(folder: Path, max_length: int, flag: str = "--legacy") -> 
             _write(own / "config.json", config | _rotary(config, flag) | _window_pattern(config, flag))
             _rewrite_tokenizer(own / "tokenizer_config.json")
         elif name == "Pooling":
-            _write(own / "config.json", _pooling(_read(own / "config.json")))
+            _write(own / "config.json", _pooling(_read(own / "config.json"), flag))
         elif name == "Dense":
             config = _read(own / "config.json")
             if config.get("use_residual"):
@@ -66,9 +67,15 @@ def rewrite_as_legacy(folder: Path, max_length: int, flag: str = "--legacy") -> 
     _write(folder / "modules.json", modules)
 
 
-def _pooling(config: dict[str, Any]) -> dict[str, Any]:
+def _pooling(config: dict[str, Any], flag: str) -> dict[str, Any]:
     modes = config["pooling_mode"]
-    chosen = {modes} if isinstance(modes, str) else set(modes)
+    chosen = [modes] if isinstance(modes, str) else list(modes)
+    older = [mode for mode in _POOLING_MODES if mode in chosen]
+    if chosen != older:
+        raise ValueError(
+            f"{flag}: this model pools {', '.join(chosen)} in this order, and sentence-transformers 3 to 5 put them "
+            f"side by side as {', '.join(older)}; export without it"
+        )
     return {
         "word_embedding_dimension": config["embedding_dimension"],
         **{key: mode in chosen for mode, key in _POOLING_MODES.items()},
