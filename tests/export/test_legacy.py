@@ -114,6 +114,7 @@ def test_rotary_positions_stand_in_the_older_keys(tmp_path: Path, kind: str, set
     [
         ("modernbert", {"layer_types": ["sliding_attention", "full_attention"]}, r"lets each n-th layer .*\['slid"),
         ("olmo3", {"rope_parameters": ROTARY["modernbert"]["rope_parameters"]}, r"rotary positions of this 'olmo3', "),
+        ("qwen3", {"is_causal": False}, r"is_causal: false, and a piece of this 'qwen3'"),
     ],
 )
 def test_what_transformers_4_cannot_be_told_is_refused(

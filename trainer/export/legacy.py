@@ -55,6 +55,11 @@ def rewrite_as_legacy(folder: Path, max_length: int, flag: str = "--legacy") -> 
             lowers = bool(_read(own / "sentence_bert_config.json").get("do_lower_case"))
             _write(own / "sentence_bert_config.json", {"max_seq_length": max_length, "do_lower_case": lowers})
             config = _read(own / "config.json")
+            if config.get("is_causal") is False:
+                raise ValueError(
+                    f"{flag}: transformers 4, which sentence-transformers 3 to 5 need, takes no notice of is_causal: "
+                    f"false, and a piece of this '{config['model_type']}' would see no later ones; export without it"
+                )
             _write(own / "config.json", config | _rotary(config, flag) | _window_pattern(config, flag))
             _rewrite_tokenizer(own / "tokenizer_config.json")
         elif name == "Pooling":
