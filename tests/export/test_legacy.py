@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Pooling
+from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from tests.export.conftest import TEXTS, VERSION_5, Bench, install
@@ -142,6 +142,25 @@ def test_two_poolings_keep_their_order_or_are_refused(tmp_path: Path, modes: tup
     else:
         with pytest.raises(ValueError, match=rf"--legacy: this model pools {modes[0]}, {modes[1]} in this order"):
             rewrite_as_legacy(tmp_path, 10)
+
+
+@pytest.mark.parametrize("kind", [Dense, Normalize])
+def test_modules_of_pieces_are_refused(tmp_path: Path, kind: Any) -> None:
+    """Older versions have the module without names, and that one leaves the pieces as they are or fails."""
+    sizes = {"in_features": 4, "out_features": 4} if kind is Dense else {}
+    modules = [{"idx": 0, "name": "0", "path": "", "type": f"sentence_transformers.base.modules.{kind.__name__}"}]
+    pieces = torch.full((1, 3, 4), 2.0)
+    kind(**sizes, module_input_name="token_embeddings").save(str(tmp_path))
+    assert not torch.equal(kind.load(str(tmp_path))({"token_embeddings": pieces})["token_embeddings"], pieces)
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(ValueError, match=f"--legacy: .* a {kind.__name__} from token_embeddings to token_embeddings, "):
+        rewrite_as_legacy(tmp_path, 10)
+
+    module = kind(**sizes)
+    module.save(str(tmp_path))
+    rewrite_as_legacy(tmp_path, 10)
+    texts = {"sentence_embedding": pieces[0]}
+    torch.testing.assert_close(kind.load(str(tmp_path))(dict(texts)), module(dict(texts)))
 
 
 def as_legacy(folder: Path, config: PretrainedConfig) -> dict[str, Any]:

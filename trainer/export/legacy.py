@@ -19,6 +19,8 @@ _POOLING_MODES = {
     "lasttoken": "pooling_mode_lasttoken",
 }
 _DENSE = ("in_features", "out_features", "bias", "activation_function")
+# Those that 6 can tell what to read and what to write; older versions know the embedding of the text alone.
+_NAMED = ("Dense", "Normalize")
 # transformers 4 has no class of this name; both read tokenizer.json alone.
 _TOKENIZER_CLASSES = {"TokenizersBackend": "PreTrainedTokenizerFast"}
 # Where rotary positions differ by type of layer: transformers 4's names of their bases. Elsewhere it is rope_theta.
@@ -51,6 +53,8 @@ def rewrite_as_legacy(folder: Path, max_length: int, flag: str = "--legacy") -> 
             )
         module["type"] = f"sentence_transformers.models.{name}"
         own = folder / module["path"]
+        if name in _NAMED:
+            _refuse_other_names(name, _read(own / "config.json"), flag)
         if name == "Transformer":
             lowers = bool(_read(own / "sentence_bert_config.json").get("do_lower_case"))
             _write(own / "sentence_bert_config.json", {"max_seq_length": max_length, "do_lower_case": lowers})
@@ -70,6 +74,15 @@ def rewrite_as_legacy(folder: Path, max_length: int, flag: str = "--legacy") -> 
                 raise ValueError(f"{flag}: sentence-transformers 3 to 5 have no Dense with use_residual")
             _write(own / "config.json", {key: config[key] for key in _DENSE})
     _write(folder / "modules.json", modules)
+
+
+def _refuse_other_names(kind: str, config: dict[str, Any], flag: str) -> None:
+    names = [config.get(key, "sentence_embedding") for key in ("module_input_name", "module_output_name")]
+    if names != ["sentence_embedding"] * 2:
+        raise ValueError(
+            f"{flag}: this model has a {kind} from {names[0]} to {names[1]}, and sentence-transformers 3 to 5 have "
+            "only those of sentence_embedding; export without it"
+        )
 
 
 def _pooling(config: dict[str, Any], flag: str) -> dict[str, Any]:
