@@ -12,7 +12,15 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense
 from torch import Tensor, nn
 from torch.testing import assert_close
-from transformers import AutoModel, GPT2Config, LongformerConfig, PreTrainedConfig, XLNetConfig
+from transformers import (
+    AlbertConfig,
+    AutoModel,
+    AutoTokenizer,
+    GPT2Config,
+    LongformerConfig,
+    PreTrainedConfig,
+    XLNetConfig,
+)
 
 from tests.batches import gradients_of, largest_difference
 from trainer.check.memory import estimate
@@ -171,6 +179,29 @@ def test_size_counts_what_is_trained(tiny_encoders: dict[str, Path], kind: str, 
     assert memory.gradients + memory.optimizer == 12 * memory.num_trained
     whole = estimate(replace(size, num_frozen=0), 30, num_tokens=100, is_half=False, has_moments=True)
     assert memory.activations == whole.activations * (1 if "freeze" not in spec else 0.5)
+
+
+def _save(folder: Path, tokenizer_of: Path, config: PreTrainedConfig) -> Path:
+    AutoModel.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer_of).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "config",
+    [AlbertConfig(vocab_size=2000, embedding_size=8, hidden_size=64, intermediate_size=16, **TWO_LAYERS)],
+    ids=lambda config: config.model_type,
+)
+def test_memory_counts_what_a_compact_vocabulary_trains(
+    tmp_path: Path, tiny_encoder: Path, config: PreTrainedConfig
+) -> None:
+    encoder = _load(_save(tmp_path, tiny_encoder, config))
+    size = backbone_size(EncoderSpec(str(tmp_path)))
+    assert size.num_parameters == sum(p.numel() for p in encoder.backbone.parameters())
+    encoder.compact_vocabulary(torch.arange(30))
+    assert encoder.vocabulary is not None
+    memory = estimate(size, len(encoder.vocabulary.weight), num_tokens=100, is_half=False, has_moments=True)
+    assert memory.num_trained == sum(p.numel() for p in encoder.backbone.parameters() if p.requires_grad)
 
 
 def test_adapter_dropout_is_its_own(tiny_encoder: Path) -> None:

@@ -84,12 +84,12 @@ def estimate(size: BackboneSize, num_used: int | None, num_tokens: int, is_half:
         num_used = None
     copied = 0 if num_used is None else num_used
     frozen = 0 if num_used is None else size.num_pieces
-    trained = size.num_trained + (copied - frozen) * size.hidden
+    trained = size.num_trained + (copied - frozen) * size.piece_width
     width = 2 if is_half else 4
     feed_forward = (4 if size.is_gated else 2) * size.intermediate
     per_token = width * (4 * size.hidden + 4 * size.attention + feed_forward) + 2 * size.hidden
     return Memory(
-        weights=4 * (size.num_parameters + copied * size.hidden),
+        weights=4 * (size.num_parameters + copied * size.piece_width),
         gradients=4 * trained,
         optimizer=8 * trained if has_moments else 0,
         activations=num_tokens * (size.num_layers - size.num_frozen) * per_token,

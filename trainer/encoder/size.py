@@ -23,6 +23,7 @@ class BackboneSize:
     num_parameters: all of them, adapters included.
     num_trained: those that get a gradient: not a pooler, which is no part of an embedding, nor what is frozen.
     num_pieces: rows of the embedding matrix.
+    piece_width: their width, which need not be that of the stream (ALBERT).
     trains_pieces: whether the embedding matrix gets a gradient.
     hidden, intermediate: width of the stream and of the feed-forward layers.
     attention: width of all heads together.
@@ -34,6 +35,7 @@ class BackboneSize:
     num_parameters: int
     num_trained: int
     num_pieces: int
+    piece_width: int
     trains_pieces: bool
     hidden: int
     intermediate: int
@@ -78,6 +80,7 @@ def backbone_size(spec: EncoderSpec) -> BackboneSize:
         num_parameters=sum(p.numel() for p in model.parameters()),
         num_trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
         num_pieces=embeddings.shape[0],
+        piece_width=embeddings.shape[1],
         trains_pieces=embeddings.requires_grad,
         hidden=hidden,
         intermediate=intermediate,
