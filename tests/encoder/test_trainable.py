@@ -18,7 +18,9 @@ from transformers import (
     AutoTokenizer,
     GPT2Config,
     LongformerConfig,
+    M2M100Config,
     PreTrainedConfig,
+    T5Config,
     XLNetConfig,
 )
 
@@ -189,12 +191,17 @@ def _save(folder: Path, tokenizer_of: Path, config: PreTrainedConfig) -> Path:
 
 @pytest.mark.parametrize(
     "config",
-    [AlbertConfig(vocab_size=2000, embedding_size=8, hidden_size=64, intermediate_size=16, **TWO_LAYERS)],
+    [
+        AlbertConfig(vocab_size=2000, embedding_size=8, hidden_size=64, intermediate_size=16, **TWO_LAYERS),
+        T5Config(vocab_size=2000, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2),
+        M2M100Config(vocab_size=2000, d_model=16, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=16),
+    ],
     ids=lambda config: config.model_type,
 )
 def test_memory_counts_what_a_compact_vocabulary_trains(
     tmp_path: Path, tiny_encoder: Path, config: PreTrainedConfig
 ) -> None:
+    """As sentence-transformers loads it: of a T5 the encoder alone."""
     encoder = _load(_save(tmp_path, tiny_encoder, config))
     size = backbone_size(EncoderSpec(str(tmp_path)))
     assert size.num_parameters == sum(p.numel() for p in encoder.backbone.parameters())

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
-from transformers import AutoModel
+from transformers import AutoModel, PretrainedConfig
 
 from trainer.encoder.folder import read_config
 from trainer.encoder.spec import EncoderSpec
@@ -52,10 +53,26 @@ def meta_backbone(spec: EncoderSpec) -> Any:
         ValueError: transformers has no such architecture.
     """
     config: Any = read_config(spec)
+    encoder_only = _encoder_only(config)
     with torch.device("meta"):
-        model: Any = AutoModel.from_config(config, trust_remote_code=spec.trust_remote_code)
+        model: Any = (
+            AutoModel.from_config(config, trust_remote_code=spec.trust_remote_code)
+            if encoder_only is None
+            else encoder_only(config)
+        )
         restrict(model, spec)
     return model
+
+
+def _encoder_only(config: PretrainedConfig) -> Any:
+    """The class that sentence-transformers loads of a backbone with a decoder (T5) whose encoder it takes; else
+    None."""
+    from sentence_transformers.base.modules.transformer import _ENCODER_ONLY_MODELS
+
+    for kind, module, name in _ENCODER_ONLY_MODELS:
+        if isinstance(config, kind):
+            return getattr(import_module(module), name)
+    return None
 
 
 def attention_width(config: Any) -> int:
