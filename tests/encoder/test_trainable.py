@@ -16,10 +16,13 @@ from transformers import (
     AlbertConfig,
     AutoModel,
     AutoTokenizer,
+    EsmConfig,
     GPT2Config,
     LongformerConfig,
+    LukeConfig,
     M2M100Config,
     PreTrainedConfig,
+    RoFormerConfig,
     T5Config,
     XLNetConfig,
 )
@@ -145,12 +148,16 @@ def test_with_all_layers_frozen_nothing_is_trained(tiny_encoders: dict[str, Path
     [
         LongformerConfig(vocab_size=50, hidden_size=16, intermediate_size=16, attention_window=4, **TWO_LAYERS),
         XLNetConfig(vocab_size=50, d_model=16, d_inner=16, n_layer=2, n_head=2),
+        RoFormerConfig(vocab_size=50, hidden_size=16, intermediate_size=16, **TWO_LAYERS),
+        LukeConfig(vocab_size=50, hidden_size=16, intermediate_size=16, entity_vocab_size=5, **TWO_LAYERS),
+        EsmConfig(vocab_size=50, hidden_size=16, intermediate_size=16, pad_token_id=0, mask_token_id=1, **TWO_LAYERS),
     ],
-    ids=["longformer", "xlnet"],
+    ids=lambda config: config.model_type,
 )
-def test_what_is_trained_gets_a_gradient(config: PreTrainedConfig, lora: LoRA | None) -> None:
-    """Else DistributedDataParallel refuses the second step."""
-    backbone = AutoModel.from_config(config)
+def test_what_is_trained_gets_a_gradient(tmp_path: Path, config: PreTrainedConfig, lora: LoRA | None) -> None:
+    """Else DistributedDataParallel refuses the second step. Loaded, for that gives a gradient to what had none."""
+    AutoModel.from_config(config).save_pretrained(tmp_path)
+    backbone = AutoModel.from_pretrained(tmp_path)
     restrict(backbone, EncoderSpec("x", lora=lora))
     ids = torch.tensor([[5, 6, 7, 8], [9, 10, 0, 0]])
     hidden = backbone(input_ids=ids, attention_mask=(ids > 0).long()).last_hidden_state

@@ -11,8 +11,16 @@ from transformers import PreTrainedModel
 from trainer.encoder.spec import EncoderSpec, LoRA
 
 _ADAPTER = "default"
-# Parts that no forward of ours takes: Longformer's global attention, XLNet's masked pieces and kinds of segments.
-_UNUSED = {"query_global", "key_global", "value_global", "mask_emb", "r_s_bias", "seg_embed"}
+# Parts that no forward of ours takes: Longformer's global attention, XLNet's masked pieces and kinds of segments,
+# LUKE's entities, what ESM predicts contacts by.
+_UNUSED = {
+    *("query_global", "key_global", "value_global"),
+    *("mask_emb", "r_s_bias", "seg_embed"),
+    *("entity_embeddings", "w2e_query", "e2w_query", "e2e_query"),
+    "contact_head",
+}
+# Ends the names of the classes whose table transformers computes and looks up without a gradient (RoFormer, Marian).
+_COMPUTED = "SinusoidalPositionalEmbedding"
 
 
 def restrict(backbone: PreTrainedModel, spec: EncoderSpec, head: nn.Module | None = None) -> None:
@@ -33,6 +41,9 @@ def restrict(backbone: PreTrainedModel, spec: EncoderSpec, head: nn.Module | Non
     for name, parameter in backbone.named_parameters():
         if _is_unused(name):
             parameter.requires_grad_(False)
+    for module in backbone.modules():
+        if type(module).__name__.endswith(_COMPUTED):
+            module.requires_grad_(False)
     if spec.freeze is not None:
         _freeze(backbone, spec.freeze, head)
     if spec.lora is not None:
