@@ -14,7 +14,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, LayerNorm, Normalize, Pooling
 from torch import Tensor, nn
 from torch.testing import assert_close
-from transformers import AutoTokenizer
+from transformers import AutoModel, AutoTokenizer, BigBirdConfig
 
 from tests.batches import build_batch, gradients_of, largest_difference, norm_of
 from trainer.batch import PackedBatch
@@ -346,6 +346,24 @@ def test_dropout_of_the_folder_is_kept_unless_set(tiny_encoder: Path) -> None:
         for rate in (None, 0.0, 0.3)
     }
     assert rates == {None: {0.1}, 0.0: {0.0}, 0.3: {0.3}}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_dropout_stays_as_it_was_set_when_bigbird_changes_its_attention(
+    tiny_encoder: Path, tmp_path: Path, dropout: float
+) -> None:
+    """transformers makes new modules for texts too short for blocks. The folder's own rate is exported all the same."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    AutoModel.from_config(BigBirdConfig(vocab_size=2000, **sizes)).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_encoder).save_pretrained(tmp_path)
+    encoder = _load(tmp_path, dropout=dropout).train()
+    before = {type(module) for module in encoder.modules()}
+    _embed(encoder)
+    assert {type(module).__name__ for module in encoder.modules()} - {kind.__name__ for kind in before}
+    assert {module.p for module in encoder.modules() if isinstance(module, nn.Dropout)} == {dropout}
+    assert not dropout or not torch.equal(_embed(encoder), _embed(encoder))
+    with encoder.as_sentence_transformer() as model:
+        assert model[0].model.config.attention_probs_dropout_prob == 0.1
 
 
 def test_chunks_replay_their_dropout(tiny_encoder: Path) -> None:

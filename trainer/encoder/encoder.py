@@ -5,6 +5,7 @@ Shape suffixes: T tokens of the stream, S segments (texts), H hidden, D embeddin
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 import pickle
@@ -143,6 +144,11 @@ class Encoder(nn.Module):
             for name, value in list(vars(module).items()):
                 if "dropout" in name and isinstance(value, float):
                     setattr(module, name, rate)
+            # BigBird's attention is made anew at the first short text, by its config; the backbone's is exported.
+            if hasattr(module, "set_attention_type") and hasattr(module, "config") and module is not self.backbone:
+                own: Any = copy.deepcopy(module.config)
+                own.attention_probs_dropout_prob = rate
+                module.config = own
 
     @property
     def parts(self) -> dict[str, Encoder]:
