@@ -270,6 +270,46 @@ def test_padded_backbones_say_so_once(tiny_encoders: dict[str, Path], caplog: py
     ]
 
 
+CODE = """
+from transformers import BertModel
+from transformers.models.bert.modeling_bert import BertSelfAttention
+
+
+class NearAttention(BertSelfAttention):
+    def forward(self, hidden_states, attention_mask=None, **kwargs):
+        layers = (self.query, self.key, self.value)
+        query, key, value = (f(hidden_states).unflatten(-1, (self.num_attention_heads, -1)) for f in layers)
+        scores = (query.transpose(1, 2) @ key.permute(0, 2, 3, 1)) * self.scaling
+        places = hidden_states.new_ones(hidden_states.shape[1]).cumsum(0)
+        scores = scores - 5 * (places[:, None] - places).abs()
+        if attention_mask is not None:
+            scores = scores.masked_fill(~attention_mask, -1e9)
+        return (scores.softmax(-1) @ value.transpose(1, 2)).transpose(1, 2).flatten(2), None
+
+
+class NearBert(BertModel):
+    def __init__(self, config, add_pooling_layer=True):
+        super().__init__(config, add_pooling_layer)
+        for layer in self.encoder.layer:
+            layer.attention.self = NearAttention(config)
+"""
+
+
+def test_code_of_its_own_runs_padded(tiny_encoder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of a packed type by its config, but its attention knows of one text a row."""
+    shutil.copytree(tiny_encoder, tmp_path / "own")
+    (tmp_path / "own" / "modeling_near.py").write_text(CODE)
+    path = tmp_path / "own" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": {"AutoModel": "modeling_near.NearBert"}}))
+    peer = SentenceTransformer(str(tmp_path / "own"), device="cpu", trust_remote_code=True).eval()
+    with caplog.at_level(logging.WARNING, logger="trainer"):
+        encoder = _load(tmp_path / "own", trust_remote_code=True).eval()
+    assert any("type 'bert' with Python code of its own (NearBert) runs padded; packed" in m for m in caplog.messages)
+    theirs = _peer_embed(peer).detach()
+    assert_close(_embed(encoder), theirs, rtol=0.0, atol=1e-5)
+    assert float((theirs - _peer_embed(_peer(tiny_encoder)).detach()).abs().max()) > 1e-3
+
+
 def test_a_plain_transformers_folder_is_pooled_by_mean(tiny_encoder: Path, tmp_path: Path) -> None:
     plain = tmp_path / "plain"
     shutil.copytree(tiny_encoder, plain)

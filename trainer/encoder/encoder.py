@@ -97,14 +97,19 @@ class Encoder(nn.Module):
         self._position_offset = position_offset(self.backbone.config)
         # Decoders would keep keys and values for a next token that never comes.
         self._options = {"use_cache": False} if getattr(self.backbone.config, "use_cache", False) else {}
-        self.packed = self.backbone.config.model_type in PACKED_MODEL_TYPES
+        # Code that came with the model may use the name of a type, and know of no other text in its stream.
+        name, is_own = type(self.backbone).__name__, type(self.backbone).__module__.startswith("transformers.models.")
+        self.packed = is_own and self.backbone.config.model_type in PACKED_MODEL_TYPES
         if self.packed:
             self.backbone.set_attn_implementation(PACKED_ATTENTION)
         else:
             gather.warn(
                 logger,
-                f"backbone type '{self.backbone.config.model_type}' runs padded; packed forward: "
-                + ", ".join(sorted(PACKED_MODEL_TYPES)),
+                f"backbone type '{self.backbone.config.model_type}'"
+                + ("" if is_own else f" with Python code of its own ({name})")
+                + " runs padded; packed forward: "
+                + ", ".join(sorted(PACKED_MODEL_TYPES))
+                + ("" if is_own else " of transformers"),
             )
         use_host_dropout(self.backbone)
         if spec.dropout is not None:
