@@ -28,7 +28,7 @@ from sentence_transformers.sentence_transformer.modules import (
     WordWeights,
 )
 from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from trainer.encoder.spec import EncoderSpec
 from trainer.encoder.text import TextPreparation, load_text_preparation, num_positions, position_offset
@@ -192,6 +192,21 @@ def test_a_tokenizer_in_python_is_refused(tiny_encoder: Path, tmp_path: Path) ->
     (tmp_path / "slow" / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match=r"has a tokenizer in Python \(BertJapaneseTokenizer\).*tokenizer\.json$"):
         _prepare(tmp_path / "slow")
+
+
+def test_a_tokenizer_without_a_pad_piece_is_refused(tiny_encoders: dict[str, Path], tmp_path: Path) -> None:
+    """The folder that a run on it exports could not be used: sentence-transformers pads every batch."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_encoders["qwen3"])
+    pad, tokenizer.pad_token = tokenizer.pad_token, None
+    shutil.copytree(tiny_encoders["qwen3"], tmp_path / "bare")
+    tokenizer.save_pretrained(tmp_path / "bare")
+    with pytest.raises(ValueError, match="does not have a padding token"):
+        SentenceTransformer(str(tmp_path / "bare"), device="cpu").encode(["The doctor"])
+    with pytest.raises(ValueError, match=r"bare' has a tokenizer without a pad piece.*: set tokenizer\.pad_token"):
+        _prepare(tmp_path / "bare")
+    tokenizer.pad_token = pad
+    tokenizer.save_pretrained(tmp_path / "bare")
+    assert _prepare(tmp_path / "bare")(["The doctor"]) == _prepare(tiny_encoders["qwen3"])(["The doctor"])
 
 
 def test_a_folder_of_another_kind_is_named(tiny_encoder: Path, tmp_path: Path) -> None:

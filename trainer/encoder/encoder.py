@@ -283,9 +283,7 @@ class Encoder(nn.Module):
         device = input_ids_T.device
         mask, real = padded_layout(torch.tensor(lengths))
         real = real.to(device, non_blocking=True)
-        tokenizer = self.text.tokenizer
-        # A masked slot may hold any piece whose row is trained.
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.all_special_ids[0]
+        pad = self.text.tokenizer.pad_token_id
         input_ids = torch.full((mask.numel(),), pad, dtype=torch.int64, device=device)
         input_ids = input_ids.index_copy(0, real, input_ids_T).view(mask.shape)
         hidden = self.backbone(

@@ -121,7 +121,7 @@ class TextPreparation:
         """Pieces that stand where a row has no text: the special ones, or one where the tokenizer has none."""
         if self.documents is not None:
             return self.documents.no_text  # negatives may lack, never a query
-        return replace(self, prompt="")([""])[0] or [self.tokenizer.pad_token_id or 0]
+        return replace(self, prompt="")([""])[0] or [self.tokenizer.pad_token_id]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -158,8 +158,8 @@ def load_text_preparation(spec: EncoderSpec) -> TextPreparation:
     Raises:
         ValueError: no such folder or hub id, a checkpoint, a model that begins with no Transformer, modules or settings
             of sentence-transformers that are not supported, code that was not allowed, a tokenizer without
-            tokenizer.json, one that pads with a piece the embedding has no row for, or max_length over the positions
-            of the backbone, or with no room for a text.
+            tokenizer.json or a pad piece, one that pads with a piece the embedding has no row for, or max_length over
+            the positions of the backbone, or with no room for a text.
     """
     where: dict[str, Any] = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
     modules = read_modules(spec)
@@ -184,6 +184,12 @@ def load_text_preparation(spec: EncoderSpec) -> TextPreparation:
         raise ValueError(
             f"model.encoder.backbone '{spec.backbone}' has a tokenizer in Python ({type(tokenizer).__name__}), and "
             "texts are read by fast ones: take a backbone whose folder holds a tokenizer.json"
+        )
+    if tokenizer.pad_token_id is None:  # sentence-transformers pads every batch
+        raise ValueError(
+            f"model.encoder.backbone '{spec.backbone}' has a tokenizer without a pad piece, and sentence-transformers "
+            "can't encode without one: set tokenizer.pad_token to a piece it has (its eos_token, say), and save the "
+            "tokenizer there"
         )
     model = read_json(spec, "config_sentence_transformers.json") or {}
     positions = num_positions(config)
@@ -215,8 +221,7 @@ def load_text_preparation(spec: EncoderSpec) -> TextPreparation:
     # Published tokenizers have pieces beyond the rows that no text holds, and work.
     num_rows = getattr(config, "vocab_size", None)
     if num_rows is not None:
-        if tokenizer.pad_token_id is not None:
-            _refuse_beyond("texts are padded with", tokenizer, tokenizer.pad_token_id, num_rows)
+        _refuse_beyond("texts are padded with", tokenizer, tokenizer.pad_token_id, num_rows)
         if max([len(tokenizer) - 1, *tokenizer.added_tokens_decoder]) < num_rows:
             num_rows = None
     text = TextPreparation(tokenizer, max_length, prompt, num_rows=num_rows)
