@@ -69,6 +69,10 @@ class EncoderSpec:
     revision: Optional[str] = None
     trust_remote_code: bool = False
 
+    def __post_init__(self) -> None:
+        if self.dropout is not None and not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"model.encoder.dropout is {self.dropout:g}; it is a rate, 0 to below 1")
+
 
 @contextmanager
 def errors_about(part: str) -> Iterator[None]:
