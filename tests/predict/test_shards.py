@@ -53,6 +53,22 @@ def test_a_shard_whose_ids_are_missing_or_cut_is_not_whole(tmp_path: Path) -> No
         open_shards(tmp_path / "out")
 
 
+@pytest.mark.parametrize("kind", ["parquet", "npy"])
+@pytest.mark.parametrize("kept", [0.0, 0.02, 0.5])
+def test_a_shard_that_was_cut_is_not_whole(kind: Format, kept: float, tmp_path: Path) -> None:
+    """Emptied too, as a power cut leaves a file."""
+    shards = Shards(tmp_path / "out", kind, 25, 10, 6, "float32", has_ids=False)
+    start_shards(shards, {})
+    for number in range(3):
+        rows = shards.rows_of(number)
+        shards.write(number, np.zeros((rows.stop - rows.start, 6), np.float32), None)
+    path = shards.path(1)
+    path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
+    assert shards.unfinished() == [1]
+    with pytest.raises(ValueError, match="1 of 3 shards are missing"):
+        open_shards(tmp_path / "out")
+
+
 def test_a_full_disk_is_a_sentence_and_leaves_no_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shards = Shards(tmp_path / "out", "npy", 5, 10, 2, "float32", has_ids=False)
     start_shards(shards, {})

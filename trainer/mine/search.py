@@ -150,7 +150,7 @@ def _is_whole(path: Path) -> bool:
     try:
         with np.load(path) as saved:
             return "ids" in saved.files
-    except (OSError, ValueError, zipfile.BadZipFile):
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile):
         return False
 
 

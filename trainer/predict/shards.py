@@ -88,7 +88,7 @@ class Shards:
                 return found.shape == wanted and found.dtype == self.dtype
             schema = pq.read_schema(path)
             return (pq.read_metadata(path).num_rows, schema.field("embedding").type.list_size) == wanted
-        except (OSError, ValueError, KeyError, pa.ArrowInvalid):
+        except (OSError, EOFError, ValueError, KeyError, pa.ArrowInvalid):
             return False
 
     def write(self, number: int, embeddings_BD: NDArray[np.floating], ids: Sequence[str] | None) -> None:
