@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import constants
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense
 from transformers import AutoModel
 
 from trainer.encoder import Encoder, EncoderSpec
-from trainer.encoder.weights import refuse_broken_weights, weight_files
+from trainer.encoder.weights import refuse_broken_weights, refuse_missing_weights, weight_files
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "4d" * 32 + "\nsize 12345\n"
 
@@ -101,3 +102,28 @@ def test_only_what_is_loaded_is_looked_at(tiny_encoder: Path, tmp_path: Path) ->
     (folder / "model.fp16.safetensors").write_text(POINTER)
     assert weight_files(EncoderSpec(str(folder))) == [[path], []]
     Encoder(EncoderSpec(str(folder)), 100)
+
+
+@pytest.mark.parametrize("lacking", ["layer.1", "embeddings.LayerNorm.bias"])
+def test_weights_that_are_not_there(tiny_encoder: Path, tmp_path: Path, lacking: str) -> None:
+    """transformers tells what it has drawn; the pooler is no part of an embedding."""
+    folder, path = _copy(tiny_encoder, tmp_path, "whole")
+    weights = {name: weight for name, weight in load_file(path).items() if "pooler" not in name}
+    save_file(weights, path, metadata={"format": "pt"})
+    spec = EncoderSpec(str(folder))
+    refuse_missing_weights(spec, Encoder(spec, 100).backbone)
+    save_file({n: weight for n, weight in weights.items() if lacking not in n}, path, metadata={"format": "pt"})
+    _, said = AutoModel.from_pretrained(folder, output_loading_info=True)
+    missing = [name for name in said["missing_keys"] if "pooler" not in name]
+    with pytest.raises(ValueError) as refused:
+        refuse_missing_weights(spec, Encoder(spec, 100).backbone)
+    told = re.fullmatch(r".*: its files lack (\d+) of 39 weights \((\S+?)(, \.\.\.)?\), which .*", str(refused.value))
+    assert told is not None
+    assert int(told[1]) == len(missing) == (16 if lacking == "layer.1" else 1)
+    assert told[2] in missing
+
+
+def test_of_other_backbones_nothing_is_missing(tiny_encoders: dict[str, Path]) -> None:
+    for kind in ("roberta", "mpnet", "distilbert", "modernbert", "qwen3"):
+        spec = EncoderSpec(str(tiny_encoders[kind]))
+        refuse_missing_weights(spec, Encoder(spec, 100).backbone)

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from numpy.testing import assert_allclose
+from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
 from tests.two_ranks import TwoRanks
@@ -284,6 +285,19 @@ def test_what_cannot_be_meant_is_one_sentence(
     error = capsys.readouterr().err
     assert said in error, error
     assert error.count("\n") <= 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_lacks_weights_embeds_nothing(
+    tiny_encoder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each rank would draw them for itself."""
+    path = shutil.copytree(tiny_encoder, tmp_path / "model") / "model.safetensors"
+    weights = {name: weight for name, weight in load_file(path).items() if "layer.1" not in name}
+    save_file(weights, path, metadata={"format": "pt"})
+    assert run(tmp_path / "model", corpus, tmp_path / "out") == 1
+    error = capsys.readouterr().err
+    assert f"--model '{tmp_path / 'model'}': its files lack 16 of 39 weights (encoder.layer.1." in error
     assert not (tmp_path / "out").exists()
 
 

@@ -26,6 +26,7 @@ from trainer.encoder import Encoder, EncoderSpec
 from trainer.encoder.folder import backbone_folder
 from trainer.encoder.spec import errors_about
 from trainer.encoder.text import load_text_preparation
+from trainer.encoder.weights import refuse_missing_weights
 from trainer.files import sha256_of
 from trainer.interruption import stop_if_asked
 
@@ -83,6 +84,7 @@ def _embed(
     # Building modules draws numbers: the heads of the run would be others than after a start that finds these files.
     with errors_about("model.teacher"), torch.random.fork_rng(devices=[]):
         encoder = Encoder(spec, max_tokens).to(device).eval()
+        refuse_missing_weights(spec, encoder.backbone)
     texts = tokens.distinct_texts()
     shape = (len(texts), encoder.embedding_dimension)
     embeddings_UD = np.memmap(folder / "embeddings.float32", np.float32, "w+", shape=shape)

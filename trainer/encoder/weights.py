@@ -1,12 +1,14 @@
-"""The weight files of a backbone's folder: which of them are loaded, and whether they are weights at all."""
+"""The weight files of a backbone's folder: which of them are loaded, whether they are weights, and all of them."""
 
 from __future__ import annotations
 
 import json
+import re
 import zipfile
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from trainer.encoder.folder import backbone_folder, read_modules
@@ -52,6 +54,34 @@ def refuse_broken_weights(spec: EncoderSpec) -> None:
                 else f"remove {path.resolve()}, and fetch it again with trainer prepare"
             )
             raise ValueError(f"{path} is no weight file ({path.stat().st_size:,} bytes, {cause}); {remedy}")
+
+
+def refuse_missing_weights(spec: EncoderSpec, backbone: PreTrainedModel) -> None:
+    """For who trains nothing: transformers draws what the files lack, and each rank draws for itself.
+
+    Args:
+        spec: of the encoder.
+        backbone: of the encoder, as it was loaded.
+
+    Raises:
+        ValueError: the files lack weights that an embedding needs.
+    """
+    ignored = backbone._keys_to_ignore_on_load_missing or ()  # computed, as sinusoids are
+    weights = dict(backbone.named_parameters())
+    missing = [
+        name
+        for name, weight in weights.items()
+        # Poolers and what else no forward takes get no gradient.
+        if weight.requires_grad
+        and not getattr(weight, "_is_hf_initialized", False)  # transformers says so of each that it has read
+        and not any(re.search(pattern, name) for pattern in ignored)
+    ]
+    if missing:
+        raise ValueError(
+            f"model.encoder.backbone '{spec.backbone}': its files lack {len(missing)} of {len(weights)} weights "
+            f"({missing[0]}{', ...' * (len(missing) > 1)}), which would be random; copy the whole folder, or train it "
+            "first"
+        )
 
 
 def _should_have_weights(folder: Path) -> bool:

@@ -17,6 +17,7 @@ from trainer.data.files import did_you_mean
 from trainer.distributed import gather
 from trainer.encoder import Encoder
 from trainer.encoder.towers import Towers
+from trainer.encoder.weights import refuse_missing_weights
 from trainer.evaluation.health import measure
 from trainer.evaluation.scoring import Observe, evaluate
 from trainer.evaluation.sharded import Encode, TokenizedSet, ask_teacher, tokenize_set
@@ -222,6 +223,7 @@ def _taught(one: TokenizedSet, device: torch.device, rank: int, world_size: int,
     assert one.teacher is not None
     gather.enter(f"embeddings of the teacher of {one.name}")
     teacher = Encoder(one.teacher, max_tokens).eval().to(device)
+    refuse_missing_weights(one.teacher, teacher.backbone)
     encode = _encode_with(teacher, device, max_tokens)
     return ask_teacher(encode, teacher.text, one, rank, world_size, max_tokens)
 

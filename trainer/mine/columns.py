@@ -93,9 +93,12 @@ def embed_columns(
 
 def _load(spec: EncoderSpec, max_tokens: int, device: torch.device) -> Encoder:
     from trainer.encoder import Encoder
+    from trainer.encoder.weights import refuse_missing_weights
 
     with said_once():
-        return Encoder(spec, max_tokens).eval().to(device)
+        encoder = Encoder(spec, max_tokens)
+        refuse_missing_weights(spec, encoder.backbone)
+    return encoder.eval().to(device)
 
 
 def _embed_column(

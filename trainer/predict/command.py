@@ -201,11 +201,13 @@ def start(options: argparse.Namespace, spec: EncoderSpec) -> tuple[Encoder, torc
 
     from trainer.distributed.launch import start_ranks
     from trainer.encoder import Encoder
+    from trainer.encoder.weights import refuse_missing_weights
 
     with said_once():
         device = start_ranks(options.accelerator, options.devices, options.nodes)
         transformers.utils.logging.disable_progress_bar()
         encoder = Encoder(spec, options.max_tokens)
+        refuse_missing_weights(spec, encoder.backbone)
     interruption.stop_if_asked()
     return encoder.eval().to(device), device
 
