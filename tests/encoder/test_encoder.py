@@ -321,6 +321,16 @@ def test_a_plain_transformers_folder_is_pooled_by_mean(tiny_encoder: Path, tmp_p
     assert encoder.text.max_length == 128
 
 
+@pytest.mark.parametrize("kind", ["bert", "roberta", "mpnet"])
+def test_a_pad_piece_in_a_text(tiny_encoders: dict[str, Path], kind: str) -> None:
+    """RoBERTa counts positions without it."""
+    encoder, peer = _load(tiny_encoders[kind]).eval(), _peer(tiny_encoders[kind])
+    pad = encoder.text.tokenizer.pad_token
+    texts = [f"The doctor {pad} bought the car", "a", f"In winter {pad}{pad} the shop", f"{pad} a", "At noon the lamp"]
+    assert [ids.count(encoder.text.tokenizer.pad_token_id) for ids in encoder.text(texts)] == [1, 0, 2, 1, 0]
+    assert_close(_embed(encoder, texts), _peer_embed(peer, texts).detach(), rtol=0.0, atol=1e-5)
+
+
 @pytest.mark.parametrize(("kind", "positions"), [(kind, 128) for kind in KINDS])
 def test_the_longest_text_and_one_piece_more(tiny_encoders: dict[str, Path], kind: str, positions: int) -> None:
     """RoBERTa's and MPNet's position tables have two entries more, which no text may use."""

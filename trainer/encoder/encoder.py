@@ -260,7 +260,7 @@ class Encoder(nn.Module):
                 positions_T = F.pad(positions_T, (0, num_padding))
             hidden_TH = self.backbone(
                 input_ids=input_ids_T[None],
-                position_ids=positions_T[None] + self._position_offset,
+                position_ids=self._places(input_ids_T, positions_T)[None],
                 packing=packing,
                 **self._options,
             ).last_hidden_state[0, :num_tokens]
@@ -278,6 +278,17 @@ class Encoder(nn.Module):
         if self.text.prompt:
             features["prompt_length"] = self.text.prompt_length
         return self.head(features)["sentence_embedding"].float()
+
+    def _places(self, input_ids_T: Tensor, positions_T: Tensor) -> Tensor:
+        """Places in the position table. Where it starts behind the padding index, a pad piece that stands in a text is
+        not counted, and has the place of padding."""
+        if not self._position_offset:
+            return positions_T
+        padding = self._position_offset - 1
+        counted_T = (input_ids_T != padding).long()
+        until_T = counted_T.cumsum(0)
+        starts_T = torch.arange(len(positions_T), device=positions_T.device) - positions_T
+        return (until_T - (until_T - counted_T)[starts_T]) * counted_T + padding
 
     def _padded_forward(self, input_ids_T: Tensor, lengths: Sequence[int]) -> Tensor:
         device = input_ids_T.device
