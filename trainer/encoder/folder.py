@@ -126,5 +126,34 @@ def read_json(spec: EncoderSpec, name: str, subfolder: str = "") -> Any:
     path = load_file_path(spec.backbone, name, subfolder=subfolder, revision=spec.revision)
     if path is None:
         return None
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
+    return _parsed(spec, Path(path))
+
+
+def refuse_broken_json(spec: EncoderSpec, pattern: str = "*config*.json") -> None:
+    """Reads files of a folder that others read later, and would not name; those of hub ids once they are here.
+
+    Raises:
+        ValueError: one is cut short or damaged.
+    """
+    folder = backbone_folder(spec)
+    if folder is None:
+        return
+    for place in dict.fromkeys([folder, *(folder / module["path"] for module in read_modules(spec))]):
+        for path in sorted(place.glob(pattern)):
+            _parsed(spec, path)
+
+
+def _parsed(spec: EncoderSpec, path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # of bytes that are no text too
+        raise ValueError(
+            f"{path} is no JSON file ({path.stat().st_size:,} bytes, {error}); {fetch_again(spec, path)}"
+        ) from error
+
+
+def fetch_again(spec: EncoderSpec, path: Path) -> str:
+    """What to do about a damaged file. Of a hub id the blob must go, or the cache would link it again."""
+    if Path(spec.backbone).is_dir():
+        return "copy it again"
+    return f"remove {path.resolve()}, and fetch it again with trainer prepare"

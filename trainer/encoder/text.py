@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from transformers.tokenization_utils_base import PaddingStrategy, TruncationStrategy
 
 from trainer.distributed import gather
-from trainer.encoder.folder import OWN_MODULES, read_json, read_modules, read_transformer
+from trainer.encoder.folder import OWN_MODULES, read_json, read_modules, read_transformer, refuse_broken_json
 from trainer.encoder.spec import EncoderSpec
 from trainer.encoder.unsupported import refuse_modules, refuse_settings
 
@@ -156,13 +156,14 @@ def load_text_preparation(spec: EncoderSpec) -> TextPreparation:
     """Read the tokenizer, the length and the prompt of an encoder; no weights.
 
     Raises:
-        ValueError: no such folder or hub id, a checkpoint, a model that begins with no Transformer, modules or settings
-            of sentence-transformers that are not supported, code that was not allowed, a tokenizer without
-            tokenizer.json or a pad piece, one that pads with a piece the embedding has no row for, or max_length over
-            the positions of the backbone, or with no room for a text.
+        ValueError: no such folder or hub id, a damaged file, a checkpoint, a model that begins with no Transformer,
+            modules or settings of sentence-transformers that are not supported, code that was not allowed, a tokenizer
+            without tokenizer.json or a pad piece, one that pads with a piece the embedding has no row for, or
+            max_length over the positions of the backbone, or with no room for a text.
     """
     where: dict[str, Any] = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
     modules = read_modules(spec)
+    refuse_broken_json(spec)
     refuse_modules(spec, modules)
     subfolder = modules[0]["path"]
     transformer = read_transformer(spec, subfolder)
@@ -178,6 +179,7 @@ def load_text_preparation(spec: EncoderSpec) -> TextPreparation:
             f"model.encoder.backbone '{spec.backbone}' is neither a model folder nor a reachable hub id: {cause}"
         ) from error
     except ValueError as error:  # a config.json without model_type, or of a type that transformers does not know
+        refuse_broken_json(spec, "tokenizer.json")  # large, so not read before
         cause = str(error).splitlines()[0]
         raise ValueError(f"model.encoder.backbone '{spec.backbone}' can't be read by transformers: {cause}") from error
     if not tokenizer.is_fast:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
-from trainer.encoder.folder import backbone_folder, read_modules
+from trainer.encoder.folder import backbone_folder, fetch_again, read_modules
 from trainer.encoder.spec import EncoderSpec
 
 _POINTER = b"version https://git-lfs"
@@ -48,12 +48,10 @@ def refuse_broken_weights(spec: EncoderSpec) -> None:
         )
     for path in (path for files in files_of_modules for path in files):
         if cause := _broken(path):
-            remedy = (
-                "run git lfs pull there, or copy it again"
-                if Path(spec.backbone).is_dir()
-                else f"remove {path.resolve()}, and fetch it again with trainer prepare"
+            pull = "run git lfs pull there, or " if Path(spec.backbone).is_dir() else ""
+            raise ValueError(
+                f"{path} is no weight file ({path.stat().st_size:,} bytes, {cause}); {pull}{fetch_again(spec, path)}"
             )
-            raise ValueError(f"{path} is no weight file ({path.stat().st_size:,} bytes, {cause}); {remedy}")
 
 
 def refuse_missing_weights(spec: EncoderSpec, backbone: PreTrainedModel) -> None:
