@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from peft import LoraConfig, PeftModel
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Router
 from sentence_transformers.sentence_transformer.modules import (
@@ -226,6 +227,23 @@ def test_a_folder_of_another_kind_is_named(tiny_encoder: Path, tmp_path: Path) -
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"^model\.encoder\.backbone '.*' can't be read by transformers: Unrecognized"):
         _prepare(tmp_path)
+
+
+def test_a_folder_of_adapters_is_refused_and_the_remedy_helps(tiny_encoder: Path, tmp_path: Path) -> None:
+    peer = SentenceTransformer(str(tiny_encoder), device="cpu")
+    peer.add_adapter(LoraConfig(r=4, target_modules=["query", "value"], init_lora_weights=False))
+    peer.save_pretrained(str(tmp_path / "adapters"))
+    with pytest.raises(ValueError, match=rf"adapters' holds adapters of peft .* for '{tiny_encoder}', .*: merge them"):
+        _prepare(tmp_path / "adapters")
+    base: Any = AutoModel.from_pretrained(tiny_encoder)
+    merged: Any = PeftModel.from_pretrained(base, str(tmp_path / "adapters"))
+    merged.merge_and_unload().save_pretrained(tmp_path / "merged")
+    AutoTokenizer.from_pretrained(tmp_path / "adapters").save_pretrained(tmp_path / "merged")
+    _prepare(tmp_path / "merged")
+    theirs = SentenceTransformer(str(tmp_path / "adapters"), device="cpu").encode(["The doctor"])
+    ours = SentenceTransformer(str(tmp_path / "merged"), device="cpu").encode(["The doctor"])
+    assert abs(ours - theirs).max() < 1e-5
+    assert abs(SentenceTransformer(str(tiny_encoder), device="cpu").encode(["The doctor"]) - theirs).max() > 1e-3
 
 
 def _save(folder: Path, modules: list[Any], route: bool = False) -> Path:

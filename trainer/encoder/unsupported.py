@@ -16,8 +16,8 @@ _HEAD_MODULES = ("Pooling", "Dense", "LayerNorm", "Dropout", "Normalize")
 
 
 def refuse_modules(spec: EncoderSpec, modules: Sequence[Mapping[str, Any]]) -> None:
-    """Raises ValueError where the folder is no model of ours, begins with no Transformer, has modules that are not
-    supported, or brings code that was not allowed.
+    """Raises ValueError where the folder is no model of ours, begins with no Transformer, holds adapters of peft, has
+    modules that are not supported, or brings code that was not allowed.
 
     Args:
         spec: of the encoder.
@@ -25,6 +25,7 @@ def refuse_modules(spec: EncoderSpec, modules: Sequence[Mapping[str, Any]]) -> N
     """
     types = [module["type"] for module in modules]
     _refuse_other_folders(spec, types[0])
+    _refuse_adapters(spec, modules[0]["path"])
     for place, module in enumerate(types[1:], start=1):
         _refuse_module(spec, module, place)
     if not spec.trust_remote_code:
@@ -71,6 +72,18 @@ def _refuse_other_folders(spec: EncoderSpec, first_module: str) -> None:
         raise ValueError(
             f"model.encoder.backbone '{spec.backbone}' begins with a {kind} of sentence-transformers (modules.json); "
             "take a model that begins with a Transformer"
+        )
+
+
+def _refuse_adapters(spec: EncoderSpec, subfolder: str) -> None:
+    """sentence-transformers adds them to their base while it runs, and here they would be trained beside it."""
+    adapters = read_json(spec, "adapter_config.json", subfolder)
+    if adapters is not None:
+        base = adapters.get("base_model_name_or_path")
+        raise ValueError(
+            f"model.encoder.backbone '{spec.backbone}' holds adapters of peft (adapter_config.json) for '{base}', "
+            "which are not taken: merge them (PeftModel.from_pretrained(base, adapters).merge_and_unload() of peft), "
+            "save model and tokenizer, and name that folder"
         )
 
 
