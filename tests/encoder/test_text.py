@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from peft import LoraConfig, PeftModel
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Router
@@ -359,6 +360,56 @@ def test_positions(model_type: str, settings: dict[str, int], offset: int, posit
     config = AutoConfig.for_model(model_type, **settings)
     assert position_offset(config) == offset
     assert num_positions(config) == positions
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        "camembert",
+        "data2vec-text",
+        "esm",
+        "ibert",
+        "longformer",
+        "luke",
+        "roberta-prelayernorm",
+        "xlm-roberta-xl",
+        "xmod",
+    ],
+)
+def test_as_many_positions_as_the_backbone_takes(model_type: str) -> None:
+    """The longest text runs, and one of a piece more does not."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    more = {"longformer": {"attention_window": [32]}, "xmod": {"languages": ["en_XX"], "default_language": "en_XX"}}
+    more["luke"] = {"entity_vocab_size": 10, "entity_emb_size": 8}
+    said: dict[str, Any] = {"vocab_size": 40, "pad_token_id": 1, **sizes, **more.get(model_type, {})}
+    config = AutoConfig.for_model(model_type, max_position_embeddings=34, **said)
+    model, longest = AutoModel.from_config(config).eval(), num_positions(config)
+    assert longest == 32
+    model(input_ids=torch.full((1, longest), 7))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=torch.full((1, longest + 1), 7))
+
+
+def test_relative_positions_have_no_end(tmp_path: Path, tiny_encoder: Path) -> None:
+    """DeBERTa v3 adds none to the pieces. Where nothing is said, texts are cut where sentence-transformers does."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_encoder)
+    for is_biased in (False, True):
+        config = AutoConfig.for_model(
+            "deberta-v2",
+            **{"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4},
+            **{"intermediate_size": 64, "max_position_embeddings": 64, "relative_attention": True},
+            **{"pos_att_type": ["p2c", "c2p"], "position_buckets": 16, "position_biased_input": is_biased},
+        )
+        AutoModel.from_config(config).save_pretrained(tmp_path / f"biased-{is_biased}")
+        tokenizer.save_pretrained(tmp_path / f"biased-{is_biased}")
+    peer = SentenceTransformer(str(tmp_path / "biased-False"), device="cpu")
+    assert _prepare(tmp_path / "biased-False").max_length == peer.max_seq_length == 64
+    peer.max_seq_length = 100
+    assert peer.preprocess(["stone " * 300])["input_ids"].shape == (1, 100)
+    assert peer.encode(["stone " * 300]).shape == (1, 32)
+    assert _prepare(tmp_path / "biased-False", max_length=100).max_length == 100
+    with pytest.raises(ValueError, match=r"max_length is 100, but .* has 64 positions"):
+        _prepare(tmp_path / "biased-True", max_length=100)
 
 
 def test_no_weights_are_read(tiny_encoder: Path, tmp_path: Path) -> None:

@@ -23,7 +23,10 @@ from trainer.encoder.unsupported import refuse_modules, refuse_settings
 logger = logging.getLogger(__name__)
 
 # Position tables of these start behind the padding index.
-_OFFSET_MODEL_TYPES = frozenset({"roberta", "xlm-roberta", "camembert", "mpnet"})
+_OFFSET_MODEL_TYPES = frozenset(
+    {"camembert", "data2vec-text", "esm", "ibert", "longformer", "luke", "mpnet", "roberta"}
+    | {"roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"}
+)
 
 # A tokenizer holds the length it truncates to, and columns, sources and threads share one.
 _one_at_a_time = threading.Lock()
@@ -206,7 +209,8 @@ def load_text_preparation(spec: EncoderSpec) -> TextPreparation:
                 f"max_length: '{spec.backbone}' takes {said:,} pieces, texts are cut at {max_length:,}; set "
                 "max_length for more",
             )
-    if positions is not None and max_length > positions:
+    # Where DeBERTa adds no positions to the pieces, the table has no say.
+    if positions is not None and max_length > positions and getattr(config, "position_biased_input", True):
         raise ValueError(
             f"model.encoder.max_length is {max_length}, but '{spec.backbone}' has {positions} positions; "
             f"set max_length to {positions} or less"
