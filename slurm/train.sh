@@ -173,13 +173,12 @@ while (exec 3<>"/dev/tcp/127.0.0.1/$MASTER_PORT") 2>/dev/null; do
     MASTER_PORT=$((MASTER_PORT + 1))
 done
 
-# The strategy stands before the config files, for they may know better (DeepSpeed); what Slurm decides stands after
-# them; what the user typed stands last and wins.
+# What Slurm decides stands behind the config files; what the user typed stands last and wins. The strategy is that of the
+# files (ZeRO), else the program's for several ranks, which is ddp.
 options=()
 if [[ $command != fit ]]; then
     options+=(--accelerator "$accelerator" "$@") # the ranks are counted by the program
 else
-    if ((nodes * tasks > 1)); then options+=(--trainer.strategy ddp); fi
     options+=("${configs[@]}" --trainer.accelerator "$accelerator" --trainer.num_nodes "$nodes" --trainer.devices "$tasks" "$@")
 fi
 

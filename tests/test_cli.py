@@ -1127,6 +1127,22 @@ def test_nothing_of_a_replaced_class_is_left(recipe: Path, capsys: pytest.Captur
     assert said == "flag --model.loss.scale stands before --model.loss, which takes its place: put it behind"
 
 
+def test_flags_win_over_files_wherever_they_stand(recipe: Path) -> None:
+    """Also over a later file, and over an earlier flag; the values are those that were typed."""
+    Path("later.yaml").write_text(
+        "seed_everything: 1\nckpt_path: null\nmodel: {learning_rate: 0.5}\n"
+        "data: {train: [{path: later.csv, columns: {anchor: a, positive: b}, max_rows: 9}]}\n"
+    )
+    files = ["--config", str(recipe), "--config", "later.yaml"]
+    flags = ["--seed_everything=3", "--ckpt_path", "auto", "--model.learning_rate", "4", "--model.learning_rate", "5"]
+    flags += ["--data.train.path", "typed.csv"]
+    for args in ([*flags, *files], [*files[:2], *flags, *files[2:]], [*files, *flags]):
+        options = run(["fit", *args], read_command(args), execute=False).options
+        (source,) = options.data.train
+        assert (options.seed_everything, options.ckpt_path, options.model.learning_rate) == (3, "auto", 5.0)
+        assert (source.path, source.max_rows) == ("typed.csv", 9)
+
+
 def test_error_of_our_own_is_one_line(
     recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

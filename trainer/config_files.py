@@ -182,6 +182,7 @@ def replaced_lists(files: Sequence[yaml.MappingNode]) -> list[str]:
 def clear_replaced_lists(args: Sequence[str], files: Sequence[yaml.MappingNode]) -> list[str]:
     """The words behind the subcommand, with an empty list before each list that takes the place of one with keys.
 
+    The config files stand first, for the parser lets the later word win, and a flag wins wherever it was typed.
     jsonargparse would fill what the entries of the new list leave out with what the entries of the old one say, where
     there are as many of them.
 
@@ -192,7 +193,7 @@ def clear_replaced_lists(args: Sequence[str], files: Sequence[yaml.MappingNode])
     words: list[str] = []
     with_keys: set[str] = set()
     left = iter(files)
-    for flag in _split_flags(args):
+    for flag in sorted(_split_flags(args), key=lambda flag: flag.key != "config"):  # keeps the order of each kind
         lists: dict[str, yaml.Node | None] = {flag.key: compose_flag(flag)}
         if flag.key == "config" and "://" not in (flag.text or ""):
             lists = {path: value for path, _, value in walk_keys(next(left))}

@@ -117,13 +117,12 @@ def test_the_first_rank_to_fail_gives_the_exit_code(slurm: Slurm, tmp_path: Path
     ],
 )
 def test_one_task_for_each_device(slurm: Slurm, options: str, tasks: int, place: str) -> None:
-    """The command of every task: strategy, configs, what Slurm decides, and the user's own words last."""
+    """The command of every task: configs, what Slurm decides, and the user's own words last."""
     (slurm.folder / "configs" / "place.yml").write_text("trainer: {precision: 32-true}\n")
     own = ["--data.batch_size=8", "--tracking.tags", "[a b]"]
     job = slurm.run(options, ["configs/pairs.yaml", "configs/place.yml", *own], "/bin/echo")
-    strategy = " --trainer.strategy ddp" if tasks > 1 else ""
     files = "--config configs/pairs.yaml --config configs/place.yml"
-    words = f"{strategy} {files} --trainer.accelerator {place} {' '.join(own)}"
+    words = f" {files} --trainer.accelerator {place} {' '.join(own)}"
     assert job.log.splitlines().count(f"-m trainer fit{words}") == tasks, job.log
     assert job.log.splitlines().count(f"-m trainer preflight{words}") == int(job["NumNodes"]), "once on each node"
     assert job["JobState"] == "COMPLETED"
