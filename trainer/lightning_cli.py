@@ -31,6 +31,7 @@ from trainer.config_files import ConfigError, Written, clear_replaced_lists, rep
 from trainer.data.loading import fingerprint
 from trainer.data.module import PairData
 from trainer.distributed.launch import numbering
+from trainer.distributed.meeting import Meeting
 from trainer.distributed.preemption import Preemption
 from trainer.distributed.watch import Watch
 from trainer.encoder.spec import EncoderSpec
@@ -263,6 +264,8 @@ class TrainerCLI(LightningCLI):
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         # Behind the progress bar, which must have left the terminal before the watch speaks.
         watch = next(callback for callback in callbacks if isinstance(callback, Watch))
+        if trainer.world_size > 1:
+            watch.meeting = Meeting(trainer.strategy, lambda: release_lock(self.run_dir, os.environ))
         callbacks.remove(watch)
         callbacks.insert(next((i for i, c in enumerate(callbacks) if isinstance(c, Progress)), -1) + 1, watch)
         return trainer

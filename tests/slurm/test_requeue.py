@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,22 @@ def test_a_preempted_run_is_requeued_and_a_finished_one_is_not_run_again(slurm: 
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "2")
     assert f"{folder} holds a finished run (job {number}, " in job.log.splitlines()[-1]
     assert job.log.count("goes on") == 2, "it trained again"
+
+
+@pytest.mark.slow
+def test_a_request_while_rank_1_still_starts_is_requeued_at_once(slurm: Slurm, tmp_path: Path) -> None:
+    """It leaves by itself, in order; rank 0 waits for it in the meeting of the ranks."""
+    late = "trap 'exit 85' USR1; sleep 200 & wait"
+    python = stand_in(tmp_path, f'[[ $SLURM_PROCID == 0 ]] || {{ {late}; }}\nexec {sys.executable} "$@"')
+    number = slurm.submit("--nodes 2", ["configs/pairs.yaml"], python)
+    log = slurm.log(number)
+    wait_until(lambda: log.exists() and "GLOBAL_RANK: 0" in log.read_text(), "rank 0 waits", timeout_s=90)
+    slurm.signal(number, "USR1")
+    slurm.requeued(number)
+    said = log.read_text()
+    slurm.output(["scancel", number])
+    assert "ended with exit code 85; the first to fail was rank 0 on n1" in said
+    assert not list(slurm.folder.glob(f"runs/*/*job={number}/run.lock"))
 
 
 @pytest.mark.parametrize(

@@ -137,11 +137,17 @@ def slurm_flags(given: Collection[str]) -> list[str]:
     return [f"--{key}={number}" for key, number in found.items() if key not in given]
 
 
-def _take_children(children: Sequence[Popen[bytes]]) -> None:
-    """Watch the ranks that were started from here. Lightning's own observer would kill this process without a word."""
+def silence_observer() -> None:
+    """End Lightning's observer of the ranks that were started from here: within 5 s of the end of one it would kill
+    this process without a word."""
     for thread in threading.enumerate():
         if thread.name == "child-process-observer":
             thread._child_processes = []  # type: ignore[attr-defined]  # then it ends
+
+
+def _take_children(children: Sequence[Popen[bytes]]) -> None:
+    """Watch the ranks that were started from here."""
+    silence_observer()
     threading.Thread(target=_watch, args=(children,), name="ranks", daemon=True).start()
 
 

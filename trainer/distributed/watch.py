@@ -21,6 +21,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from trainer.distributed import gather
 from trainer.distributed.heartbeat import BEAT_S, SILENT_S, Heartbeats
+from trainer.distributed.meeting import Meeting
 from trainer.manifest import newest
 from trainer.tracking.collapse import Collapse
 from trainer.tracking.metrics import MetricsLog
@@ -28,7 +29,7 @@ from trainer.tracking.spikes import LossSpikes
 
 # How collectives end when a rank is no longer there, or when the time of the process group is up.
 LOST_RANK = re.compile(
-    "Connection (closed|reset) by peer|Broken pipe|remote process exited|Timed out waiting|pair closure|"
+    "Connection (closed|reset) by peer|Broken pipe|remote process exited|Failed to recv|Timed out waiting|pair closure|"
     "(Watchdog|NCCL).*(timeout|timed out)"
 )
 SAID = "which rank was lost is said above"  # the note on an exception whose cause the watch has named
@@ -55,6 +56,7 @@ class Watch(Callback):
         if timeout_s <= 0:
             raise ValueError(f"watch.timeout_s is {timeout_s}; it must be above 0")
         self.timeout_s = timeout_s
+        self.meeting: Meeting | None = None  # looks after the ranks until then
         self._collapse = Collapse()
         self._beats: Heartbeats | None = None
         self._armed = False
@@ -71,7 +73,9 @@ class Watch(Callback):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if stage == "fit" and isinstance(callback, MetricsLog):
                 callback.listeners += [LossSpikes(), self._collapse]
-        self._take_children(trainer)
+        self._children = list(getattr(trainer.strategy.launcher, "procs", []))  # those that Lightning started from here
+        if self.meeting is not None:
+            self.meeting.end()
         self._armed, self._hung, self._leaving_at = False, False, None
         if gather.world_size() > 1:
             store: Any = dist.distributed_c10d._get_default_store()
@@ -213,14 +217,6 @@ class Watch(Callback):
         return f"last checkpoint: {path}, go on from it with --ckpt_path auto" if path else "there is no checkpoint yet"
 
     # -- the processes that this one started --------------------------------------------------------------
-
-    def _take_children(self, trainer: Trainer) -> None:
-        """Ranks that Lightning started from here. Its observer would kill this process within 5 s of the death of
-        one, before the others' signs have told which rank it was."""
-        self._children = list(getattr(trainer.strategy.launcher, "procs", []))
-        for thread in threading.enumerate():
-            if thread.name == "child-process-observer":
-                thread._child_processes = []  # type: ignore[attr-defined]  # then it ends
 
     def _end_children(self) -> None:
         """They end by themselves, except one that is stopped or hangs; SIGKILL ends those too."""

@@ -1,0 +1,62 @@
+"""Ranks that are stopped, or end, while one waits for the other: real processes, through the real command line."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.tiny_recipe import write_tiny_recipe
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.parametrize(
+    ("number", "of_first", "status", "says"),
+    [
+        (signal.SIGUSR1, True, 85, ""),
+        pytest.param(signal.SIGTERM, True, 143, "", marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, True, 130, "", marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, False, 85, "", marks=pytest.mark.slow),
+        (signal.SIGKILL, False, 1, "error: rank 1 was ended by SIGKILL before the training\n"),
+    ],
+)
+def test_a_rank_that_waits_for_another_ends_with_the_status_of_the_request(
+    tiny_encoder: Path, tmp_path: Path, number: signal.Signals, of_first: bool, status: int, says: str
+) -> None:
+    """Rank 1 is held still, so that rank 0 would wait for it for half an hour; the lock is let go of."""
+    recipe = write_tiny_recipe(tmp_path, tiny_encoder)
+    command = [sys.executable, "-m", "trainer", "fit", "--config", str(recipe), "--trainer.devices", "2"]
+    command += ["--trainer.default_root_dir", str(tmp_path / "run")]
+    out, err = tmp_path / "out", tmp_path / "err"
+    with open(out, "wb") as stdout, open(err, "wb") as stderr:
+        process = subprocess.Popen(command, stdout=stdout, stderr=stderr)
+    other = 0
+    try:
+        deadline = time.monotonic() + 90
+        while "GLOBAL_RANK: 0" not in out.read_text() + err.read_text() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        (other,) = children_of(process.pid)
+        os.kill(other, signal.SIGSTOP)
+        assert (tmp_path / "run/run.lock").exists()
+        time.sleep(1.0)  # it is in the meeting
+        os.kill(process.pid if of_first else other, number)
+        if not of_first:
+            os.kill(other, signal.SIGCONT)
+        assert process.wait(30) == status
+    finally:
+        process.kill()
+        process.wait()
+    assert not (tmp_path / "run/run.lock").exists()
+    assert not Path(f"/proc/{other}").exists() or Path(f"/proc/{other}/stat").read_text().split()[2] == "Z"
+    said = err.read_text()
+    assert said.endswith(says)
+    assert "Traceback" not in said
+    assert "zombies" not in said

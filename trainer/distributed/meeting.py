@@ -1,0 +1,93 @@
+"""Until the ranks have met: a request to stop, or the end of another rank, ends a process that waits in C++."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+
+from lightning.pytorch.strategies import Strategy
+
+from trainer import interruption
+from trainer.distributed.launch import silence_observer
+
+_TICK_S = 0.2
+_GRACE_S = 5.0  # for the main thread to say by itself that a rank is lost
+
+
+class Meeting:
+    """Looks after a rank from the moment it waits for the others until the watch begins.
+
+    In that wait no signal handler of Python runs, and there are no signs of life yet.
+
+    Args:
+        strategy: whose `setup_environment` is the meeting.
+        leave: is called before the process ends in here.
+    """
+
+    def __init__(self, strategy: Strategy, leave: Callable[[], None]) -> None:
+        self._strategy, self._leave, self._join = strategy, leave, strategy.setup_environment
+        self._children: list[subprocess.Popen[bytes]] = []
+        self._met, self._over = threading.Event(), threading.Event()
+        strategy.setup_environment = self._meet  # type: ignore[method-assign]
+
+    def end(self) -> None:
+        """Somebody else looks after the ranks from here on."""
+        self._over.set()
+
+    def _meet(self) -> None:
+        self._children = list(getattr(self._strategy.launcher, "procs", []))
+        silence_observer()
+        self._met, self._over = threading.Event(), threading.Event()
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        before = signal.set_wakeup_fd(writer)  # C writes the signal's number there, whatever the main thread does
+        if (asked := interruption.received()) is not None:
+            self._end_process(interruption.EXIT_CODES[asked])
+        threading.Thread(target=self._look, args=(reader, self._met, self._over), name="meeting", daemon=True).start()
+        try:
+            self._join()
+        except BaseException:
+            self._over.set()
+            raise
+        finally:
+            self._met.set()
+            signal.set_wakeup_fd(before)
+            os.close(writer)
+
+    def _look(self, reader: int, met: threading.Event, over: threading.Event) -> None:
+        while not over.is_set():
+            if met.is_set():
+                over.wait(_TICK_S)
+            elif select.select([reader], [], [], _TICK_S)[0]:
+                for number in os.read(reader, 64):
+                    if number in interruption.EXIT_CODES:
+                        self._end_process(interruption.EXIT_CODES[signal.Signals(number)])
+            self._look_at_children(met, over)
+        os.close(reader)
+
+    def _look_at_children(self, met: threading.Event, over: threading.Event) -> None:
+        for rank, child in enumerate(self._children, 1):
+            code = child.poll()
+            if code is None:
+                continue
+            asked = [status for number, status in interruption.EXIT_CODES.items() if code in (status, -number)]
+            if asked and not met.is_set():  # it was asked to stop, and this one was not
+                self._end_process(asked[0])
+            if code == 0 or asked or over.wait(_GRACE_S):  # those that have met agree on when they leave
+                continue
+            how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"has failed with exit code {code}"
+            print(f"error: rank {rank} {how} before the training", file=sys.stderr)
+            self._end_process(max(code, 1))
+
+    def _end_process(self, code: int) -> None:
+        for child in self._children:
+            child.kill()  # it has nothing to save, and would wait for this one
+        self._leave()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
