@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import platform
 import re
 import shlex
 import subprocess
@@ -1169,6 +1170,26 @@ def test_bad_row_is_named_through_every_library(recipe: Path, capsys: pytest.Cap
     assert said.startswith("error: ")
     assert "rows.jsonl:2" in said
     assert "raised in" not in said
+
+
+@pytest.mark.parametrize(
+    ("environ", "speaks"),
+    [
+        ({"RANK": "3", "LOCAL_RANK": "1"}, False),  # rank 2 of its node says it
+        ({"RANK": "3", "LOCAL_RANK": "0"}, True),
+        ({"SLURM_PROCID": "3", "SLURM_LOCALID": "1"}, False),
+        ({"SLURM_PROCID": "3", "SLURM_LOCALID": "0"}, True),
+        ({"LOCAL_RANK": "1"}, False),  # a rank that another one has started
+    ],
+)
+def test_a_file_that_only_another_node_lacks_is_named_with_the_node(
+    environ: dict[str, str], speaks: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, number in environ.items():
+        monkeypatch.setenv(name, number)
+    said = refused(capsys, ["fit", "--config", "missing.yaml"])
+    sentence = f"rank 3 on host {platform.node()}: there is no config file missing.yaml (looked from {Path.cwd()})"
+    assert said == (sentence if speaks else "")
 
 
 @pytest.mark.slow  # tests/check/test_callback.py has an error that all ranks find

@@ -8,13 +8,14 @@ import errno
 import os
 import re
 import shutil
+import socket
 import sys
 import traceback
 from pathlib import Path
 
 from trainer import interruption
 from trainer.config_files import ConfigError, read_command
-from trainer.run_dir import is_first_rank, rank_name
+from trainer.run_dir import is_first_of_node, is_first_rank, rank_name
 from trainer.tracking.redact import redact_credentials
 
 COMMANDS = (
@@ -45,8 +46,10 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         if debug:
             raise
-        if is_first_rank(os.environ):  # every rank reads the same files
-            print(redact_credentials(str(error)), file=sys.stderr)
+        if is_first_of_node(os.environ):  # the ranks of a node read the same files; another node may see others
+            first = is_first_rank(os.environ)
+            where = "" if first else f"rank {rank_name(os.environ)} on host {socket.gethostname()}: "
+            print(redact_credentials(f"{where}{error}"), file=sys.stderr)
         return 2
     except interruption.Interrupted as stop:
         atexit.register(_leave_ranks)

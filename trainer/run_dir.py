@@ -148,3 +148,8 @@ def is_first_rank(environ: Mapping[str, str]) -> bool:
 def rank_name(environ: Mapping[str, str]) -> str:
     """The global rank where the launcher says it, else the rank on this node."""
     return next((environ[name] for name in _RANKS if name in environ), "0")
+
+
+def is_first_of_node(environ: Mapping[str, str]) -> bool:
+    """Whether no other rank of this machine has a lower number, by what launchers set."""
+    return environ.get("LOCAL_RANK", environ.get("SLURM_LOCALID", "0")) in ("0", "")

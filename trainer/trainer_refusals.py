@@ -174,7 +174,7 @@ def refuse_ranks_apart(trainer: Trainer) -> None:
     if first != trainer.is_global_zero:
         names = ("SLURM_PROCID", "RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK")
         said = ", ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
-        # No ConfigError: of those only the first rank speaks, and there may be none.
+        # No ConfigError: of those only the first rank of a node speaks, and there may be none.
         raise ValueError(
             f"{said or 'nothing'} says that this process is {'' if first else 'not '}rank 0, but {shape} makes it "
             f"{'another' if first else 'rank 0'}: set the two to what the launcher starts, or unset these variables"
