@@ -453,6 +453,14 @@ def test_why_a_class_of_ones_own_is_not_found(name: str, capsys: pytest.CaptureF
     assert refused(capsys, ["fit", "--config", "x.yaml"]) == f"x.yaml:4: model.loss.class_path: {OWN_CLASSES[name]}"
 
 
+@pytest.mark.parametrize("flag", ["trainer.strategy.stage", "model.losses.a.scale"])
+def test_keys_of_a_class_that_is_not_named(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("x.yaml").write_text(CONFIG)
+    said = refused(capsys, ["fit", "--config", "x.yaml", f"--{flag}", "3"])
+    key = ".".join(flag.split(".")[:2])
+    assert said == f"{key}: no class is named for these keys; name it in front of them, as class_path"
+
+
 # -- commands and files -----------------------------------------------------------------------------------
 
 BAD_COMMANDS = {

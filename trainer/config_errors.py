@@ -75,7 +75,9 @@ def _plain(message: str) -> str:
     """The parser's own sentence without its jargon."""
     if UNION in message:
         key = re.match(r'Parser key "([^"]+)":', message)
-        return f"{f'{key[1]}: ' if key else ''}{said_of_union(message)}"
+        # Where nothing is left, keys of a class were given, and no class.
+        said = said_of_union(message) or "no class is named for these keys; name it in front of them, as class_path"
+        return f"{f'{key[1]}: ' if key else ''}{said}"
     missing = re.search(r"arguments are required: (.*)", message)
     nothing = re.search(r'Parser key "([^"]+)":\s+Expected a .* Got value: None$', message)
     if missing or nothing:
