@@ -29,8 +29,9 @@ FLOORS = {
           trainer.evaluation.scoring trainer.evaluation.sharded
           trainer.check.callback trainer.check.probe trainer.check.render trainer.check.report
           trainer.distributed.exact trainer.distributed.heartbeat
-          trainer.distributed.launch trainer.distributed.preemption trainer.distributed.shared_work
-          trainer.distributed.strategies trainer.distributed.watch trainer.finite trainer.memory
+          trainer.distributed.launch trainer.distributed.meeting trainer.distributed.preemption
+          trainer.distributed.shared_work trainer.distributed.strategies trainer.distributed.watch
+          trainer.finite trainer.memory
           trainer.mine.search trainer.mine.write trainer.predict.embed trainer.tracking trainer.tracking.*""",
     2: """trainer.base_weights trainer.identity trainer.manifest trainer.model_refusals trainer.optimizer
           trainer.losses trainer.losses.* trainer.encoder trainer.encoder.*
