@@ -18,6 +18,7 @@ from torch import Tensor
 from tests.batches import relative_error
 from tests.tracking.small_run import make_trainer
 from tests.two_ranks import TwoRanks
+from trainer import evaluation
 from trainer.check.report import make_report
 from trainer.data import teaching
 from trainer.data.module import PairData
@@ -48,17 +49,41 @@ def folder(tmp_path_factory: pytest.TempPathFactory, demo_texts: list[str], tiny
     return folder
 
 
-def test_embeddings_are_those_of_the_teacher(folder: Path, tmp_path: Path) -> None:
-    """As sentence-transformers encodes the same texts, prompts of the source included; each text once."""
+@pytest.mark.parametrize("prompt", [None, "passage: "])
+def test_embeddings_are_those_of_the_teacher(prompt: str | None, folder: Path, tmp_path: Path) -> None:
+    """As sentence-transformers encodes the same texts behind the teacher's prompt, not the student's; each once."""
     source = Source(str(folder / "rows.jsonl"), COLUMNS, prompts={"anchor": "query: "})
-    table = teach(source, EncoderSpec(str(folder / "teacher")), tmp_path, 100, CPU)
+    table = teach(source, EncoderSpec(str(folder / "teacher"), prompt=prompt), tmp_path, 100, CPU)
     assert table.num_texts == 30 + 60
     rows = np.array([7, 0, 59, 58])
     found = pickle.loads(pickle.dumps(table)).embeddings(rows)
     lines = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
     model = SentenceTransformer(str(folder / "teacher"), device="cpu")
-    for column, texts in enumerate((["query: " + lines[r]["a"] for r in rows], [lines[r]["p"] for r in rows])):
-        assert found[:, column] == pytest.approx(model.encode(texts), abs=1e-5)
+    for column, name in enumerate(COLUMNS.values()):
+        wanted = model.encode([lines[r][name] for r in rows], prompt=prompt)
+        assert found[:, column] == pytest.approx(wanted, abs=1e-5)
+
+
+def test_the_set_that_compares_with_a_teacher_gives_it_the_texts_alone(folder: Path, tmp_path: Path) -> None:
+    """The student reads the prompt of a column, the teacher does not: as sentence-transformers encodes the two."""
+    prompts = {"anchor": "query: ", "positive": "passage: "}
+    path, teacher, student = str(folder / "rows.jsonl"), str(folder / "teacher"), str(folder / "student")
+    dev = EvalSource(
+        name="dev",
+        path=path,
+        columns=COLUMNS,
+        evaluator=evaluation.MSE(),
+        prompts=prompts,
+        teacher=EncoderSpec(teacher),
+    )
+    spec = EncoderSpec(student)
+    data = PairData([Source(path, COLUMNS)], spec, validation=[dev], batch_size=9, cache_dir=str(tmp_path))
+    module = EmbeddingModule(spec, InfoNCE())
+    (found,) = make_trainer(tmp_path, [Evaluation()]).validate(module, datamodule=data, verbose=False)
+    lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    theirs = SentenceTransformer(teacher, device="cpu").encode([line["a"] for line in lines])
+    ours = SentenceTransformer(student, device="cpu").encode([line["p"] for line in lines], prompt="passage: ")
+    assert found["eval/dev/negative_mse"] == pytest.approx(-100 * ((ours - theirs) ** 2).mean(), rel=1e-5)
 
 
 def test_they_are_made_once_for_texts_and_teacher(

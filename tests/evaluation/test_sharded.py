@@ -32,6 +32,7 @@ class Set:
     text: TextPreparation
     suite: str = ""
     teacher: EncoderSpec | None = None
+    teacher_prompt: str = ""
 
 
 @dataclass

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def teach(
     """The teacher's embeddings of ``source``; the first call makes them in ``cache_dir``, on ``device``.
 
     Args:
-        source: rows of texts.
+        source: rows of texts; its prompts are the student's, and the teacher reads the texts behind its own.
         spec: the teacher.
         cache_dir: where tables lie.
         max_tokens: of one forward.
@@ -57,6 +57,7 @@ def teach(
             f"{source.path}: a teacher embeds all texts before the training, which does not go with streaming: true; "
             "set it to false"
         )
+    source = replace(source, prompts=None)
     with errors_about("model.teacher"):
         text = load_text_preparation(spec)
     tokens = tokenize(source, text, cache_dir, verify)

@@ -20,6 +20,7 @@ class ValidationSet:
         rows: or the `Collection` that it searches.
         suite: name of the source, where it holds several sets.
         teacher: of an evaluator that compares with one.
+        teacher_prompt: the student's, before each text of the teacher's column; the teacher reads the text behind it.
     """
 
     name: str
@@ -28,6 +29,7 @@ class ValidationSet:
     text: TextPreparation
     suite: str = ""
     teacher: Optional[EncoderSpec] = None
+    teacher_prompt: str = ""
 
     @property
     def primary_metric(self) -> str:
@@ -44,7 +46,8 @@ def open_validation(source: EvalSource, text: TextPreparation, cache_dir: Path) 
                 source.evaluator.refuse_rows(rows)
             except ValueError as error:
                 raise ValueError(f"{source.path}: {error}") from error
-        return [ValidationSet(source.name, rows, source.evaluator, text, teacher=source.teacher)]
+        prompt = source.prompt_of(source.evaluator.teacher_column or "")
+        return [ValidationSet(source.name, rows, source.evaluator, text, teacher=source.teacher, teacher_prompt=prompt)]
     return [
         ValidationSet(name, collection, source.evaluator, text, suite="" if name == source.name else source.name)
         for name, collection in load_collections(source, cache_dir).items()

@@ -58,6 +58,7 @@ class TokenizedSet:
         texts: what is embedded; of a search, and of separate towers, the queries, and ``documents`` apart.
         suite: of which it is one of several sets; empty for none.
         teacher: that embeds the teacher's column of the rows; None for none, and when it has done so.
+        teacher_prompt: the student's, before each text of that column; the teacher reads the text behind it.
     """
 
     name: str
@@ -67,6 +68,7 @@ class TokenizedSet:
     documents: TokenizedTexts | None = None
     suite: str = ""
     teacher: EncoderSpec | None = None
+    teacher_prompt: str = ""
 
 
 def tokenize_set(validation_set: ValidationSet) -> TokenizedSet:
@@ -76,8 +78,8 @@ def tokenize_set(validation_set: ValidationSet) -> TokenizedSet:
         ValueError: a column that the evaluator needs is not there, or there are no rows.
     """
     name, evaluator, rows = validation_set.name, validation_set.evaluator, validation_set.rows
-    suite, teacher = validation_set.suite, validation_set.teacher
-    text = validation_set.text
+    suite, text = validation_set.suite, validation_set.text
+    teacher, prompt = validation_set.teacher, validation_set.teacher_prompt
     if isinstance(evaluator, Search):
         queries = tokenize(rows.queries, text.of_column("anchor"))
         documents = tokenize(rows.documents, text.of_column("document"), text.tower_of("document"))
@@ -95,10 +97,11 @@ def tokenize_set(validation_set: ValidationSet) -> TokenizedSet:
     first = evaluator.text_columns[0]  # an anchor comes before all documents
     tower, num_first = text.tower_of(first), len(rows[first])
     if text.documents is None or tower == "document" or len(texts) == num_first:
-        return TokenizedSet(name, evaluator, rows, tokenize(texts, text.of_column(first), tower), teacher=teacher)
+        tokens = tokenize(texts, text.of_column(first), tower)
+        return TokenizedSet(name, evaluator, rows, tokens, teacher=teacher, teacher_prompt=prompt)
     queries = tokenize(texts[:num_first], text.of_column(first))
     documents = tokenize(texts[num_first:], text.documents, "document")
-    return TokenizedSet(name, evaluator, rows, queries, documents, teacher=teacher)
+    return TokenizedSet(name, evaluator, rows, queries, documents, teacher=teacher, teacher_prompt=prompt)
 
 
 def tokenize(texts: Sequence[str], text: TextPreparation, tower: str = "query") -> TokenizedTexts:
@@ -187,7 +190,7 @@ def ask_teacher(
     """
     evaluator = one.evaluator
     assert evaluator.teacher_column is not None
-    texts = tokenize(one.rows[evaluator.teacher_column], text)
+    texts = tokenize([row.removeprefix(one.teacher_prompt) for row in one.rows[evaluator.teacher_column]], text)
     teacher_UD = embed(encode, texts, rank, world_size, max_tokens)
     columns: dict[str, Any] = {column: one.rows[column][:] for column in evaluator.columns}
     if rank == 0:
