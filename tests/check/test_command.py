@@ -168,6 +168,30 @@ def test_a_negative_that_is_the_positive(
     assert report["findings"][0]["cause"] == wanted
 
 
+def test_negatives_without_the_prompt_of_the_positives(
+    tmp_path: Path, tiny_encoder: Path, demo_texts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In training, and in a set that is scored by them; lists name theirs once."""
+    rows = [{"a": f"{text} 1", "p": f"{text} 2", "n": [f"{text} 3", f"{text} 4"]} for text in demo_texts[:40]]
+    train, dev = write(tmp_path / "x.jsonl", rows[:30]), write(tmp_path / "dev.jsonl", rows[30:])
+    columns = {"anchor": "a", "positive": "p", "negatives": "n"}
+    args = [*common(tmp_path, tiny_encoder, "InfoNCE"), "--trainer.max_epochs", 1]
+
+    def unlike(**prompts: str) -> tuple[list[str], list[str]]:
+        ranked = {"name": "dev", "path": str(dev), "columns": columns, "evaluator": "Reranking", "prompts": prompts}
+        named = "--data.train", source(train, columns, prompts=prompts), "--data.validation", json.dumps([ranked])
+        _, report = run(capsys, *args, *named)
+        found = [one for one in report["findings"] if one["name"] == "unlike_prompts"]
+        assert all(one["severity"] == "error" for one in found)
+        return [one["where"] for one in found], [one["cause"].partition(":")[0] for one in found]
+
+    both = {"anchor": "query: ", "positive": "passage "}
+    where, causes = unlike(**both)
+    assert where == [str(train), "dev"]
+    assert set(causes) == {"'positive' has the prompt 'passage ', 'negatives' has no prompt"}
+    assert unlike(**both, negatives="passage ") == ([], [])
+
+
 def test_a_source_whose_weight_is_too_small_for_a_step(
     tmp_path: Path, tiny_encoder: Path, demo_texts: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,6 +17,8 @@ from trainer.losses import (
     Contrastive,
     CoSENT,
     CosineSimilarity,
+    EmbedDistill,
+    GISTEmbed,
     InfoNCE,
     Loss,
     Matryoshka,
@@ -267,6 +269,34 @@ CASES: dict[str, list[tuple[str, str, dict[str, Any], dict[str, Any]]]] = {
             {"facts": column(num_truncated=50)},
             {"facts": column(num_truncated=9)},
         )
+    ],
+    "unlike_prompts": [
+        (
+            "error",
+            "x.jsonl: 'positive' has the prompt 'p: ', 'negative' has no prompt: the prompt alone tells right from "
+            "wrong, and InfoNCE need not read the texts; give both the same prompt",
+            {"prompts": [[("anchor", "q: "), ("positive", "p: "), ("negative", "")]]},
+            {"prompts": [[("anchor", "q: "), ("positive", "p: "), ("negative", "p: ")]]},
+        ),
+        (
+            "error",
+            "'positives' has no prompt, 'negative_2' has the prompt 'n: '",
+            {"prompts": [[("anchor", ""), ("positives", ""), ("negative_1", ""), ("negative_2", "n: ")]]},
+            {"prompts": [[("anchor", "q: "), ("positive", "p: ")]]},
+        ),
+        (
+            "error",
+            "GISTEmbed need not read the texts",
+            {"loss": GISTEmbed(), "prompts": [[("anchor", ""), ("positive", "p: "), ("negative", "")]]},
+            {"loss": EmbedDistill(), "prompts": [[("anchor", ""), ("positive", "p: "), ("negative", "")]]},
+        ),
+        (
+            "error",
+            "dev: 'positive' has the prompt 'p: ', 'negative' has no prompt: the prompt alone tells right from wrong, "
+            "and its metrics say little of the texts",
+            {"asked_prompts": {"dev": [("anchor", "q: "), ("positive", "p: "), ("negative", "")]}},
+            {"asked_prompts": {"dev": [("anchor", "q: "), ("positive", ""), ("negative", "")]}},
+        ),
     ],
     "leak": [
         (

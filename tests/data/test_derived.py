@@ -51,6 +51,17 @@ def test_triplets_of_labelled_pairs(tmp_path: Path) -> None:
     ]
 
 
+def test_negatives_of_triplets_take_prompt_and_length_of_the_positives(tmp_path: Path) -> None:
+    """Both are texts of one column of the data; a prompt of their own, an empty one too, still counts."""
+    kinds, both = ("entailment", "contradiction"), {"anchor": "q: ", "positive": "p: "}
+    for own, negative in (({}, "p: "), ({"negative": ""}, ""), ({"negative": "n: "}, "n: ")):
+        source = Source(nli(tmp_path), NLI, triplets=kinds, prompts=both | own, max_lengths={"positive": 9})
+        first = load(source, tmp_path / "cache")[0]
+        wanted = {"anchor": "q: a man eats", "positive": "p: someone eats", "negative": negative + "nobody eats"}
+        assert first == wanted
+        assert source.max_length_of("negative") == 9
+
+
 def test_triplets_of_columns_by_position(tmp_path: Path) -> None:
     """As a file without column names is read."""
     pd.read_json(nli(tmp_path), lines=True).to_csv(tmp_path / "nli.tsv", sep="\t", index=False)

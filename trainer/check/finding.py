@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 from trainer.data.facts import LabelFacts, ScoreFacts, SourceFacts
@@ -11,6 +11,7 @@ from trainer.data.leaks import LeakFacts
 from trainer.losses import Loss
 
 Severity = Literal["error", "warning"]
+Prompts = Sequence[tuple[str, str]]
 # A recipe that several findings end in.
 INFONCE = "model:\n  loss: {class_path: InfoNCE, init_args: {scale: 20.0}}   # the other rows' positives are negatives"
 
@@ -62,6 +63,8 @@ class Situation:
         by_label: for each source whether batches take some rows of each of their labels.
         left_out: for each source the rows of an epoch that no batch can hold, and what is told of them.
         steps: of each source in an epoch.
+        prompts: for each source the keys of its text columns, each with its prompt.
+        asked_prompts: of each validation set that embeds negatives, by its name, the same.
     """
 
     paths: Sequence[str]
@@ -76,6 +79,8 @@ class Situation:
     by_label: Sequence[bool] = ()
     left_out: Sequence[tuple[int, str]] = ()
     steps: Sequence[int] = ()
+    prompts: Sequence[Prompts] = ()
+    asked_prompts: Mapping[str, Prompts] = field(default_factory=dict)
 
     def each(self) -> Iterator[tuple[str, SourceFacts]]:
         """Path and facts of the sources."""

@@ -17,6 +17,7 @@ from trainer.check.texts import num_negatives
 from trainer.data.facts import SourceFacts, source_facts
 from trainer.data.leaks import LeakFacts, leak_facts
 from trainer.data.module import PairData
+from trainer.data.sources import EvalSource, Source
 from trainer.distributed.strategies import ZeRO
 from trainer.encoder.folder import normalizes, public_name
 from trainer.encoder.size import UNCOUNTED, backbone_size
@@ -152,6 +153,8 @@ def make_report(
         by_label=[source.rows_per_label is not None for source in data.train_sources],
         left_out=[(n, part.tell_left_out(n)) for n, part in zip(data.rows_without_place, data.parts, strict=True)],
         steps=data.order.steps_by_source,
+        prompts=[_prompts(source) for source in data.train_sources],
+        asked_prompts={one.name: _prompts(one) for one in data.validation_sources if _embeds_negatives(one)},
     )
     unfit = [f for source, table in zip(data.train_sources, data.tables, strict=True)
              for f in unfit_columns(module.loss_of(source), source, table)]  # fmt: skip
@@ -170,6 +173,16 @@ def make_report(
         memory=_memory(module, data, plan, is_half, strategy),
         findings=unfit + [replace(f, allowed=f.severity == "error" and f.name in allow) for f in findings(situation)],
     )
+
+
+def _prompts(source: Source) -> list[tuple[str, str]]:
+    # A validation set takes all negatives of a list: how many columns these are nobody knows before the rows are read.
+    columns = (*source.text_columns, *(["negatives"] if source.may_lack_texts else []))
+    return [(source.key_of(column), source.prompt_of(column)) for column in columns]
+
+
+def _embeds_negatives(source: EvalSource) -> bool:
+    return source.evaluator.takes_lists or any(name.startswith("negative") for name in source.evaluator.text_columns)
 
 
 def read_facts(data: PairData) -> tuple[list[SourceFacts], list[LeakFacts]]:

@@ -22,6 +22,7 @@ RULES = (
     labels.single_class,
     texts.few_rows_many_epochs,
     texts.unknown_pieces,
+    texts.unlike_prompts,
     texts.leak,
     labels.no_low_scores,
     labels.imbalanced_classes,

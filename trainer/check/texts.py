@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from trainer.check.finding import Finding, Situation, name_of
+from trainer.check.finding import Finding, Prompts, Situation, name_of
 from trainer.data.facts import ColumnFacts, SourceFacts
 from trainer.losses import Loss
 
@@ -131,6 +131,33 @@ def unknown_pieces(situation: Situation) -> Iterator[Finding]:
                 f"the tokenizer of '{situation.backbone}' does not know {shares}: the model can't read them",
                 "take a backbone that was trained on this language", _MULTILINGUAL,
             )  # fmt: skip
+
+
+def unlike_prompts(situation: Situation) -> Iterator[Finding]:
+    for path, prompts, loss in zip(situation.paths, situation.prompts, situation.losses, strict=False):
+        if loss.in_batch_negatives or "teacher" not in loss.needs:  # who imitates a teacher tells no texts apart
+            yield from _unlike_prompts(path, prompts, f"{name_of(loss)} need not read the texts", "train")
+    for name, prompts in situation.asked_prompts.items():
+        yield from _unlike_prompts(name, prompts, "its metrics say little of the texts", "validation")
+
+
+def _unlike_prompts(where: str, prompts: Prompts, so: str, key: str) -> Iterator[Finding]:
+    positive, of_positive = next(((name, p) for name, p in prompts if name.startswith("positive")), ("", ""))
+    negative, of_negative = next(
+        ((name, p) for name, p in prompts if name.startswith("negative") and p != of_positive), ("", of_positive)
+    )
+    if of_negative != of_positive:
+        yield Finding(
+            "unlike_prompts", "error", where,
+            f"{_prompt(positive, of_positive)}, {_prompt(negative, of_negative)}: the prompt alone tells right from "
+            f"wrong, and {so}",
+            "give both the same prompt",
+            f"data:\n  {key}:\n    - prompts: {{anchor: ..., {positive}: ..., {negative}: ...}}",
+        )  # fmt: skip
+
+
+def _prompt(column: str, prompt: str) -> str:
+    return f"'{column}' has the prompt '{prompt[:40]}'" if prompt else f"'{column}' has no prompt"
 
 
 def fragmented_texts(situation: Situation) -> Iterator[Finding]:

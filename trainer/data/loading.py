@@ -129,7 +129,10 @@ def fingerprint(source: Source) -> str:
     if base is not None:
         by = source.holdout_by or source.text_columns[0]
         held = [source.holdout, by, source.keeps_holdout] if source.holdout else []
-        prompts = sorted((source.prompts or {}).items())
+        given = dict(source.prompts or {})
+        if given and source.triplets:  # those of the negatives may follow from those of the positives
+            given["negative"] = source.prompt_of("negative")
+        prompts = sorted(given.items())
         spec = json.dumps([_VERSION, fingerprint(base), bool(source.triplets), held, source.max_rows, prompts])
         return hashlib.sha256(spec.encode()).hexdigest()[:24]
     if source.streaming:

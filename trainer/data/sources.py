@@ -58,7 +58,8 @@ class Source:
         where: column in the data (its name, or its position from 0, in quotes: "3") -> the value, the values, or the
             comparison ('>= 0.7') that a row must meet.
         triplets: [label of a positive, label of a negative]: the rows of one anchor, e.g. NLI's premise with its
-            hypotheses, become triplets; columns names anchor, positive (both kinds) and label.
+            hypotheses, become triplets; columns names anchor, positive (both kinds) and label. Negatives take the
+            prompt and the length of positive, unless negative has its own.
         holdout: share of the rows that a training source leaves out and a validation source of the same path keeps.
         holdout_by: text column whose hash decides, so that equal texts stay together; unset: the first.
         max_rows: most rows, drawn evenly over the whole source.
@@ -279,12 +280,16 @@ class Source:
     def prompt_of(self, column: str) -> str:
         """What is put before each text of a column."""
         prompts = self.prompts or {}
-        return prompts.get(column, prompts.get(self.key_of(column), ""))
+        return prompts.get(column, prompts.get(self._like(column), ""))
 
     def max_length_of(self, column: str) -> Optional[int]:
         """Pieces that are kept of each text of a column; None: what the encoder keeps."""
         lengths = self.max_lengths or {}
-        return lengths.get(column, lengths.get(self.key_of(column)))
+        return lengths.get(column, lengths.get(self._like(column)))
+
+    def _like(self, column: str) -> str:
+        """The key of prompts and max_lengths that counts for a column they don't name: where its texts come from."""
+        return "positive" if self.triplets and column == "negative" else self.key_of(column)
 
     def prompted(self, column: str, texts: Sequence[str]) -> list[str]:
         """Texts of a column behind its prompt."""
