@@ -98,6 +98,27 @@ def test_all_negatives_count_unless_a_number_is_given(tmp_path: Path, more: dict
     assert ours == pytest.approx(RerankingEvaluator(samples, write_csv=False)(model), abs=1e-6)
 
 
+@pytest.mark.parametrize("lists", [False, True])
+def test_a_sample_is_one_of_queries_with_all_their_candidates(lists: bool, tmp_path: Path) -> None:
+    """30 queries of 20 candidates or of 3 positives and a negative: else a query is easier the fewer it keeps."""
+    rows: list[dict[str, Any]] = [
+        {"q": f"query {i % 30}", "p": f"passage {i}", "l": int(i < 30)} for i in range(30 * 20)
+    ]
+    columns: dict[str, int | str] = {"anchor": "q", "positive": "p", "label": "l"}
+    if lists:
+        rows = [{"q": f"query {i}", "p": [f"{i} {k}" for k in "abc"], "n": [f"{i} d"]} for i in range(30)]
+        columns = {"anchor": "q", "positives": "p", "negatives": "n"}
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sets = [
+        load(EvalSource(str(tmp_path / "rows.jsonl"), columns, name="x", evaluator=Reranking(), **more), tmp_path / "c")
+        for more in ({}, {"max_rows": 7}, {"max_rows": 30})
+    ]
+    whole, sample, all_queries = [found.to_pandas() for found in sets]
+    assert whole.equals(all_queries)
+    assert sample["anchor"].nunique() == 7
+    assert sample.equals(whole[whole["anchor"].isin(sample["anchor"])].reset_index(drop=True))
+
+
 def test_neither_labels_nor_negatives() -> None:
     with pytest.raises(ValueError, match=r"needs a label that says which .*; the set has anchor, positive"):
         Reranking().score(torch.randn(4, 3), {"anchor": ["q"] * 2, "positive": ["a", "b"]})

@@ -177,7 +177,7 @@ def make_report(
 
 def _prompts(source: Source) -> list[tuple[str, str]]:
     # A validation set takes all negatives of a list: how many columns these are nobody knows before the rows are read.
-    columns = (*source.text_columns, *(["negatives"] if source.may_lack_texts else []))
+    columns = (*source.text_columns, *(["negatives"] if source.may_lack_texts and source.max_negatives is None else []))
     return [(source.key_of(column), source.prompt_of(column)) for column in columns]
 
 

@@ -58,3 +58,9 @@ def draw(num_rows: int, wanted: int) -> NDArray[np.int64]:
     if wanted >= num_rows:
         return np.arange(num_rows)
     return np.sort(permute(np.arange(wanted), num_rows, _SAMPLE_KEY))
+
+
+def draw_groups(texts: pa.ChunkedArray, wanted: int) -> NDArray[np.int64]:
+    """Numbers of all rows of ``wanted`` of the distinct ``texts``, ascending; the same ones every time."""
+    numbers = texts.combine_chunks().dictionary_encode().indices.to_numpy()
+    return np.flatnonzero(np.isin(numbers, draw(int(numbers.max(initial=-1)) + 1, wanted)))

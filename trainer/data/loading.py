@@ -19,7 +19,7 @@ from trainer.data.cache import place_of, use
 from trainer.data.checks import BadRows, checked_rows
 from trainer.data.columns import find_column
 from trainer.data.delimited import read_delimited
-from trainer.data.derived import draw, held_out, triplets
+from trainer.data.derived import draw, draw_groups, held_out, triplets
 from trainer.data.files import JSON_LINES, cause_of, data_files, data_format, did_you_mean, is_hub_id
 from trainer.data.json_lines import read_json_lines
 from trainer.data.rows import Rows, read_file, table_rows
@@ -94,7 +94,10 @@ def _derive(source: Source, base: Source, cache_dir: Path, folder: Path) -> None
             )
         picked = {name: numbers[here] for name, numbers in picked.items()}
     if source.max_rows:
-        drawn = draw(len(next(iter(picked.values()))), source.max_rows)
+        if source.draws_queries:  # a query that lost candidates would be an easier one
+            drawn = draw_groups(columns["anchor"].take(pa.array(picked["anchor"])), source.max_rows)
+        else:
+            drawn = draw(len(next(iter(picked.values()))), source.max_rows)
         picked = {name: numbers[drawn] for name, numbers in picked.items()}
     num_rows = len(next(iter(picked.values())))
     large = partial(pa.scalar, type=pa.large_string())
@@ -133,8 +136,9 @@ def fingerprint(source: Source) -> str:
         if given and source.triplets:  # those of the negatives may follow from those of the positives
             given["negative"] = source.prompt_of("negative")
         prompts = sorted(given.items())
-        spec = json.dumps([_VERSION, fingerprint(base), bool(source.triplets), held, source.max_rows, prompts])
-        return hashlib.sha256(spec.encode()).hexdigest()[:24]
+        drawn = ["queries"] if source.max_rows and source.draws_queries else []  # at first rows were drawn here too
+        derived = [_VERSION, fingerprint(base), bool(source.triplets), held, source.max_rows, prompts, *drawn]
+        return hashlib.sha256(json.dumps(derived).encode()).hexdigest()[:24]
     if source.streaming:
         from trainer.data.streaming import fingerprint as streamed  # it imports the checks of a source
 

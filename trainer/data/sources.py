@@ -271,6 +271,11 @@ class Source:
         return "negatives" in self.columns
 
     @property
+    def draws_queries(self) -> bool:
+        """Whether max_rows counts anchors, each with all of its rows."""
+        return False
+
+    @property
     def mapped_column(self) -> Optional[str]:
         """The target that label_map feeds."""
         if self.label_map is None:
@@ -315,6 +320,7 @@ class EvalSource(Source):
         evaluator: what to measure.
         corpus: documents to search, where path is a file of queries.
         qrels: which documents are relevant to which query: a table, or lines of TREC.
+        max_rows: most rows, drawn evenly; of Reranking and of a search most queries, each with all of its candidates.
         max_negatives: most texts taken of a row's negatives, the first ones; unset: all.
         corpus_size: search this many documents only, the judged ones among them; for a quick look while training.
         teacher: of an evaluator that compares with one.
@@ -363,6 +369,10 @@ class EvalSource(Source):
             raise ValueError(
                 f"{self.path}: {asked[0]} is for an evaluator that searches (InformationRetrieval), {kind} does not"
             )
+
+    @property
+    def draws_queries(self) -> bool:
+        return self.evaluator.takes_lists and "anchor" in self.columns
 
     @property
     def missing_columns(self) -> list[str]:

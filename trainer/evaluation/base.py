@@ -26,6 +26,7 @@ class Evaluator(ABC):
         teacher_column: the column whose texts a teacher embeds; `score` finds its embeddings (B, D) in the rows, as
             the column `teacher`. None: it compares with none.
         takes_lists: whether a row may have fewer texts than columns (None), as lists of positives and negatives give.
+            The rows of an anchor are then scored together, so max_rows of a source draws anchors.
     """
 
     columns: ClassVar[tuple[str, ...]]
