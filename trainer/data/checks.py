@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from trainer.data.blocks import PEEKED
 from trainer.data.columns import Column, find_column
 from trainer.data.hashes import hash_value
 from trainer.data.rows import Record, Rows
@@ -35,7 +36,6 @@ _LISTED = 5  # bad rows that an error quotes
 _COUNTED = 1000  # bad rows over the budget until reading stops
 _MAPPED = 500  # words of labels of which an error shows the whole map
 _SCORED = 20  # words that may stand for a score
-_PEEKED = 100  # rows that show whether labels are words
 
 
 def checked_rows(source: Source, rows: Rows, bad: BadRows) -> Iterator[list[Any]]:
@@ -120,7 +120,7 @@ def _spread(source: Source, cells: dict[str, Any]) -> Iterator[list[Any]]:
 
 def _refuse_words(source: Source, rows: Rows, columns: dict[str, Column]) -> Iterator[Record]:
     """The records of ``rows``; labels that are words without a label_map are one error, not one per row."""
-    first = list(islice(rows.records, _PEEKED))
+    first = list(islice(rows.records, PEEKED))
     records = chain(first, rows.records)
     for name in ("score", "label"):
         column = columns.get(name)
