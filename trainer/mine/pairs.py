@@ -53,6 +53,11 @@ class Pairs:
         ends = np.append(self.starts_Q, len(self.positives_K))
         return slice(int(ends[anchors.start]), int(ends[anchors.stop]))
 
+    def query_of_positives(self, anchors: slice) -> NDArray[np.int64]:
+        """For each of these positives which of the anchors it belongs to, from 0."""
+        here = self.positives_of(anchors)
+        return np.searchsorted(self.starts_Q[anchors], np.arange(here.start, here.stop), "right") - 1
+
 
 def number_pairs(anchors: pa.ChunkedArray, positives: pa.ChunkedArray, corpus: pa.ChunkedArray | None) -> Pairs:
     """Number the texts of N pairs and of a corpus; equal texts are one.

@@ -124,7 +124,7 @@ def _search(pairs: Pairs, vectors: Vectors, rules: Rules, range_max: int, number
         scores_QC[~is_own_QC.any(axis=1), -1] = -np.inf
     here = pairs.positives_of(anchors)
     starts_Q = pairs.starts_Q[anchors] - here.start
-    query_K = np.repeat(np.arange(len(starts_Q)), np.diff(np.append(starts_Q, here.stop - here.start)))
+    query_K = pairs.query_of_positives(anchors)
     positives_KD = torch.from_numpy(vectors.positives.take(pairs.pairs_K[here]))
     positive_scores_K = torch.nn.functional.cosine_similarity(anchors_QD[query_K], positives_KD).numpy()
     # Numbers that stand for (anchor, document).

@@ -129,8 +129,7 @@ def _rows(
     found = [[next(texts) for _ in range(num)] for num in is_found.sum(axis=1).tolist()]
     pairs_K = pa.array(pairs.pairs_K[here])
     anchors, positives = (rows[name].take(pairs_K).to_pylist() for name in ("anchor", "positive"))
-    starts_Q = pairs.starts_Q[chunk.anchors] - here.start
-    query_K = np.repeat(np.arange(len(starts_Q)), np.diff(np.append(starts_Q, here.stop - here.start))).tolist()
+    query_K = pairs.query_of_positives(chunk.anchors).tolist()
     written_K = np.zeros(len(query_K), dtype=bool)
     for k, (query, positive_score) in enumerate(zip(query_K, chunk.positive_scores_K.tolist(), strict=True)):
         if not found[query] or (output_format == "n-tuple" and len(found[query]) < is_found.shape[1]):
