@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from trainer.data.hashes import mix_all
 from trainer.data.permutation import mix
 
 Sampling = Literal["top", "random"]
@@ -129,11 +130,4 @@ def select(
 def _draws(seed: int, first_anchor: int, ids_QC: NDArray[np.int64]) -> NDArray[np.uint64]:
     """A pseudo-random number for each anchor and document, a function of nothing else: splitmix64 of the three."""
     anchors = np.arange(first_anchor, first_anchor + len(ids_QC), dtype=np.uint64)[:, None]
-    return _mixed(_mixed(anchors + np.uint64(mix(seed) >> 1)) ^ ids_QC.astype(np.uint64))
-
-
-def _mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    return mix_all(mix_all(anchors + np.uint64(mix(seed) >> 1), 0) ^ ids_QC.astype(np.uint64), 0)
