@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 from dataclasses import replace
 
 import torch
@@ -15,6 +13,7 @@ from trainer.data.module import PairData
 from trainer.encoder.towers import load_encoder
 from trainer.memory import explained_memory
 from trainer.module import EmbeddingModule
+from trainer.tracking.about import device_name, peak_memory
 
 _MAX_STEPS = 2000  # that the longest batch is sought among
 
@@ -43,12 +42,11 @@ def probe(module: EmbeddingModule, data: PairData, num_ranks: int, is_half: bool
         value.backward()
         optimizer.step()
     size = f"{batch.num_rows:,} rows, {batch.num_tokens:,} tokens"
+    peaks = peak_memory(device)
     if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device) / 2**30
-        return f"{peak:.2f} GiB at most on {torch.cuda.get_device_name(device)}, with a batch of {size}"
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-    return f"{peak:.2f} GiB at most, the whole process on the CPU, with a batch of {size}"
+        peak = peaks["train/device_peak_gib"]
+        return f"{peak:.2f} GiB at most on {device_name(device)}, with a batch of {size}"
+    return f"{peaks['train/host_peak_gib']:.2f} GiB at most, the whole process on the CPU, with a batch of {size}"
 
 
 def _longest_batch(data: PairData, num_ranks: int) -> PackedBatch:
