@@ -219,7 +219,7 @@ class Checkpoints(Checkpoint):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        watched = state_dict["monitor"], state_dict.get("mode", self.mode)
+        watched = state_dict["monitor"], state_dict["mode"]
         if watched == (self.monitor, self.mode):
             self.best_value, self.best_step = state_dict["best_value"], state_dict["best_step"]
         elif state_dict["best_step"] is not None:

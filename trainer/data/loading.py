@@ -26,7 +26,7 @@ from trainer.data.rows import Rows, read_file, table_rows
 from trainer.data.sources import Source
 from trainer.files import sha256_of
 
-_VERSION = 1  # of the cached rows: raise it when the same files and spec give other rows
+_VERSION = 2  # of the cached rows: raise it when the same files and spec give other rows
 _BATCH_ROWS = 10_000
 
 
@@ -136,7 +136,7 @@ def fingerprint(source: Source) -> str:
         if given and source.triplets:  # those of the negatives may follow from those of the positives
             given["negative"] = source.prompt_of("negative")
         prompts = sorted(given.items())
-        drawn = ["queries"] if source.max_rows and source.draws_queries else []  # at first rows were drawn here too
+        drawn = ["queries"] if source.max_rows and source.draws_queries else []  # in place of rows
         derived = [_VERSION, fingerprint(base), bool(source.triplets), held, source.max_rows, prompts, *drawn]
         return hashlib.sha256(json.dumps(derived).encode()).hexdigest()[:24]
     if source.streaming:
@@ -155,20 +155,8 @@ def fingerprint(source: Source) -> str:
     ]
     budget = [source.on_bad_row, source.max_bad_rows]
     lists = [source.max_negatives] if source.may_lack_texts else []
-    spelt = ["spelt"] if _asks_by_spelling(source) else []
-    named = ["named"] if "group" in source.columns else []  # at first a blank cell named a group too
-    spec = json.dumps([_VERSION, contents, columns, maps, budget, *lists, *spelt, *named], ensure_ascii=True)
+    spec = json.dumps([_VERSION, contents, columns, maps, budget, *lists], ensure_ascii=True)
     return hashlib.sha256(spec.encode()).hexdigest()[:24]
-
-
-def _asks_by_spelling(source: Source) -> bool:
-    """Whether ``where`` keeps texts that it did not keep at first; so the others have their rows where they lay."""
-    asked = (values if isinstance(values, list) else [values] for values in (source.where or {}).values())
-    return any(
-        isinstance(value, bool) or (isinstance(value, float) and value.is_integer())
-        for values in asked
-        for value in values
-    )
 
 
 def _folder(source: Source, cache_dir: Path) -> Path:

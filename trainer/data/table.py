@@ -48,7 +48,7 @@ class TokenTable:
         self._offsets: NDArray[np.int64] = map_array(folder / "offsets.int64")
         self._hashes: NDArray[np.int64] = map_array(folder / "hashes.int64")
         self.may_lack_texts: bool = report["may_lack_texts"]
-        self.has_towers: bool = report.get("has_towers", False)
+        self.has_towers: bool = report["has_towers"]
         self._text_ids: dict[str, NDArray[np.int64]] = {c: map_array(folder / f"{c}.int64") for c in self.columns}
         files = [folder / name for name in ("label.int64", "score.float32", "group.int64")]
         self._targets: dict[str, NDArray[Any]] = {file.stem: map_array(file) for file in files if file.exists()}

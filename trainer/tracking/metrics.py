@@ -226,8 +226,7 @@ class MetricsLog(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rows_seen, self.tokens_seen = state_dict["rows_seen"], state_dict["tokens_seen"]
-        # Older checkpoints do not know the time.
-        self._wall_s, self._gpu_hours = state_dict.get("wall_s", 0.0), state_dict.get("gpu_hours", 0.0)
+        self._wall_s, self._gpu_hours = state_dict["wall_s"], state_dict["gpu_hours"]
         self._restored = _Sums(**state_dict["sums"])
         self._sums = _Sums(**state_dict["sums"])
         if gather.rank() != 0:
