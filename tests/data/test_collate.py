@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.batch import Targets
-from trainer.data.collate import TokenSpans, pack, pack_texts
+from trainer.data.collate import TokenSpans, pack, pack_texts, plan_rounds
 
 
 @st.composite
@@ -91,3 +91,21 @@ def test_pack_texts_is_one_column() -> None:
     assert batch.order_S.tolist() == [1, 0]
     assert (batch.num_columns, batch.num_rows) == (1, 2)
     assert batch.targets.rows_per_rank == (2,)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+@pytest.mark.parametrize("num_texts", [1, 2, 7, 41, 300])
+def test_rounds_hold_every_text_once_within_the_budget(world_size: int, num_texts: int) -> None:
+    lengths = np.random.default_rng(num_texts).integers(3, 90, num_texts).tolist()
+    rounds = plan_rounds(lengths, world_size, max_tokens=100)
+    assert sorted(text for shares in rounds for share in shares for text in share) == list(range(num_texts))
+    for shares in rounds:
+        assert len(shares) == world_size
+        sizes = [len(share) for share in shares]
+        assert max(sizes) - min(sizes) <= 1
+        for share in shares:
+            padded = len(share) * max((lengths[i] for i in share), default=0)
+            assert padded <= 100 or len(share) == 1
+    # Every round but the last is full.
+    for full in rounds[:-1]:
+        assert (len(full[0]) + 1) * lengths[full[0][0]] > 100

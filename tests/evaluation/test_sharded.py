@@ -19,7 +19,7 @@ from trainer.encoder import Encoder, EncoderSpec
 from trainer.encoder.text import TextPreparation
 from trainer.evaluation import STS, Evaluator, Triplet
 from trainer.evaluation.scoring import evaluate
-from trainer.evaluation.sharded import plan_rounds, tokenize_set
+from trainer.evaluation.sharded import tokenize_set
 
 MAX_TOKENS = 60  # small, so that a few dozen texts take several rounds
 
@@ -79,24 +79,6 @@ def run(
         return evaluate(encode, sets, gather.rank(), gather.world_size(), MAX_TOKENS), encode.seen  # type: ignore[arg-type]
     except ValueError as error:
         return str(error), encode.seen
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
-@pytest.mark.parametrize("num_texts", [1, 2, 7, 41, 300])
-def test_rounds_hold_every_text_once_within_the_budget(world_size: int, num_texts: int) -> None:
-    lengths = np.random.default_rng(num_texts).integers(3, 90, num_texts).tolist()
-    rounds = plan_rounds(lengths, world_size, max_tokens=100)
-    assert sorted(text for shares in rounds for share in shares for text in share) == list(range(num_texts))
-    for shares in rounds:
-        assert len(shares) == world_size
-        sizes = [len(share) for share in shares]
-        assert max(sizes) - min(sizes) <= 1
-        for share in shares:
-            padded = len(share) * max((lengths[i] for i in share), default=0)
-            assert padded <= 100 or len(share) == 1
-    # Every round but the last is full.
-    for full in rounds[:-1]:
-        assert (len(full[0]) + 1) * lengths[full[0][0]] > 100
 
 
 def test_two_ranks_equal_one_process(two_ranks: TwoRanks, tiny_encoder: Path, demo_texts: list[str]) -> None:

@@ -142,3 +142,24 @@ def pack_texts(ids: Sequence[Sequence[int] | NDArray[np.integer]], tower: str = 
     """Texts without targets, one column: what evaluation and inference embed."""
     targets = Targets(rows_per_rank=(len(ids),), row_ids_B=torch.arange(len(ids)))
     return replace(pack([[np.asarray(i, dtype=np.int64) for i in ids]], targets, num_rows=len(ids)), tower=tower)
+
+
+def plan_rounds(lengths: Sequence[int], world_size: int, max_tokens: int) -> list[list[list[int]]]:
+    """Which texts each rank embeds in each forward: rounds, ranks, texts.
+
+    Every text is in one place. All ranks have the same number of rounds, and their shares of a round differ
+    by one text at most, so a rank's share is empty only where there are fewer texts than ranks. A forward
+    takes max_tokens at most even if it is padded, except for a single longer text. Longest texts come first:
+    what doesn't fit into memory fails at once.
+    """
+    by_length = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    rounds: list[list[list[int]]] = []
+    longest = 0
+    for start in range(0, len(by_length), world_size):
+        one_each = by_length[start : start + world_size]
+        if not rounds or (len(rounds[-1][0]) + 1) * longest > max_tokens:
+            rounds.append([[] for _ in range(world_size)])
+            longest = lengths[one_each[0]]
+        for share, text in zip(rounds[-1], one_each, strict=False):
+            share.append(text)
+    return rounds
