@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import cache, partial
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 
 from trainer.data.cache import place_of, use
-from trainer.data.collate import TokenSpans, pack_texts
+from trainer.data.collate import pack_texts, plan_rounds
 from trainer.data.progress import shown_progress
 from trainer.data.sources import Source
 from trainer.data.table import TokenTable
@@ -91,7 +90,7 @@ def _embed(
     embeddings_UD = np.memmap(folder / "embeddings.float32", np.float32, "w+", shape=shape)
     what = f"{source.path}: the teacher embeds {len(texts):,} texts"
     with torch.inference_mode(), shown_progress(what, len(texts), "texts", len(texts) > _FEW_TEXTS) as advance:
-        for numbers in _forwards(texts, max_tokens):
+        for (numbers,) in plan_rounds(texts.lengths_S.tolist(), 1, max_tokens):
             embeddings_SD = encoder.embed(pack_texts([texts[i].tolist() for i in numbers]).to(device))
             embeddings_UD[numbers] = embeddings_SD.cpu().numpy()
             advance(len(numbers))
@@ -99,17 +98,3 @@ def _embed(
     embeddings_UD.flush()
     report = {"source": source.path, "num_rows": tokens.num_rows}
     (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
-
-
-def _forwards(texts: TokenSpans, max_tokens: int) -> Iterator[list[int]]:
-    """Numbers of texts that are embedded together: neighbours in length, the longest first."""
-    taken: list[int] = []
-    num_tokens = 0
-    for number in np.argsort(-texts.lengths_S, kind="stable").tolist():
-        length = int(texts.lengths_S[number])
-        if taken and num_tokens + length > max_tokens:
-            yield taken
-            taken, num_tokens = [], 0
-        taken.append(number)
-        num_tokens += length
-    yield taken
