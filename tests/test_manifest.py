@@ -30,6 +30,7 @@ from trainer.manifest import (
     read_manifest,
     read_state,
     steps,
+    tensor_digest,
     write_checkpoint,
 )
 
@@ -284,3 +285,10 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"can't be written: .*Not a directory.*there is no older checkpoint"):
         write_checkpoint(content(1), tmp_path / "file" / "checkpoints" / "step-00000001", {})
+
+
+def test_a_digest_is_of_names_and_bytes() -> None:
+    matrix = torch.arange(6, dtype=torch.float32).reshape(2, 3)
+    named = [("a", matrix.T), ("b", torch.tensor(1.0)), ("c", torch.ones(2, dtype=torch.bfloat16, requires_grad=True))]
+    content = b"abouta" + matrix.numpy().T.tobytes() + b"b\0\0\x80?" + b"c\x80?\x80?"
+    assert tensor_digest(named, "about") == hashlib.sha256(content).hexdigest()

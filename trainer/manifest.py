@@ -15,7 +15,7 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,15 @@ def num_bytes(content: Any) -> int:
     if isinstance(content, list | tuple):
         return sum(num_bytes(value) for value in content)
     return 0
+
+
+def tensor_digest(named: Iterable[tuple[str, Tensor]], about: str = "") -> str:
+    """sha256 of ``about``, then of the names and bytes of tensors, in their order."""
+    digest = hashlib.sha256(about.encode())
+    for name, tensor in named:
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _existing(folder: Path) -> Path:

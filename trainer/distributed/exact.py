@@ -8,7 +8,6 @@ nor blown up by the optimizer. The one process has a module of its own, for that
 """
 
 import copy
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +21,7 @@ from trainer.data.batches import StepBatches
 from trainer.distributed import gather
 from trainer.distributed.strategies import keep_on_first_rank, whole_gradients, whole_weights
 from trainer.evaluation.scoring import evaluate
+from trainer.manifest import tensor_digest
 from trainer.module import EmbeddingModule
 
 NUM_STEPS = 2
@@ -107,7 +107,7 @@ class ExactnessCheck(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, EmbeddingModule)
         tolerance = TOLERANCE if str(trainer.precision) == "32-true" else HALF_TOLERANCE
-        digests = gather.gather_objects(_digest(trainer))
+        digests = gather.gather_objects(tensor_digest(whole_weights(trainer.strategy)))
         self.joints.append(
             Joint("weights of all ranks", float(len(set(digests)) - 1), 0.0, "bitwise, after the last step")
         )
@@ -231,11 +231,3 @@ def _evaluate(trainer: Trainer, module: EmbeddingModule, rank: int, world_size: 
         )
     module.train()
     return metrics
-
-
-def _digest(trainer: Trainer) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in whole_weights(trainer.strategy):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

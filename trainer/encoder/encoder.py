@@ -6,7 +6,6 @@ Shape suffixes: T tokens of the stream, S segments (texts), H hidden, D embeddin
 from __future__ import annotations
 
 import copy
-import hashlib
 import logging
 import pickle
 from collections.abc import Iterator, Sequence
@@ -34,6 +33,7 @@ from trainer.encoder.text import TextPreparation, load_text_preparation, positio
 from trainer.encoder.trainable import blocks, merged_adapters, restrict
 from trainer.encoder.vocabulary import CompactEmbedding
 from trainer.encoder.weights import refuse_broken_weights
+from trainer.manifest import tensor_digest
 
 logger = logging.getLogger(__name__)
 
@@ -204,11 +204,7 @@ class Encoder(nn.Module):
 
     def base_checksum(self) -> str:
         """sha256 of those weights, so that a checkpoint is not continued on another base."""
-        digest = hashlib.sha256()
-        for name in self.base_names:
-            weight = self.get_parameter(name).detach().cpu().contiguous()
-            digest.update(name.encode() + weight.view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        return tensor_digest((name, self.get_parameter(name)) for name in self.base_names)
 
     # -- forward ------------------------------------------------------------------------------------------
 

@@ -10,11 +10,11 @@ Shape suffixes: V pieces of the full vocabulary, U used pieces, H hidden.
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from trainer.manifest import tensor_digest
 
 
 class CompactEmbedding(nn.Module):
@@ -78,4 +78,4 @@ class CompactEmbedding(nn.Module):
 
     def base_checksum(self) -> str:
         """sha256 of the frozen matrix, so that a checkpoint is not continued on another base."""
-        return hashlib.sha256(self.frozen_VH.cpu().contiguous().view(torch.uint8).numpy().data).hexdigest()
+        return tensor_digest([("", self.frozen_VH)])

@@ -28,6 +28,7 @@ from trainer.encoder import Encoder, EncoderSpec
 from trainer.encoder.folder import backbone_folder
 from trainer.evaluation.sharded import TokenizedTexts, embed, tokenize
 from trainer.files import sha256_of
+from trainer.manifest import tensor_digest
 from trainer.memory import explained_memory
 from trainer.predict.shards import Shards
 
@@ -76,11 +77,7 @@ def fingerprint(encoder: Encoder) -> str:
         str(encoder.head),
         json.dumps(config, sort_keys=True, default=str),
     ]
-    digest = hashlib.sha256("\0".join(about).encode())
-    for name, tensor in sorted(encoder.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:24]
+    return tensor_digest(sorted(encoder.state_dict().items()), "\0".join(about))[:24]
 
 
 def about_towers(spec: EncoderSpec) -> dict[str, Any]:
