@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
 from functools import cache, partial
 from pathlib import Path
@@ -193,7 +193,10 @@ def _build(source: Source, folder: Path) -> None:
     if source.may_lack_texts and source.max_negatives is None:  # the columns stand in front of the rows
         source = replace(source, max_negatives=_most_negatives(source))
     bad = BadRows(source)
-    with _RowsFile(source, folder / "rows.arrow") as file:
+    types = {"score": pa.float32(), "label": pa.int64(), "group": pa.int64()}
+    types |= dict.fromkeys(source.candidate_scores, pa.float32())
+    schema = pa.schema([(name, types.get(name, pa.large_string())) for name in source.canonical_columns])
+    with RowsFile(schema, folder / "rows.arrow") as file:
         for rows in _open(source, file.add_batch):
             for cells in checked_rows(source, rows, bad):
                 file.add_row(cells)
@@ -214,18 +217,16 @@ def _most_negatives(source: Source) -> int:
     return most
 
 
-class _RowsFile:
+class RowsFile:
     """Checked rows on their way into an Arrow file, single ones and whole batches, in the order they come."""
 
-    def __init__(self, source: Source, path: Path) -> None:
-        types = {"score": pa.float32(), "label": pa.int64(), "group": pa.int64()}
-        types |= dict.fromkeys(source.candidate_scores, pa.float32())
-        self.schema = pa.schema([(name, types.get(name, pa.large_string())) for name in source.canonical_columns])
+    def __init__(self, schema: pa.Schema, path: Path) -> None:
+        self.schema = schema
         self.path = path
         self.num_rows = 0
-        self._waiting: list[list[Any]] = []
+        self._waiting: list[Sequence[Any]] = []
 
-    def __enter__(self) -> "_RowsFile":
+    def __enter__(self) -> "RowsFile":
         self._file = pa.OSFile(str(self.path), "wb")
         self._writer = pa.ipc.new_stream(self._file, self.schema)
         return self
@@ -236,7 +237,7 @@ class _RowsFile:
         self._writer.close()
         self._file.close()
 
-    def add_row(self, cells: list[Any]) -> None:
+    def add_row(self, cells: Sequence[Any]) -> None:
         self._waiting.append(cells)
         if len(self._waiting) == _BATCH_ROWS:
             self._flush()

@@ -11,7 +11,6 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any, Optional
 
@@ -25,14 +24,13 @@ from trainer.data.columns import Column, find_column
 from trainer.data.derived import draw
 from trainer.data.files import FORMATS, data_format
 from trainer.data.layouts import HubTable, Part, Parts, find_parts
-from trainer.data.loading import content_hash, file_rows, hub_rows
+from trainer.data.loading import RowsFile, content_hash, file_rows, hub_rows
 from trainer.data.rows import Record, Rows, table_rows, text_blocks
 from trainer.data.sources import EvalSource
 from trainer.data.values import BadValueError, check_id, check_text, to_number
 from trainer.evaluation.search import Collection
 
 _VERSION = 2  # of the cached sets: raise it when the same files and spec give other ones
-_BATCH_ROWS = 10_000
 # Names that a column usually has; the first that is there is taken.
 _USUAL: dict[str, tuple[str, ...]] = {
     "query_id": ("_id", "id", "query_id", "query-id", "qid"),
@@ -160,12 +158,9 @@ def _build(source: EvalSource, parts: Parts, folder: Path) -> None:
 
 
 def _write(path: Path, schema: pa.Schema, rows: Iterable[tuple[Any, ...]]) -> None:
-    rows = iter(rows)
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-        while batch := list(islice(rows, _BATCH_ROWS)):
-            columns = zip(*batch, strict=True)
-            arrays = [pa.array(cells, f.type) for cells, f in zip(columns, schema, strict=True)]
-            writer.write_batch(pa.record_batch(arrays, schema=schema))
+    with RowsFile(schema, path) as file:
+        for cells in rows:
+            file.add_row(cells)
 
 
 def _texts(
