@@ -35,8 +35,7 @@ class DirectoryCheckpointIO(TorchCheckpointIO):
         identity: what the run is, written into every manifest.
     """
 
-    def __init__(self, identity: Optional[dict[str, Any]] = None) -> None:
-        self.identity = identity
+    identity: Optional[dict[str, Any]] = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         about = {"step": checkpoint["global_step"], "ranks": gather.world_size(), "identity": self.identity}

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from sentence_transformers import SentenceTransformer
 
+_NEAREST = 3  # sentences of each query, and queries
 CONFIG = """\
 # Written by `trainer demo`. Any key can be changed on the command line: --model.learning_rate 5e-4
 seed_everything: 42
@@ -161,23 +162,21 @@ def spearman(model: SentenceTransformer, pairs: Sequence[Pair]) -> float:
     return float(spearmanr(cosines, [pair.score for pair in pairs]).statistic)
 
 
-def _nearest_table(
-    model: SentenceTransformer, pairs: Sequence[Pair], num_queries: int = 3, num_nearest: int = 3
-) -> Table:
+def _nearest_table(model: SentenceTransformer, pairs: Sequence[Pair]) -> Table:
     """The sentences of ``pairs`` that lie nearest to the first of the best-scored pairs."""
     from rich.table import Table
 
-    queries = [pair.sentence1 for pair in pairs if pair.score >= MAX_SCORE - 1][:num_queries]
+    queries = [pair.sentence1 for pair in pairs if pair.score >= MAX_SCORE - 1][:_NEAREST]
     corpus = sorted({text for pair in pairs for text in (pair.sentence1, pair.sentence2)} - set(queries))
     similarity_QN = model.similarity(model.encode(queries), model.encode(corpus))
-    table = Table(title=f"{num_nearest} nearest of {len(corpus):,} held-out sentences", title_justify="left")
+    table = Table(title=f"{_NEAREST} nearest of {len(corpus):,} held-out sentences", title_justify="left")
     table.add_column("query")
     table.add_column("nearest")
     table.add_column("cosine", justify="right")
     for query, similarity_N in zip(queries, similarity_QN, strict=True):
-        top = similarity_N.topk(num_nearest)
+        top = similarity_N.topk(_NEAREST)
         for place, (cosine, index) in enumerate(zip(top.values.tolist(), top.indices.tolist(), strict=True)):
-            last = place == num_nearest - 1
+            last = place == _NEAREST - 1
             table.add_row("" if place else query, corpus[index], f"{cosine:.3f}", end_section=last)
     return table
 

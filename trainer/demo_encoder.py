@@ -18,6 +18,7 @@ SPECIAL_TOKENS = {
     "mpnet": {"cls": "<s>", "pad": "<pad>", "sep": "</s>", "unk": "[UNK]", "mask": "<mask>"},
     "qwen3": {"pad": "<|endoftext|>", "unk": "[UNK]"},  # one piece ends and pads a text
 }
+_DROPOUT = 0.1  # every rate that a kind knows
 Kind = Literal["bert", "roberta", "mpnet", "distilbert", "modernbert", "qwen3"]
 
 
@@ -28,7 +29,6 @@ def write_encoder(
     layers: int = 2,
     heads: int = 4,
     vocab: int = 2000,
-    dropout: float = 0.1,
     seed: int = 0,
     max_positions: int = 128,
     kind: Kind = "bert",
@@ -38,7 +38,6 @@ def write_encoder(
 
     Args:
         vocab: most pieces the tokenizer may have; fewer when the texts hold fewer.
-        dropout: every rate that the kind knows.
         max_positions: longest text in pieces, special tokens included.
         kind: type of the backbone; qwen3 pools the last piece, the others the mean.
         normalize: append a Normalize module.
@@ -61,7 +60,7 @@ def write_encoder(
         max_position_embeddings=max_positions + (tokenizer.pad_token_id + 1 if kind in ("roberta", "mpnet") else 0),
         bos_token_id=tokenizer.cls_token_id,
         eos_token_id=tokenizer.sep_token_id,
-        **_settings(kind, hidden, heads, dropout, tokenizer.pad_token_id),
+        **_settings(kind, hidden, heads, tokenizer.pad_token_id),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -76,12 +75,12 @@ def write_encoder(
     return folder
 
 
-def _settings(kind: Kind, hidden: int, heads: int, dropout: float, pad: int) -> dict[str, Any]:
+def _settings(kind: Kind, hidden: int, heads: int, pad: int) -> dict[str, Any]:
     """What a kind's config calls by names of its own."""
     if kind == "distilbert":
-        return {"hidden_dim": 4 * hidden, "dropout": dropout, "attention_dropout": dropout, "pad_token_id": pad}
+        return {"hidden_dim": 4 * hidden, "dropout": _DROPOUT, "attention_dropout": _DROPOUT, "pad_token_id": pad}
     if kind == "modernbert":
-        rates = dict.fromkeys(("embedding_dropout", "attention_dropout", "mlp_dropout"), dropout)
+        rates = dict.fromkeys(("embedding_dropout", "attention_dropout", "mlp_dropout"), _DROPOUT)
         # A window so small that sentences reach over it: a piece sees 8 to each side in every layer but each third.
         return {"intermediate_size": 2 * hidden, "local_attention": 16, "pad_token_id": pad, **rates}
     if kind == "qwen3":
@@ -89,9 +88,9 @@ def _settings(kind: Kind, hidden: int, heads: int, dropout: float, pad: int) -> 
             "intermediate_size": 3 * hidden,
             "num_key_value_heads": heads // 2,
             "head_dim": 2 * hidden // heads,  # as in the 0.6B model: heads are wider together than the stream
-            "attention_dropout": dropout,
+            "attention_dropout": _DROPOUT,
         }
-    rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    rates = {"hidden_dropout_prob": _DROPOUT, "attention_probs_dropout_prob": _DROPOUT}
     return {"intermediate_size": 4 * hidden, "pad_token_id": pad, **rates}
 
 

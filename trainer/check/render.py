@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Optional
+from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
@@ -22,14 +22,13 @@ _LABELS = {"error": ("ERROR", "bold red"), "allowed": ("ALLOWED", "bold magenta"
 _STEPS_PER_S = 10
 
 
-def print_report(report: Report, console: Optional[Console] = None, measured: str = "") -> None:
-    """The whole report.
+def print_report(report: Report, measured: str = "") -> None:
+    """The whole report; no colours and WIDTH columns where stdout is not a terminal.
 
     Args:
-        console: stdout by default; no colours and WIDTH columns where that is not a terminal.
         measured: what a probe found.
     """
-    console = console or Console()
+    console = Console()
     if not console.is_terminal or console.width > WIDTH:
         console.width = WIDTH
     console.print(Group(*_blocks(report, measured)), highlight=False)
