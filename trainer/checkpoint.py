@@ -18,10 +18,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from trainer import manifest
-from trainer.data.files import did_you_mean
 from trainer.data.validation import ValidationSet
 from trainer.distributed import gather
 from trainer.evaluation.runner import Evaluation, not_measured
+from trainer.messages import did_you_mean
 from trainer.tracking.metrics import MetricsLog
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,6 @@ from transformers import get_scheduler
 from trainer.base_weights import BaseWeights
 from trainer.batch import PackedBatch
 from trainer.check.rules import unfit_columns
-from trainer.data.files import did_you_mean
 from trainer.data.module import PairData
 from trainer.data.permutation import mix
 from trainer.data.sources import Source
@@ -28,6 +27,7 @@ from trainer.host_memory import keep_freed_pages
 from trainer.losses import Loss
 from trainer.losses.base import refuse_incomplete, refuse_not_positive
 from trainer.memory import explained_memory
+from trainer.messages import did_you_mean
 from trainer.model_refusals import (
     refuse_all_frozen,
     refuse_compiled,

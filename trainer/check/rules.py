@@ -9,12 +9,12 @@ from collections.abc import Iterator, Sequence
 
 from trainer.check import labels, texts
 from trainer.check.finding import Finding, Situation
-from trainer.data.files import did_you_mean
 from trainer.data.opaque import OpaqueStream
 from trainer.data.sources import EvalSource, Source
 from trainer.data.streaming import StreamedTable
 from trainer.data.table import TokenTable
 from trainer.losses import Loss
+from trainer.messages import did_you_mean
 
 RULES = (
     labels.constant_labels,

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.data.files import data_format, did_you_mean
+from trainer.data.files import data_format
+from trainer.messages import did_you_mean
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,11 @@ import glob
 import json
 import os
 import re
-from collections.abc import Callable, Collection
-from difflib import get_close_matches
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from trainer.messages import cause_of, did_you_mean
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 FORMATS = (*JSON_LINES, ".csv", ".tsv", ".parquet", ".arrow")
@@ -26,18 +27,6 @@ def data_format(path: Path) -> str:
     """The suffix that says how to read a file, without ``.gz``; empty where it is none of FORMATS."""
     suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
     return suffix.lower() if suffix.lower() in FORMATS else ""
-
-
-def cause_of(error: Exception) -> str:
-    """What an error of a library says, in one line."""
-    return (str(error) or "no reason given").splitlines()[0]
-
-
-def did_you_mean(name: str, known: Collection[str], cutoff: float = 0.5) -> str:
-    """The sentence `` Did you mean 'x'?``, or nothing where no known name is near (1: only the same one)."""
-    lowered = {k.lower(): k for k in known}
-    near = get_close_matches(name.lower(), lowered, n=1, cutoff=cutoff)
-    return f" Did you mean '{lowered[near[0]]}'?" if near else ""
 
 
 def is_hub_id(path: str) -> bool:

@@ -20,11 +20,12 @@ from trainer.data.checks import BadRows, checked_rows
 from trainer.data.columns import find_column
 from trainer.data.delimited import read_delimited
 from trainer.data.derived import draw, draw_groups, held_out, triplets
-from trainer.data.files import JSON_LINES, cause_of, data_files, data_format, did_you_mean, is_hub_id
+from trainer.data.files import JSON_LINES, data_files, data_format, is_hub_id
 from trainer.data.json_lines import read_json_lines
 from trainer.data.rows import Rows, read_file, table_rows
 from trainer.data.sources import Source
 from trainer.files import sha256_of
+from trainer.messages import cause_of, did_you_mean
 
 _VERSION = 2  # of the cached rows: raise it when the same files and spec give other rows
 _BATCH_ROWS = 10_000

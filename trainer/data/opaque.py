@@ -25,12 +25,13 @@ from trainer.batch import PackedBatch
 from trainer.data.checks import checked_rows
 from trainer.data.collate import pack, pack_towers, targets_of
 from trainer.data.delimited import stream_delimited, warn_of_headers
-from trainer.data.files import JSON_LINES, cause_of, data_format, is_hub_id
+from trainer.data.files import JSON_LINES, data_format, is_hub_id
 from trainer.data.order import split_rows
 from trainer.data.permutation import mix, permute
 from trainer.data.rowgroups import StreamError, file_urls
 from trainer.data.rows import Record, Rows
 from trainer.data.streamrows import StreamedBadRows, tokenize_column
+from trainer.messages import cause_of
 
 if TYPE_CHECKING:
     from trainer.data.sources import Source

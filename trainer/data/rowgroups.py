@@ -18,9 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trainer.data.columns import find_column
-from trainer.data.files import cause_of, data_files, data_format, did_you_mean, is_hub_id
+from trainer.data.files import data_files, data_format, is_hub_id
 from trainer.data.parts import SLICE_ROWS
 from trainer.data.rows import wanted_columns
+from trainer.messages import cause_of, did_you_mean
 
 if TYPE_CHECKING:
     from trainer.data.sources import Source

@@ -15,7 +15,8 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trainer.data.files import JSON_LINES, cause_of, data_format
+from trainer.data.files import JSON_LINES, data_format
+from trainer.messages import cause_of
 
 MAX_TEXT_CHARS = 1_000_000
 _MAX_LINE_BYTES = 1 << 24

@@ -9,12 +9,12 @@ from typing import ClassVar, Literal, Optional, Union
 from jsonargparse import lazy_instance
 
 from trainer.data.columns import is_position
-from trainer.data.files import did_you_mean
 from trainer.data.values import rule
 from trainer.encoder.spec import EncoderSpec
 from trainer.evaluation.base import Evaluator
 from trainer.evaluation.search import Search
 from trainer.evaluation.sts import STS
+from trainer.messages import did_you_mean
 
 _TEXT = re.compile(r"text|anchor|positive|negative(_[1-9]\d*)?")
 _CANDIDATE_SCORE = re.compile(r"score_[1-9]\d*")

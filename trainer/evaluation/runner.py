@@ -13,7 +13,6 @@ from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from torch import Tensor, nn
 
 from trainer.batch import PackedBatch
-from trainer.data.files import did_you_mean
 from trainer.distributed import gather
 from trainer.encoder import Encoder
 from trainer.encoder.towers import Towers
@@ -22,6 +21,7 @@ from trainer.evaluation.health import measure
 from trainer.evaluation.scoring import Observe, evaluate
 from trainer.evaluation.sharded import Encode, TokenizedSet, ask_teacher, tokenize_set
 from trainer.memory import explained_memory
+from trainer.messages import did_you_mean
 from trainer.module import EmbeddingModule
 from trainer.tracking.metrics import MetricsLog
 

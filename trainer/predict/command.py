@@ -172,9 +172,9 @@ def choose_prompt(spec: EncoderSpec, prompt: str | None, name: str | None, task:
     Raises:
         ValueError: the model has no prompt of that name, both were given, or a prompt leaves no room for a text.
     """
-    from trainer.data.files import did_you_mean
     from trainer.encoder.folder import read_prompts
     from trainer.encoder.text import load_text_preparation, task_prompt
+    from trainer.messages import did_you_mean
 
     if prompt is not None and name is not None:
         raise ValueError("--prompt and --prompt-name were both given; give one of them")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from trainer.config_files import ConfigError
-from trainer.data.files import did_you_mean
+from trainer.messages import did_you_mean
 
 # What errors of the parts call by the key of a config, and these commands by a flag.
 _KEYS = {
