@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.distributed.exact import TOLERANCE, gradient_joints
+from trainer.distributed.exact import TOLERANCE, gradient_joints, metric_joints, rows_joint
 
 ZERO, NAN = [0.0, 0.0], [math.nan, 0.0]
 
@@ -43,3 +43,28 @@ def test_differences_are_relative_to_the_whole_gradient() -> None:
     assert gap.difference == pytest.approx(np.linalg.norm(other - whole) / np.linalg.norm(whole))
     assert gap.note == "largest at b"
     assert norm.difference == pytest.approx(abs(np.linalg.norm(other) / np.linalg.norm(whole) - 1.0))
+
+
+@pytest.mark.parametrize(
+    ("theirs", "difference", "note"),
+    [
+        ([3, 1, 2, 2], 0.0, "4 rows"),
+        ([1, 2, 3, 3], 1.0, "4 rows"),
+        ([1, 2, 2], 1.0, "3 and 4 rows"),  # a row that no rank took
+        ([1, 2, 2, 3, 3], 1.0, "5 and 4 rows"),  # one that two took
+    ],
+)
+def test_a_row_too_few_or_too_many_is_a_difference(theirs: list[int], difference: float, note: str) -> None:
+    joint = rows_joint("step 1", [1, 2, 2, 3], theirs, "4 rows")
+    assert (joint.difference, joint.note, joint.passed) == (difference, note, difference == 0)
+
+
+def test_a_gradient_or_a_metric_of_one_side_alone_is_a_failure() -> None:
+    one = {"w": torch.tensor([3.0, 4.0])}
+    (joint,) = gradient_joints("step 1", one, {**one, "head": torch.zeros(1)}, TOLERANCE)
+    assert (joint.name, joint.note, joint.passed) == ("step 1 gradients", "of one side alone: head", False)
+    metrics = {"eval/dev/a": 0.5, "eval/dev/b": 0.25}
+    assert [joint.passed for joint in metric_joints(metrics, metrics)] == [True]
+    less = metric_joints(metrics, {"eval/dev/a": 0.5})
+    assert [(joint.name, joint.passed) for joint in less] == [("metric eval/dev/a", True), ("metrics", False)]
+    assert [joint.passed for joint in metric_joints({}, metrics)] == [False]

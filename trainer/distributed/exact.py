@@ -8,7 +8,8 @@ nor blown up by the optimizer. The one process has a module of its own, for that
 """
 
 import copy
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -119,8 +120,7 @@ class ExactnessCheck(Callback):
             alone = _evaluate(trainer, self.alone, 0, 1)
             for record in self.records:
                 self.joints += self._replay(trainer, self.alone, record, tolerance)
-            for name in list(alone)[:1]:
-                self.joints.append(Joint(f"metric {name}", abs(sharded[name] - alone[name]), 1e-6))
+            self.joints += metric_joints(alone, sharded)
         gather.barrier()
 
     def _build_alone(self, trainer: Trainer, pl_module: EmbeddingModule) -> None:
@@ -149,25 +149,44 @@ class ExactnessCheck(Callback):
             loss = module.training_step(batch.to(module.device), record.number)
         loss.backward()
         ours = {k: p.grad.cpu() for k, p in module.named_parameters() if p.grad is not None}
-        theirs = record.gradients
-        assert ours.keys() == theirs.keys(), set(ours) ^ set(theirs)
         step = f"step {record.number + 1}"
         several = len(data.train_sources) > 1
         size = f"{len(rows)} rows{f' of {data.train_sources[batch.source].path}' if several else ''}"
         value = float(loss.detach())
         relative_loss = abs(record.loss - value) / max(abs(value), 1e-8)
-        others = sum(a != b for a, b in zip(sorted(rows), sorted(record.rows), strict=False))
         return [
-            Joint(f"{step} rows", float(others), 0.0, size),
+            rows_joint(step, rows, record.rows, size),
             Joint(f"{step} loss", relative_loss, tolerance, f"{record.loss:.6f} and {value:.6f}"),
-            *gradient_joints(step, ours, theirs, tolerance),
+            *gradient_joints(step, ours, record.gradients, tolerance),
         ]
+
+
+def rows_joint(step: str, ours: Sequence[int], theirs: Sequence[int], size: str) -> Joint:
+    """The rows of the one process and of the ranks, in any order: how many one of them has and the other lacks."""
+    alone, ranks = Counter(ours), Counter(theirs)
+    others = max((alone - ranks).total(), (ranks - alone).total())
+    return Joint(f"{step} rows", float(others), 0.0, size if len(ours) == len(theirs) else f"{len(theirs)} and {size}")
+
+
+def metric_joints(alone: Mapping[str, float], sharded: Mapping[str, float]) -> list[Joint]:
+    """The first metric, and the names of all of them."""
+    joints = [
+        Joint(f"metric {name}", abs(sharded[name] - alone[name]), 1e-6) for name in list(alone)[:1] if name in sharded
+    ]
+    return joints + _missing("metrics", alone.keys() ^ sharded.keys())
+
+
+def _missing(what: str, names: Set[str]) -> list[Joint]:
+    """A failure where the ranks or the one process alone have something."""
+    return [Joint(what, float(len(names)), 0.0, f"of one side alone: {', '.join(sorted(names))}")] if names else []
 
 
 def gradient_joints(
     step: str, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], tolerance: float
 ) -> list[Joint]:
     """The gradients of the one process and of the ranks, and their norms."""
+    if missing := _missing(f"{step} gradients", ours.keys() ^ theirs.keys()):
+        return missing  # two vectors of other lengths have no difference
     names = f"{step} gradient", f"{step} gradient norm"
     if not any(g.any() for g in (*ours.values(), *theirs.values())):  # nothing to learn: a row without negatives, say
         return [Joint(name, 0.0, tolerance, "0 on both sides") for name in names]
