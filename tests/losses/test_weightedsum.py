@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 from sentence_transformers.sentence_transformer.losses import (
     GlobalOrthogonalRegularizationLoss,
     MultipleNegativesRankingLoss,
@@ -11,6 +12,7 @@ from sentence_transformers.sentence_transformer.losses import (
 from tests.losses.side_by_side import D, assert_equals_peer, draw, embedded, targets_of
 from trainer.losses import (
     CosineSimilarity,
+    GISTEmbed,
     GlobalOrthogonalRegularization,
     InfoNCE,
     Softmax,
@@ -48,6 +50,28 @@ def test_it_wants_what_its_losses_want() -> None:
     ]
     triplets = WeightedSum([InfoNCE(), Triplet()])
     assert (triplets.min_columns, triplets.max_columns) == (3, 3)
+
+
+def test_what_two_losses_find_under_one_name_is_kept_of_each() -> None:
+    """Rows 0 and 1 have one positive, which no loss takes for a negative; a guide that knows nothing names others."""
+    columns = draw(2, 4)
+    texts_BC = torch.tensor([[0, 9], [1, 9], [2, 10], [3, 11]])
+    guide_B2D = torch.stack(draw(2, 4, seed=1, spread=100.0), dim=1)
+    targets = targets_of(4, texts_BC=texts_BC, extras={"teacher": guide_B2D})
+    false_negatives = 2 / 12  # of 4 rows with 3 others each
+    masked, guided = InfoNCE(), GISTEmbed(contrast_anchors=False, contrast_positives=False)
+    loss = WeightedSum([masked, guided, InfoNCE(mask_false_negatives=False)])
+    loss(columns, targets)
+    found = {name: float(value) for name, value in loss.last_metrics.items()}
+    by_guide = float(guided.last_metrics["false_negative_rate"])
+    assert by_guide != pytest.approx(false_negatives)
+    assert found == {
+        "false_negative_rate/InfoNCE_1": pytest.approx(false_negatives),
+        "false_negative_rate/GISTEmbed": by_guide,
+    }
+    alone = WeightedSum([masked, GlobalOrthogonalRegularization()])
+    alone(columns, targets)
+    assert list(alone.last_metrics) == ["false_negative_rate"]
 
 
 def test_losses_that_no_data_suits() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any, Optional, cast
 
@@ -14,6 +15,9 @@ from trainer.losses.base import Loss, refuse_not_positive
 
 class WeightedSum(Loss):
     """Sum of w_i times loss i, all of the same embeddings.
+
+    What several of them log under one name is logged of each, as <name>/<loss>, and of two of one class as
+    <name>/<loss>_1 and <name>/<loss>_2.
 
     Args:
         losses: what is summed; the data must suit each of them.
@@ -68,8 +72,21 @@ class WeightedSum(Loss):
 
     def forward(self, columns: Sequence[Tensor], targets: Targets) -> Tensor:
         values = [weight * loss(columns, targets) for loss, weight in zip(self._summed, self.weights, strict=True)]
-        self.last_metrics = {name: value for loss in self._summed for name, value in loss.last_metrics.items()}
+        self.last_metrics = self._metrics()
         return torch.stack(values).sum()
+
+    def _metrics(self) -> dict[str, Tensor]:
+        """What the losses found: names that several of them use get the loss's."""
+        times = Counter(name for loss in self._summed for name in loss.last_metrics)
+        of_class = Counter(type(loss).__name__ for loss in self._summed)
+        before: Counter[str] = Counter()
+        metrics: dict[str, Tensor] = {}
+        for loss in self._summed:
+            label = type(loss).__name__
+            before[label] += 1
+            apart = f"{label}_{before[label]}" if of_class[label] > 1 else label
+            metrics |= {name if times[name] == 1 else f"{name}/{apart}": v for name, v in loss.last_metrics.items()}
+        return metrics
 
     def describe(self) -> dict[str, Any]:
         described = [{type(loss).__name__: loss.describe()} for loss in self._summed]
