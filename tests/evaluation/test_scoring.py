@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,4 +99,19 @@ def test_a_primary_that_the_score_does_not_return_is_refused(tiny_encoder: Path,
     encoder = Encoder(EncoderSpec(str(tiny_encoder), compact_vocabulary="off"), max_tokens=MAX_TOKENS).eval()
     one = Set("dev", make_rows(demo_texts[:50], 20), Misnamed("python"), encoder.text)
     with pytest.raises(ValueError, match=r"dev: primary of Misnamed is 'average', but its score returns mean"):
+        evaluate(Recorder(encoder), [one], 0, 1, MAX_TOKENS)  # type: ignore[list-item]
+
+
+def test_embeddings_of_other_texts_are_not_split_by_column(tiny_encoder: Path, demo_texts: list[str]) -> None:
+    class Distinct(MeanCosine):
+        def texts(self, rows: Rows) -> list[str]:
+            return [*rows["anchor"], rows["positive"][0]]
+
+    encoder = Encoder(EncoderSpec(str(tiny_encoder), compact_vocabulary="off"), max_tokens=MAX_TOKENS).eval()
+    one = Set("dev", make_rows(demo_texts[:50], 20), Distinct("python"), encoder.text)
+    message = (
+        "Distinct.split got 21 embeddings, but 20 rows of text_columns anchor, positive have 40 texts: give it all "
+        "that score() got, or, where Distinct.texts gives others, take them apart in score() as texts() lays them out"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         evaluate(Recorder(encoder), [one], 0, 1, MAX_TOKENS)  # type: ignore[list-item]

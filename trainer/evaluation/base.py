@@ -58,10 +58,16 @@ class Evaluator(ABC):
         """The embeddings of each text column, (B, D) each.
 
         Raises:
-            ValueError: some embeddings are not finite.
+            ValueError: some embeddings are not finite, or they are not those of all texts of the columns.
         """
-        num_columns = len(self.text_columns)
-        assert embeddings_ND.shape[0] == num_columns * len(rows[self.text_columns[0]]), embeddings_ND.shape
+        num_columns, num_rows = len(self.text_columns), len(rows[self.text_columns[0]])
+        if len(embeddings_ND) != num_columns * num_rows:
+            name, named = type(self).__name__, ", ".join(self.text_columns)
+            raise ValueError(
+                f"{name}.split got {len(embeddings_ND):,} embeddings, but {num_rows:,} rows of text_columns {named} "
+                f"have {num_columns * num_rows:,} texts: give it all that score() got, or, where {name}.texts gives "
+                "others, take them apart in score() as texts() lays them out"
+            )
         refuse_not_finite(num_not_finite(embeddings_ND), len(embeddings_ND))
         return embeddings_ND.chunk(num_columns)
 
