@@ -425,6 +425,21 @@ def test_a_run_without_an_end(tiny_encoder: Path, pairs: Path) -> None:
         _fit(*_parts(tiny_encoder, pairs), max_epochs=-1)
 
 
+@pytest.mark.parametrize(
+    ("steps", "ratio", "trains"), [(1, 0.1, False), (1, 0.0, True), (2, 0.99, True), (2, 0.1, True)]
+)
+def test_a_warm_up_that_is_the_whole_run(
+    tiny_encoder: Path, pairs: Path, caplog: pytest.LogCaptureFixture, steps: int, ratio: float, trains: bool
+) -> None:
+    """transformers' schedule starts at 0, so a single step of it moves no weight; that is said."""
+    weights = SentenceTransformer(str(tiny_encoder), device="cpu")[0].model.state_dict()
+    run = _fit(*_parts(tiny_encoder, pairs, {"warmup_ratio": ratio}), max_steps=steps)
+    with run.module.encoder.as_sentence_transformer() as exported:
+        after = exported[0].model.state_dict()  # type: ignore[operator, union-attr]
+        assert all(torch.equal(after[name], weights[name]) for name in after) != trains
+    assert ("the run has 1 step, the first of the warm-up, at a learning rate of 0" in caplog.text) != trains
+
+
 # -- checkpoints --------------------------------------------------------------------------------------------
 
 

@@ -273,6 +273,12 @@ class EmbeddingModule(LightningModule):
         else:
             optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, fused=fused)
         steps = self.num_training_steps
+        if steps == 1 and self.warmup_ratio:
+            gather.warn(
+                logger,
+                f"model.warmup_ratio is {self.warmup_ratio:g} and the run has 1 step, the first of the warm-up, at a "
+                "learning rate of 0: nothing is trained. Set warmup_ratio to 0, or take more steps",
+            )
         scheduler = get_scheduler(
             "constant_with_warmup" if self.schedule == "constant" else self.schedule,
             optimizer,
