@@ -392,6 +392,22 @@ def test_rules_that_leave_nothing_are_an_error(
     assert (tmp_path / "out.jsonl.work" / "anchor" / "shard-00000.npy").exists()
 
 
+def test_damaged_rows_of_the_cache_are_read_again(
+    folder: Path, tiny_encoder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A letter of the pairs and one of the corpus is another."""
+    flags = ["--model", str(tiny_encoder), "--cache-dir", str(tmp_path / "cache")]
+    flags += ["--corpus", str(folder / "corpus.jsonl"), "--text", "body"]
+    assert run(folder, tmp_path / "whole.jsonl", *flags) == 0
+    for path in (tmp_path / "cache").glob("rows/*/rows.arrow"):
+        content = path.read_bytes()
+        text = read(folder / "corpus.jsonl")[60]["body"].encode()  # a positive too
+        path.write_bytes(content.replace(text, text[:-1] + b"!", 1))
+    assert run(folder, tmp_path / "again.jsonl", *flags) == 0
+    assert caplog.text.count("rows.arrow is damaged (its sha256 is another); it is made again") == 2
+    assert (tmp_path / "again.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
 @pytest.mark.parametrize(
     ("flags", "code", "said"),
     [

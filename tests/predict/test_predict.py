@@ -250,6 +250,23 @@ def test_a_damaged_shard_is_written_again(tiny_encoder: Path, corpus: Path, tmp_
         assert (out / f"shard-00001.{kind}").read_bytes() == whole
 
 
+def test_damaged_rows_of_the_cache_are_read_again(
+    tiny_encoder: Path, corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A bit of a letter has turned, which Arrow can't notice."""
+    cache = ["--cache-dir", str(tmp_path / "cache"), "--format", "npy"]
+    assert run(tiny_encoder, corpus, tmp_path / "whole", *cache) == 0
+    (path,) = (tmp_path / "cache").glob("rows/*/rows.arrow")
+    content = bytearray(path.read_bytes())
+    text = texts_of(corpus)[7].encode()
+    content[content.index(text)] ^= 1
+    path.write_bytes(content)
+    assert run(tiny_encoder, corpus, tmp_path / "again", *cache) == 0
+    assert f"{path.parent}: rows.arrow is damaged (its sha256 is another); it is made again" in caplog.text
+    whole, again = (np.concatenate(list(open_shards(tmp_path / n)[0].pieces())) for n in ("whole", "again"))
+    assert (whole == again).all()
+
+
 @pytest.mark.parametrize(
     ("flags", "code", "said"),
     [

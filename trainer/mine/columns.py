@@ -52,7 +52,7 @@ def read_columns(options: argparse.Namespace) -> dict[str, TextColumn]:
         split=options.split,
         on_bad_row=options.on_bad_row,
     )
-    rows = load(source, cache)
+    rows = load(source, cache, verify=True)
 
     def alone(name: str) -> str:
         return fingerprint(replace(source, columns={"text": name}))
@@ -63,7 +63,7 @@ def read_columns(options: argparse.Namespace) -> dict[str, TextColumn]:
     }
     if options.corpus:
         more = replace(source, path=options.corpus, columns={"text": options.text})
-        columns["corpus"] = TextColumn(load(more, cache), "text", fingerprint(more), "corpus")
+        columns["corpus"] = TextColumn(load(more, cache, verify=True), "text", fingerprint(more), "corpus")
     return columns
 
 

@@ -68,7 +68,7 @@ def predict(args: Sequence[str]) -> int:
         text = Source(options.data, {"text": options.text}, split=options.split, on_bad_row=options.on_bad_row)
         source = replace(text, columns={**text.columns, "id": options.id}) if options.id else text
         cache_dir = options.cache_dir or default_cache_dir()
-        rows, skipped = load(source, cache_dir), num_skipped(source, cache_dir)
+        rows, skipped = load(source, cache_dir, verify=True), num_skipped(source, cache_dir)
         spec = choose_prompt(encoder_spec(options, options.task), options.prompt, options.prompt_name, options.task)
     encoder, device = start(options, spec)
     settings = read_settings(options, encoder)
