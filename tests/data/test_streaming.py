@@ -253,6 +253,31 @@ def test_a_damaged_block_is_made_again(
     assert path.read_bytes() == whole
 
 
+@pytest.mark.parametrize("name", ["slice-00000000.arrow", "group-0000000.arrow"])
+@pytest.mark.parametrize("place", [0.3, 0.6, 1.0])
+def test_a_block_with_one_other_bit_is_made_again(
+    name: str,
+    place: float,
+    parquet: Path,
+    frame: pd.DataFrame,
+    text: TextPreparation,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Arrow opens it: a letter or a piece is another, or the checksum itself."""
+    source = Source(str(parquet), COLUMNS, streaming=True)
+    path = StreamedTable(source, text, tmp_path).folder / name
+    check_rows(StreamedTable(source, text, tmp_path), frame, text, np.array([5]))
+    whole = path.read_bytes()
+    damaged = bytearray(whole)
+    damaged[min(int(place * len(whole)), len(whole) - 1)] ^= 1
+    path.write_bytes(damaged)
+    check_rows(StreamedTable(source, text, tmp_path), frame, text, np.array([5, *range(SLICE_ROWS, GROUPS[0])]))
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said == f"{path}: is damaged (the checksum of its {len(whole):,} bytes is another); it is made again"
+    assert path.read_bytes() == whole
+
+
 def test_the_fingerprint_follows_the_files(parquet: Path, frame: pd.DataFrame, tmp_path: Path) -> None:
     source = Source(str(parquet), COLUMNS, streaming=True)
     copy = write_parquet(frame, tmp_path / "copy")

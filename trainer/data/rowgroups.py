@@ -245,11 +245,6 @@ def write_group(file: GroupFile, number: int, wanted: Collection[str] | None, pa
         raise ValueError(f"{file.url}: row group {number + 1} cannot be read: {error}") from error
 
 
-def read_rows(path: Path, start: int, stop: int) -> pa.Table:
-    """Rows of a file that ``write_group`` wrote, in place."""
-    return pa.ipc.open_file(pa.memory_map(str(path))).read_all().slice(start, stop - start)
-
-
 def read_arrow_rows(file: GroupFile, number: int, wanted: Collection[str] | None, start: int, stop: int) -> pa.Table:
     """Rows of a record batch of a local Arrow file, in place."""
     found = _mapped(file.url, _stamp(file.url))

@@ -2,7 +2,7 @@
 
 A folder of blocks under the cache holds a file for each row group that is in use (`group-*.arrow`, the wanted columns)
 and one for each slice of it (`slice-*.arrow`, 2,048 rows as token ids). Ranks and loader workers share the folder
-and the work: each builds slices that no other is building.
+and the work: each builds slices that no other is building. Behind what Arrow wrote each file has the CRC-32 of it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import threading
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -32,7 +33,6 @@ from trainer.data.rowgroups import (
     StreamError,
     group_files,
     read_arrow_rows,
-    read_rows,
     stream_digests,
     write_group,
 )
@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _VERSION = 2  # of the blocks: raise it when the same source and tokenizer give other files
+_LAYOUT = "crc"  # of a file: change it when the same rows lie there in another way
+_CRC_BYTES = 4
 _LOCKS = 64
 _OPEN_SLICES = 64  # that a process keeps mapped
 _TARGETS = {"score": pa.float32(), "label": pa.int64(), "group": pa.int64()}
@@ -57,7 +59,7 @@ class _Slice:
     """Token ids and targets of the rows of a slice, mapped."""
 
     def __init__(self, path: Path) -> None:
-        batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+        batch = _open_block(path).get_batch(0)
         os.utime(path)  # the oldest is dropped first
         names = [field.name for field in batch.schema if pa.types.is_large_list(field.type)]
         self.values = {c: batch.column(c).values.to_numpy(zero_copy_only=True) for c in names}
@@ -103,9 +105,10 @@ class StreamedTable:
         self._starts, self.num_rows = self._shuffle.group_starts, self._shuffle.size
         slices_of_group = -(-np.array(self.group_sizes) // SLICE_ROWS)
         self._first_slice = np.concatenate([[0], np.cumsum(slices_of_group)])
-        key = f"{_VERSION} {fingerprint(source)} {text.fingerprint}"
+        key = f"{_VERSION} {_LAYOUT} {fingerprint(source)} {text.fingerprint}"
         self.folder = place_of(self.cache_dir, "blocks", hashlib.sha256(key.encode()).hexdigest()[:24])
         self._open: OrderedDict[int, _Slice] = OrderedDict()
+        self._read_groups: dict[Path, int] = {}  # the inode of those whose bytes were looked at
         self._in_use: list[Collection[int]] = []
         self._ahead: threading.Thread | None = None
         self._is_held = False  # by this process, from its first slice on
@@ -220,6 +223,7 @@ class StreamedTable:
                 unfinished = path.with_suffix(".unfinished")  # we hold the lock: whoever left one was killed
                 try:
                     build(unfinished)
+                    _seal(unfinished)
                 except ValueError as error:
                     raise StreamError(str(error)) from error
                 with unfinished.open("rb") as written:
@@ -274,7 +278,11 @@ class StreamedTable:
         while True:
             try:
                 os.utime(path)
-                return read_rows(path, start, stop)
+                # Once in a process: a group has many slices, and its bytes are more than theirs.
+                inode = path.stat().st_ino
+                rows = _open_block(path, verify=self._read_groups.get(path) != inode).read_all()
+                self._read_groups[path] = inode
+                return rows.slice(start, stop - start)
             except FileNotFoundError:
                 self._build_file(path, group, True, fetch)
             except pa.ArrowInvalid as error:
@@ -304,6 +312,32 @@ class StreamedTable:
             if name not in kept:
                 (self.folder / name).unlink(missing_ok=True)
                 excess -= size
+
+
+def _seal(path: Path) -> None:
+    """Write the checksum behind what stands in a file."""
+    with path.open("r+b") as file:
+        crc = 0
+        while block := file.read(1 << 20):
+            crc = zlib.crc32(block, crc)
+        file.write(crc.to_bytes(_CRC_BYTES, "little"))
+
+
+def _open_block(path: Path, verify: bool = True) -> pa.ipc.RecordBatchFileReader:
+    """A sealed file, mapped.
+
+    Args:
+        path: of a slice or a group.
+        verify: compare its bytes with its checksum.
+
+    Raises:
+        pa.ArrowInvalid: it is damaged.
+    """
+    whole = pa.memory_map(str(path)).read_buffer()
+    content = whole.slice(0, max(0, whole.size - _CRC_BYTES))
+    if verify and zlib.crc32(content).to_bytes(_CRC_BYTES, "little") != whole[-_CRC_BYTES:].to_pybytes():
+        raise pa.ArrowInvalid(f"the checksum of its {whole.size:,} bytes is another")
+    return pa.ipc.open_file(pa.BufferReader(content))
 
 
 def _drop_damaged(path: Path, error: pa.ArrowInvalid) -> None:
