@@ -50,6 +50,22 @@ def test_triplets_of_labelled_pairs(tmp_path: Path) -> None:
     ]
 
 
+def test_rows_that_are_picked_from_many_batches(tmp_path: Path) -> None:
+    """12,000 positives, then the negative of each, backwards: 24,000 rows, which are written by 10,000."""
+    number = 12_000
+    rows = [(f"a{i}", f"p{i}", "entailment") for i in range(number)]
+    rows += [(f"a{i}", f"n{i}", "contradiction") for i in reversed(range(number))]
+    path = write(tmp_path / "nli.jsonl", pd.DataFrame(rows, columns=["premise", "hypothesis", "label"]))
+    source = Source(path, NLI, triplets=("entailment", "contradiction"), prompts={"anchor": "q: "}, max_rows=11_000)
+    found = load(source, tmp_path / "cache").to_pandas()
+    drawn = found["positive"].str[1:].astype(int)
+    assert len(found) == 11_000
+    assert drawn.is_monotonic_increasing
+    assert drawn.is_unique
+    assert (found["anchor"] == "q: a" + drawn.astype(str)).all()
+    assert (found["negative"] == "n" + drawn.astype(str)).all()
+
+
 def test_negatives_of_triplets_take_prompt_and_length_of_the_positives(tmp_path: Path) -> None:
     """Both are texts of one column of the data; a prompt of their own, an empty one too, still counts."""
     kinds, both = ("entailment", "contradiction"), {"anchor": "q: ", "positive": "p: "}

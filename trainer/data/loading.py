@@ -105,13 +105,19 @@ def _derive(source: Source, base: Source, cache_dir: Path, folder: Path) -> None
     schema = pa.schema([(name, columns[name].type) for name in picked])
     with pa.OSFile(str(folder / "rows.arrow"), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         for start in range(0, num_rows, _BATCH_ROWS):
-            part = {name: columns[name].take(pa.array(n[start : start + _BATCH_ROWS])) for name, n in picked.items()}
+            part = {name: _take(columns[name], n[start : start + _BATCH_ROWS]) for name, n in picked.items()}
             for name in source.text_columns:
                 if prompt := source.prompt_of(name):  # an absent text stays absent
                     part[name] = pc.binary_join_element_wise(large(prompt), part[name], large(""))
             writer.write_table(pa.table(part, schema=schema).combine_chunks())
     report = {"source": source.path, "num_rows": num_rows, "num_skipped": skipped}
     (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
+
+
+def _take(column: pa.ChunkedArray, rows: np.ndarray) -> pa.ChunkedArray:
+    """The values of some rows. Arrow would join all chunks of the column for it, so it sees those around the rows."""
+    first, last = int(rows.min()), int(rows.max())
+    return column.slice(first, last - first + 1).take(pa.array(rows - first))
 
 
 def as_read(source: Source, rows: Dataset) -> Source:
