@@ -207,6 +207,25 @@ def test_what_no_batch_can_hold_is_refused() -> None:
             PairData([source], EncoderSpec("x"), no_duplicates=True)
 
 
+@pytest.mark.parametrize("labels_per_batch", [2, 3, 4, 5])
+def test_labels_that_max_rows_left_out_are_asked_for(labels_per_batch: int) -> None:
+    """Rows sorted by label, of which a debug run takes the first: so many more rows are enough, one less is not."""
+    labels = np.repeat([3, 0, 7, 1, 5], [100, 1, 50, 40, 30])
+    table: Any = SimpleNamespace(labels=labels)
+    what = f"with rows_per_label 2 asks for {labels_per_batch} labels in a batch; 2 are needed, 1 have 2 rows or more"
+    if labels_per_batch == 5:  # four have two rows: max_rows is not to blame
+        with pytest.raises(ValueError, match=f"{what}: change data.batch_size"):
+            LabelBatches(table, 2, 64).refuse_unfit(10, "x")
+        return
+    needed = next(n for n in range(221) if sum(count > 1 for count in Counter(labels[:n]).values()) == labels_per_batch)
+    message = rf"{what} among the first 64 rows \(data.max_rows\): raise data.max_rows to {needed} or more$"
+    with pytest.raises(ValueError, match=message):
+        LabelBatches(table, 2, 64).refuse_unfit(2 * labels_per_batch, "x")
+    with pytest.raises(ValueError, match=r"raise data\.max_rows"):
+        LabelBatches(table, 2, needed - 1).refuse_unfit(2 * labels_per_batch, "x")
+    LabelBatches(table, 2, needed).refuse_unfit(2 * labels_per_batch, "x")
+
+
 # -- through a run ----------------------------------------------------------------------------------------
 
 

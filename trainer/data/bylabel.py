@@ -71,10 +71,23 @@ class LabelBatches(Part):
             raise ValueError(f"{what} leaves {rest} rows over; make it a multiple")
         if not 2 <= labels_per_batch <= self.num_labels:
             found = f"{self.num_labels:,} have 2 rows or more"
+            needed = self._rows_with(labels_per_batch)
             fitting = [k for k in range(2, batch_size // 2 + 1) if batch_size % k == 0]
             fitting = [k for k in fitting if batch_size // k <= self.num_labels]
             remedy = f"set rows_per_label to {fitting[0]}" if fitting else "change data.batch_size"
+            if needed is not None:
+                found += f" among the first {self.size:,} rows (data.max_rows)"
+                remedy = f"raise data.max_rows to {needed:,} or more"
             raise ValueError(f"{what} asks for {labels_per_batch} labels in a batch; 2 are needed, {found}: {remedy}")
+
+    def _rows_with(self, num_labels: int) -> int | None:
+        """The least ``max_rows`` with so many labels of two rows; None where it is not what lacks them."""
+        assert self.table.labels is not None
+        labels, (_, counts) = self.table.labels, np.unique(self.table.labels, return_counts=True)
+        if num_labels < 2 or num_labels > np.count_nonzero(counts > 1):
+            return None
+        seconds = np.argsort(labels, kind="stable")[(np.cumsum(counts) - counts + 1)[counts > 1]]
+        return int(np.sort(seconds)[num_labels - 1]) + 1
 
     def rows(self, places: NDArray[np.int64], key: int) -> NDArray[np.int64]:
         return permute(places, self.size, key)
