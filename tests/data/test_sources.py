@@ -386,6 +386,9 @@ def test_missing_files_and_formats_are_one_sentence(tmp_path: Path, monkeypatch:
     path = tmp_path / "nowhere" / "deep" / "x.jsonl"
     assert failure(Source(str(path), PAIR), cache) == f"{path}: there is no folder {tmp_path / 'nowhere'}."
     assert "no file matches this pattern" in failure(Source(str(tmp_path / "*.csv"), PAIR), cache)
+    for path in ("s3://bucket/pairs.parquet", "gs://bucket/*.jsonl.gz"):
+        said = failure(Source(path, PAIR), cache)
+        assert said.startswith(f"{path}: an address is read by a source of data.train with streaming: true alone; set")
     (tmp_path / "x.txt").touch()
     assert "unknown format '.txt'; known are .jsonl" in failure(Source(str(tmp_path / "x.txt"), PAIR), cache)
     (tmp_path / "none").mkdir()

@@ -52,6 +52,11 @@ def data_files(path: str, split: str) -> list[Path]:
         files = _folder_files(local, split)
     elif local.exists():
         files = [local]
+    elif "://" in path:
+        raise ValueError(
+            f"{path}: an address is read by a source of data.train with streaming: true alone; set that, or copy the "
+            "files to this machine and name them in path"
+        )
     elif glob.has_magic(path):
         files = [Path(p) for p in sorted(glob.glob(os.path.expanduser(path), recursive=True))]
         files = [f for f in files if f.is_file()]
