@@ -203,14 +203,15 @@ def _user_error(error: BaseException | None) -> BaseException | None:
 
 
 def _is_lost_rank(error: RuntimeError) -> bool:
-    watch = sys.modules.get("trainer.distributed.watch")  # where it was not imported there are no ranks
-    return watch is not None and watch.LOST_RANK.search(str(error)) is not None
+    meeting = sys.modules.get("trainer.distributed.meeting")  # where it was not imported there are no ranks
+    return meeting is not None and meeting.LOST_RANK.search(str(error)) is not None
 
 
 def _is_said(error: BaseException) -> bool:
     """Whether another rank, or the watch of this one, says it."""
     if isinstance(error, RuntimeError):
-        return sys.modules["trainer.distributed.watch"].SAID in getattr(error, "__notes__", ())
+        watch = sys.modules.get("trainer.distributed.watch")  # of a fit
+        return watch is not None and watch.SAID in getattr(error, "__notes__", ())
     return type(error).__name__ == "SharedError" and not is_first_rank(os.environ)
 
 

@@ -1,11 +1,20 @@
-"""How many ranks a command names, and who numbers them."""
+"""How many ranks a command names, who numbers them, and how those of `trainer predict` end while they start."""
 
 from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning.fabric.utilities.device_parser import _normalize_parse_gpu_string_input as of_lightning
 
+from tests.distributed.test_meeting import children_of
 from trainer.distributed.launch import device_count, numbering
 
 
@@ -52,3 +61,36 @@ def test_tasks_without_their_number_on_a_node_are_refused(monkeypatch: pytest.Mo
     monkeypatch.delenv("SLURM_NTASKS_PER_NODE")
     with pytest.raises(ValueError, match="has started 2 tasks on 1 nodes; ask for them with --ntasks-per-node"):
         numbering()
+
+
+@pytest.mark.parametrize(
+    ("number", "of_first", "status", "says"),
+    [
+        (signal.SIGTERM, True, 143, ""),
+        (signal.SIGKILL, False, 1, "error: rank 1 was ended by SIGKILL while the ranks started\n"),
+        pytest.param(signal.SIGUSR1, True, 85, "", marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, True, 130, "", marks=pytest.mark.slow),
+    ],
+)
+def test_a_rank_that_waits_for_another_ends_at_once(
+    tiny_encoder: Path, tmp_path: Path, number: signal.Signals, of_first: bool, status: int, says: str
+) -> None:
+    """Rank 1 is held still, so that rank 0 would wait for it for a day."""
+    (tmp_path / "corpus.jsonl").write_text(json.dumps({"body": "a text"}) + "\n")
+    command = [sys.executable, "-m", "trainer", "predict", "--model", str(tiny_encoder), "--text", "body"]
+    command += ["--data", str(tmp_path / "corpus.jsonl"), "--out", str(tmp_path / "out"), "--devices", "2"]
+    process = subprocess.Popen([*command, "--accelerator", "cpu"], stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 90
+        while not children_of(process.pid) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        (other,) = children_of(process.pid)
+        os.kill(other, signal.SIGSTOP)
+        time.sleep(1.0)  # rank 0 is in the meeting
+        os.kill(process.pid if of_first else other, number)
+        _, said = process.communicate(timeout=30)
+    finally:
+        process.kill()
+        process.wait()
+    assert (process.returncode, said) == (status, says)
+    assert not Path(f"/proc/{other}").exists() or Path(f"/proc/{other}/stat").read_text().split()[2] == "Z"

@@ -18,9 +18,9 @@ import torch
 from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning.fabric.strategies import DDPStrategy
-from lightning.fabric.strategies.launchers import _SubprocessScriptLauncher
 
 from trainer import interruption
+from trainer.distributed.meeting import Meeting
 
 Accelerator = Literal["auto", "cpu", "gpu"]
 # Ranks meet between pieces of work that may take hours; the loss of one shows in other ways, and sooner.
@@ -40,10 +40,12 @@ def start_ranks(accelerator: Accelerator, devices: int | None, nodes: int | None
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*`srun` command is available.*")
         fabric = _fabric(accelerator, devices, nodes)
+        meeting = Meeting(fabric.strategy) if fabric.world_size > 1 else None
         fabric.launch()
-    launcher: Any = fabric.strategy.launcher
-    if isinstance(launcher, _SubprocessScriptLauncher) and launcher.procs:
-        _take_children(launcher.procs)
+    if children := getattr(fabric.strategy.launcher, "procs", []):
+        threading.Thread(target=_watch, args=(children,), name="ranks", daemon=True).start()
+    if meeting is not None:
+        meeting.end()
     return fabric.device
 
 
@@ -135,20 +137,6 @@ def slurm_flags(given: Collection[str]) -> list[str]:
     devices, nodes = slurm_shape(os.environ, None, None)
     found = {"trainer.devices": devices, "trainer.num_nodes": nodes}
     return [f"--{key}={number}" for key, number in found.items() if key not in given]
-
-
-def silence_observer() -> None:
-    """End Lightning's observer of the ranks that were started from here: within 5 s of the end of one it would kill
-    this process without a word."""
-    for thread in threading.enumerate():
-        if thread.name == "child-process-observer":
-            thread._child_processes = []  # type: ignore[attr-defined]  # then it ends
-
-
-def _take_children(children: Sequence[Popen[bytes]]) -> None:
-    """Watch the ranks that were started from here."""
-    silence_observer()
-    threading.Thread(target=_watch, args=(children,), name="ranks", daemon=True).start()
 
 
 def _watch(children: Sequence[Popen[bytes]]) -> None:

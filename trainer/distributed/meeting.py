@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import os
+import re
 import select
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
-
-from lightning.pytorch.strategies import Strategy
+from typing import TYPE_CHECKING
 
 from trainer import interruption
-from trainer.distributed.launch import silence_observer
 
+if TYPE_CHECKING:  # a command that trains nothing does without the rest of Lightning
+    from lightning.fabric.strategies import Strategy as FabricStrategy
+    from lightning.pytorch.strategies import Strategy
+
+# How collectives end when a rank is no longer there, or when the time of the process group is up.
+LOST_RANK = re.compile(
+    "Connection (closed|reset) by peer|Broken pipe|remote process exited|Failed to recv|Timed out waiting|pair closure|"
+    "(Watchdog|NCCL).*(timeout|timed out)"
+)
 _TICK_S = 0.2
 _GRACE_S = 5.0  # for the main thread to say by itself that a rank is lost
 
 
 class Meeting:
-    """Looks after a rank from the moment it waits for the others until the watch begins.
+    """Looks after a rank from the moment it waits for the others until `end`.
 
     In that wait no signal handler of Python runs, and there are no signs of life yet.
 
@@ -29,7 +37,7 @@ class Meeting:
         leave: is called before the process ends in here.
     """
 
-    def __init__(self, strategy: Strategy, leave: Callable[[], None]) -> None:
+    def __init__(self, strategy: Strategy | FabricStrategy, leave: Callable[[], None] = lambda: None) -> None:
         self._strategy, self._leave, self._join = strategy, leave, strategy.setup_environment
         self._children: list[subprocess.Popen[bytes]] = []
         self._met, self._over = threading.Event(), threading.Event()
@@ -81,7 +89,7 @@ class Meeting:
             if code == 0 or asked or over.wait(_GRACE_S):  # those that have met agree on when they leave
                 continue
             how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"has failed with exit code {code}"
-            print(f"error: rank {rank} {how} before the training", file=sys.stderr)
+            print(f"error: rank {rank} {how} while the ranks started", file=sys.stderr)
             self._end_process(max(code, 1))
 
     def _end_process(self, code: int) -> None:
@@ -91,3 +99,11 @@ class Meeting:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def silence_observer() -> None:
+    """End Lightning's observer of the ranks that were started from here: within 5 s of the end of one it would kill
+    this process without a word."""
+    for thread in threading.enumerate():
+        if thread.name == "child-process-observer":
+            thread._child_processes = []  # type: ignore[attr-defined]  # then it ends

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import faulthandler
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -21,17 +20,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from trainer.distributed import gather
 from trainer.distributed.heartbeat import BEAT_S, SILENT_S, Heartbeats
-from trainer.distributed.meeting import Meeting
+from trainer.distributed.meeting import LOST_RANK, Meeting
 from trainer.manifest import newest
 from trainer.tracking.collapse import Collapse
 from trainer.tracking.metrics import MetricsLog
 from trainer.tracking.spikes import LossSpikes
 
-# How collectives end when a rank is no longer there, or when the time of the process group is up.
-LOST_RANK = re.compile(
-    "Connection (closed|reset) by peer|Broken pipe|remote process exited|Failed to recv|Timed out waiting|pair closure|"
-    "(Watchdog|NCCL).*(timeout|timed out)"
-)
 SAID = "which rank was lost is said above"  # the note on an exception whose cause the watch has named
 _TICK_S = 0.5
 _NAMING_S = 10.0  # longest wait for the name of a lost rank
