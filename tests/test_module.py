@@ -264,7 +264,8 @@ def test_number_of_steps(tiny_encoder: Path, pairs: Path, settings: dict[str, An
     assert run.trainer.optimizers[0].param_groups[0]["lr"] == 0.0
 
 
-def test_clipping_by_value_is_lightnings(tiny_encoder: Path, pairs: Path) -> None:
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+def test_clipping_by_value(tiny_encoder: Path, pairs: Path, precision: Any) -> None:
     clipped: list[float] = []
 
     class Look(Callback):
@@ -275,7 +276,7 @@ def test_clipping_by_value_is_lightnings(tiny_encoder: Path, pairs: Path) -> Non
     module, data = _parts(tiny_encoder, pairs)
     trainer = Trainer(
         accelerator="cpu", max_steps=2, callbacks=[Look()], logger=False, enable_checkpointing=False,
-        gradient_clip_val=1e-3, gradient_clip_algorithm="value", enable_progress_bar=False,
+        gradient_clip_val=1e-3, gradient_clip_algorithm="value", enable_progress_bar=False, precision=precision,
     )  # fmt: skip
     trainer.fit(module, datamodule=data)
     assert max(clipped) == pytest.approx(1e-3)

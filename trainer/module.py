@@ -348,7 +348,8 @@ class EmbeddingModule(LightningModule):
         if by_norm and gradient_clip_val:
             clip(optimizer, parameters, gradient_clip_val, self.last_grad_norm)
         elif gradient_clip_val:
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            # Lightning's own way refuses fused optimizers under bf16: it takes them for ones that unscale.
+            nn.utils.clip_grad_value_(parameters, gradient_clip_val)
         self.finite_steps.check(self.last_grad_norm, optimizer, self.trainer)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
