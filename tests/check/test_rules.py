@@ -10,17 +10,19 @@ import yaml
 
 from trainer.check.finding import Finding, Situation
 from trainer.check.rules import RULES, findings, refuse_unknown
-from trainer.data.facts import ColumnFacts, LabelFacts, ScoreFacts, SourceFacts
+from trainer.data.facts import ColumnFacts, LabelFacts, MarginFacts, ScoreFacts, SourceFacts
 from trainer.data.leaks import LeakFacts
 from trainer.losses import (
     BatchHardTriplet,
     Contrastive,
     CoSENT,
     CosineSimilarity,
+    DistillKLDiv,
     EmbedDistill,
     GISTEmbed,
     InfoNCE,
     Loss,
+    MarginMSE,
     Matryoshka,
     Softmax,
     Triplet,
@@ -50,6 +52,10 @@ def scores(*values: float) -> SourceFacts:
     return replace(CLEAN, scores=ScoreFacts(min(values), max(values), [0.0] * 3, len(values), counts))
 
 
+def margins(low: float, high: float, is_constant: bool = False) -> SourceFacts:
+    return replace(CLEAN, margins=MarginFacts(low, high, is_constant))
+
+
 def negatives(*num_texts: int) -> list[ColumnFacts]:
     return [replace(COLUMN, name=f"negative_{i + 1}", num_texts=count) for i, count in enumerate(num_texts)]
 
@@ -71,6 +77,18 @@ CASES: dict[str, list[tuple[str, str, dict[str, Any], dict[str, Any]]]] = {
             {"loss": InfoNCE(), "facts": scores(1.0)},
         ),
         ("error", "CoSENT has nothing", {"loss": CoSENT(), "facts": scores(0.5)}, {"loss": CoSENT()}),
+        (
+            "error",
+            "in all 1,000 rows the teacher scores the negatives like the positive: DistillKLDiv has nothing to tell",
+            {"loss": DistillKLDiv(), "facts": margins(0.0, 0.0, True)},
+            {"loss": InfoNCE(), "facts": margins(0.0, 0.0, True)},
+        ),
+        (
+            "warning",
+            "the margins of the teacher are the same in all 1,000 rows (2 to 5)",
+            {"loss": MarginMSE(), "facts": margins(2.0, 5.0, True), "normalized": False},
+            {"loss": MarginMSE(), "facts": margins(2.0, 5.0), "normalized": False},
+        ),
     ],
     "label_range": [
         (
@@ -91,6 +109,25 @@ CASES: dict[str, list[tuple[str, str, dict[str, Any], dict[str, Any]]]] = {
             "CoSENT takes the scores as similarities; they look like classes",
             {"loss": CoSENT(), "facts": scores(0, 1, 2)},
             {"loss": CoSENT(), "facts": scores(0, 1)},
+        ),
+        (
+            "error",
+            "the margins of the teacher go from -2.5 to 9, but MarginMSE reaches -2 to 2: cosines differ by no more, "
+            "nor do dot products of embeddings of length 1; divide the teacher's scores by 5 or more",
+            {"loss": MarginMSE("cosine"), "facts": margins(-2.5, 9.0), "normalized": False},
+            {"loss": MarginMSE("cosine"), "facts": margins(-2.0, 2.0), "normalized": False},
+        ),
+        (
+            "error",
+            "go from 1 to 9, but MarginMSE reaches",
+            {"loss": MarginMSE("dot"), "facts": margins(1.0, 9.0)},
+            {"loss": MarginMSE("dot"), "facts": margins(1.0, 9.0), "normalized": False},
+        ),
+        (  # a distribution has no range, whatever its scores
+            "error",
+            "go from 1 to 9, but MarginMSE reaches",
+            {"loss": Matryoshka(MarginMSE("dot"), [8]), "facts": margins(1.0, 9.0), "normalized": False},
+            {"loss": DistillKLDiv(), "facts": margins(1.0, 9.0)},
         ),
     ],
     "no_low_scores": [

@@ -123,6 +123,45 @@ def test_rows_and_targets(counted: tuple[SourceFacts, TokenTable, Source, Path],
     assert (facts.labels.smallest, facts.labels.largest) == (min(sizes.values()), max(sizes.values()))
 
 
+@pytest.mark.parametrize("given", ["scores", "margins", "one margin"])
+def test_margins_of_a_teacher(given: str, text: TextPreparation, tmp_path: Path) -> None:
+    rng = random.Random(4)
+    negatives = ["n"] if given == "one margin" else ["n", "m"]
+    rows = [
+        {
+            "a": f"cat {i}",
+            "b": f"ring {i}",
+            "n": f"garden {i}",
+            "m": f"the {i}",
+            "t": [rng.uniform(-9, 9) for _ in "123"],
+        }
+        for i in range(50)
+    ]
+    columns = {"anchor": "a", "positive": "b", **{f"negative_{i + 1}": name for i, name in enumerate(negatives)}}
+    if given == "one margin":
+        columns["score"] = "t.0"
+        expected = [row["t"][0] for row in rows]
+    else:
+        columns |= {f"score_{i + 1}": f"t.{i}" for i in range(3 if given == "scores" else 2)}
+        expected = [
+            margin
+            for s, t, u in (row["t"] for row in rows)
+            for margin in ([s - t, s - u] if given == "scores" else [s, t])
+        ]
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = []
+    for max_rows in (None, 1):
+        source = Source(str(path), columns)
+        found.append(source_facts(source, tokenize(source, text, tmp_path), text, tmp_path, max_rows).margins)
+    assert found[0] is not None
+    assert found[1] is not None
+    assert (found[0].min, found[0].max) == pytest.approx((min(expected), max(expected)), abs=1e-5)
+    assert (found[0].is_constant, found[1].is_constant) == (False, True)
+    again = source_facts(source, tokenize(source, text, tmp_path), text, tmp_path)
+    assert again.margins == found[0]
+
+
 def test_they_are_counted_once(
     counted: tuple[SourceFacts, TokenTable, Source, Path], text: TextPreparation, monkeypatch: pytest.MonkeyPatch
 ) -> None:

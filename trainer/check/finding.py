@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from trainer.data.facts import LabelFacts, ScoreFacts, SourceFacts
+from trainer.data.facts import LabelFacts, MarginFacts, ScoreFacts, SourceFacts
 from trainer.data.leaks import LeakFacts
 from trainer.losses import Loss
+from trainer.losses.matryoshka import Matryoshka
 
 Severity = Literal["error", "warning"]
 Prompts = Sequence[tuple[str, str]]
@@ -101,6 +102,18 @@ class Situation:
         for path, facts, loss in self.judged():
             if facts.labels is not None and "labels" in loss.needs:
                 yield path, facts, facts.labels, loss
+
+    def taught(self) -> Iterator[tuple[str, SourceFacts, MarginFacts, Loss]]:
+        """The sources whose loss wants a teacher's scores of the candidates."""
+        for path, facts, loss in self.judged():
+            if facts.margins is not None and "candidate_scores" in loss.needs:
+                yield path, facts, facts.margins, loss
+
+    def lengths_are_one(self, whole: Loss) -> dict[Loss, bool]:
+        """For each part of a loss whether its embeddings have length 1: Matryoshka scales what it cuts, whatever the
+        backbone does."""
+        scaled = {part for one in whole.parts() if isinstance(one, Matryoshka) for part in one.parts()}
+        return {part: self.normalized or part in scaled for part in whole.parts()}
 
 
 def name_of(loss: Loss) -> str:

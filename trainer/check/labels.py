@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from trainer.check.finding import INFONCE, Finding, Severity, Situation, name_of
 from trainer.data.facts import ScoreFacts
-from trainer.losses.matryoshka import Matryoshka
 
 
 def constant_labels(situation: Situation) -> Iterator[Finding]:
@@ -19,6 +19,23 @@ def constant_labels(situation: Situation) -> Iterator[Finding]:
                 "give scores that differ, or, where these are pairs that belong together, learn from in-batch "
                 "negatives",
                 INFONCE + "\ndata:\n  batch_size: 64",
+            )  # fmt: skip
+    for path, facts, margins, loss in situation.taught():
+        if margins.min == margins.max == 0.0:
+            yield Finding(
+                "constant_labels", "error", path,
+                f"in all {facts.num_rows:,} rows the teacher scores the negatives like the positive: {name_of(loss)} "
+                "has nothing to tell apart, and embeddings that are all equal are its best answer (collapse)",
+                "map other columns to score_1, score_2, ..., or learn without a teacher, from in-batch negatives",
+                INFONCE + "\ndata:\n  batch_size: 64",
+            )  # fmt: skip
+        elif margins.is_constant:
+            told = f"{margins.min:g}" + (f" to {margins.max:g}" if margins.max > margins.min else "")
+            yield Finding(
+                "constant_labels", "warning", path,
+                f"the margins of the teacher are the same in all {facts.num_rows:,} rows ({told}): they tell no row "
+                "from another",
+                "map the columns of the teacher's scores to score_1, score_2, ...",
             )  # fmt: skip
 
 
@@ -50,6 +67,19 @@ def label_range(situation: Situation) -> Iterator[Finding]:
                 "label_range", severity, path, cause, "map them to 0..1",
                 f"data:\n  train:\n    - score_range: [{scores.min:g}, {scores.max:g}]   # lowest and highest there is",
             )  # fmt: skip
+    for path, _, margins, loss in situation.taught():
+        largest = max(-margins.min, margins.max)
+        for part, is_one in situation.lengths_are_one(loss).items():
+            limit = part.teacher_margin_limit(is_one)
+            if limit is not None and largest > limit:
+                yield Finding(
+                    "label_range", "error", path,
+                    f"the margins of the teacher go from {margins.min:g} to {margins.max:g}, but {name_of(part)} "
+                    f"reaches -{limit:g} to {limit:g}: cosines differ by no more, nor do dot products of embeddings of "
+                    "length 1",
+                    f"divide the teacher's scores by {math.ceil(largest / limit):,} or more, or compare by similarity: "
+                    "dot with model.encoder.normalize: false, and without Matryoshka",
+                )  # fmt: skip
 
 
 def _classes(scores: ScoreFacts) -> list[float]:
@@ -121,11 +151,9 @@ def few_positives(situation: Situation) -> Iterator[Finding]:
 
 
 def unreachable_margin(situation: Situation) -> Iterator[Finding]:
-    parts = list(dict.fromkeys(part for used in situation.losses for part in used.parts()))
-    # Matryoshka scales what it cuts to length 1, whatever the backbone does.
-    scaled = {part for whole in parts if isinstance(whole, Matryoshka) for part in whole.parts()}
-    for loss in parts:
-        limit = loss.margin_limit(situation.normalized or loss in scaled)
+    parts = {part: is_one for used in situation.losses for part, is_one in situation.lengths_are_one(used).items()}
+    for loss, is_one in parts.items():
+        limit = loss.margin_limit(is_one)
         margin = getattr(loss, "margin", None)
         if limit is not None and margin is not None and margin >= limit:
             yield Finding(

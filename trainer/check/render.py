@@ -126,6 +126,8 @@ def _targets(facts: SourceFacts) -> list[str]:
         else:
             quartiles = ", ".join(f"{q:.3g}" for q in scores.quartiles)
             found.append(f"scores {scores.min:.3g} to {scores.max:.3g}, quartiles {quartiles}")
+    elif (margins := facts.margins) is not None:
+        found.append(f"margins of the teacher {margins.min:.3g} to {margins.max:.3g}")
     if (labels := facts.labels) is not None:
         told = f"{labels.num_classes:,} of {labels.smallest:,} to {labels.largest:,} rows"
         if labels.counts and len(labels.counts) <= 6:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 MAX_ROWS = 1_000_000
 STREAMED_ROWS = 4096  # the first of a streamed source
-_VERSION = 4  # of the files: raise it when the same source gives other facts
+_VERSION = 5  # of the files: raise it when the same source gives other facts
 CHUNK_ROWS = 50_000  # rows whose texts or ids are in memory at once
 _SCRIPT_TEXTS = 2000
 _BINS = 16
@@ -117,6 +117,20 @@ class LabelFacts:
 
 
 @dataclass(frozen=True)
+class MarginFacts:
+    """Of the margins of a teacher: its score of the positive less that of each negative, or what it gives as margins.
+
+    Attributes:
+        min, max: of them.
+        is_constant: whether all rows have the same.
+    """
+
+    min: float
+    max: float
+    is_constant: bool
+
+
+@dataclass(frozen=True)
 class SourceFacts:
     """Of a training source.
 
@@ -129,6 +143,7 @@ class SourceFacts:
         clash_share: probability that of two rows the positive of one is a positive of the other too, because they
             share a text; each such pair in a batch is a false negative of a loss with in-batch negatives.
         scores, labels: None where it has none.
+        margins: None where its scores are not those of its candidates.
     """
 
     num_rows: int
@@ -139,6 +154,7 @@ class SourceFacts:
     clash_share: float
     scores: Optional[ScoreFacts]
     labels: Optional[LabelFacts]
+    margins: Optional[MarginFacts] = None
 
 
 def source_facts(
@@ -163,6 +179,7 @@ def source_facts(
             "columns": [ColumnFacts(**column) for column in facts["columns"]],
             "scores": facts["scores"] and ScoreFacts(**facts["scores"]),
             "labels": facts["labels"] and LabelFacts(**facts["labels"]),
+            "margins": facts["margins"] and MarginFacts(**facts["margins"]),
         }
     )
 
@@ -221,6 +238,7 @@ def _count(
         clash_share=_clash_share(list(texts.values())),
         scores=_scores(targets["score"]) if "score" in targets else None,
         labels=_labels(targets["label"]) if "label" in targets else None,
+        margins=_margins(_candidate_scores(table, targets, places), len(table.columns) - 1),
     )
 
 
@@ -325,6 +343,26 @@ def _scores(scores: NDArray[np.float32]) -> ScoreFacts:
         quartiles=[float(q) for q in np.quantile(scores, (0.25, 0.5, 0.75))],
         num_distinct=len(distinct),
         counts={f"{d:.6g}": int(c) for d, c in zip(distinct, counts, strict=True)} if few else None,
+    )
+
+
+def _candidate_scores(
+    table: TokenTable | StreamedTable, targets: Mapping[str, Any], places: NDArray[np.int64]
+) -> list[NDArray[np.float32]]:
+    """score_1, score_2, ..., or score alone, which a loss takes for the margin of one negative."""
+    if isinstance(table, TokenTable) and table.candidate_scores:
+        return [values[places] for values in table.candidate_scores]
+    return [targets["score"]] if "score" in targets else []
+
+
+def _margins(scores: Sequence[NDArray[np.float32]], num_candidates: int) -> Optional[MarginFacts]:
+    if num_candidates < 2 or len(scores) not in (num_candidates - 1, num_candidates):
+        return None
+    margins = [scores[0] - other for other in scores[1:]] if len(scores) == num_candidates else scores
+    return MarginFacts(
+        min=float(min(one.min() for one in margins)),
+        max=float(max(one.max() for one in margins)),
+        is_constant=all(bool((one == one[0]).all()) for one in margins),
     )
 
 

@@ -83,6 +83,11 @@ class Loss(nn.Module, ABC):
         """The margin that no pair of distances can reach, for embeddings of length 1 or of any; None: there is none."""
         return None
 
+    def teacher_margin_limit(self, normalized: bool) -> float | None:
+        """The largest margin of a teacher that similarities can differ by, of embeddings of length 1 or of any; None:
+        any, or it wants none."""
+        return None
+
     def scores_taken(self, num_candidates: int) -> tuple[int, ...] | None:
         """How many scores a row may have beside so many candidates; None: any number, or it wants none."""
         return None

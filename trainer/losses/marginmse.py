@@ -38,6 +38,9 @@ class MarginMSE(Loss):
         super().__init__()
         self.similarity: Similarity = similarity
 
+    def teacher_margin_limit(self, normalized: bool) -> float | None:
+        return 2.0 if normalized or self.similarity == "cosine" else None
+
     def scores_taken(self, num_candidates: int) -> tuple[int, ...]:
         return num_candidates - 1, num_candidates
 
