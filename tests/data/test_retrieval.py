@@ -211,6 +211,7 @@ def test_judgements_that_contradict_each_other_are_listed(tmp_path: Path) -> Non
         ({"columns": {"query": "body"}}, r"no column 'body' \(columns.query\); found: _id, text"),
         ({"corpus": "x.jsonl"}, "qrels is missing; name queries"),
         ({"where": {"a": 1}}, "where does not go with an evaluator that searches"),
+        ({"max_negatives": 7}, "max_negatives does not go with an evaluator that searches; leave it out"),
         ({"corpus_size": 0}, "corpus_size is 0; it must be 1 or more"),
         ({"prompts": {"anchor": "query: "}}, "prompts names 'anchor'; there are query, document"),
     ],

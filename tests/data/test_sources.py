@@ -597,7 +597,24 @@ def test_label_map_takes_words_numbers_truth_values_and_class_names(tmp_path: Pa
         ({"columns": PAIR, "max_bad_rows": -1}, "max_bad_rows is -1"),
         (
             {"columns": {"anchor": "q", "positives": "p", "negative": "n", "score_1": "s.0", "score_2": "t"}},
-            "x.jsonl: score_1 does not go with positives.*write a row for each positive",
+            "x.jsonl: score_1 does not go with positives.*write a row for each positive, with its score and",
+        ),
+        (
+            {"columns": {"anchor": "q", "positives": "p", "label": "l"}},
+            "x.jsonl: label does not go with positives, for that of a row would stand beside each.*its label and",
+        ),
+        ({"columns": {"anchor": "q", "positives": "p", "score": "s"}}, "score does not go with positives.*its score"),
+        (
+            {"columns": LABELLED, "score_range": (0, 5)},
+            r"score_range maps the column score, which columns lacks; it has .*label: leave score_range out, or map sc",
+        ),
+        (
+            {"columns": {**PAIR, "negative": "n", "score_1": "s.0", "score_2": "s.1"}, "score_range": (0, 5)},
+            "which columns lacks, and score_1, ... are left on the teacher's scale; it has",
+        ),
+        (
+            {"columns": {**PAIR, "negative_1": "n", "negative_2": "m"}, "max_negatives": 1},
+            "max_negatives is 1, which counts texts of the list negatives, and columns has .*negative_2: leave it out",
         ),
     ],
 )
@@ -614,6 +631,8 @@ def test_eval_source_has_a_name_and_an_evaluator() -> None:
         EvalSource("x.jsonl", PAIR)
     with pytest.raises(ValueError, match=r"validation set name '\.\./x'"):
         EvalSource("x.jsonl", PAIR, name="../x")
+    with pytest.raises(ValueError, match="max_negatives is 7, which counts texts of the list negatives"):
+        EvalSource("x.jsonl", {**PAIR, "negative": "n"}, name="dev", evaluator=Triplet(), max_negatives=7)
 
 
 class Unfinished(Evaluator):
@@ -634,7 +653,7 @@ def test_an_evaluator_that_names_too_little(lacking: str) -> None:
 
 
 @pytest.mark.parametrize("evaluator", [STS(), InformationRetrieval()])
-@pytest.mark.parametrize("settings", [{"loss": "mine"}, {"weight": 3.0}])
+@pytest.mark.parametrize("settings", [{"loss": "mine"}, {"weight": 3.0}, {"rows_per_label": 4}])
 def test_settings_of_a_loss_are_for_training(settings: dict, evaluator: Evaluator) -> None:
     text = rf"x.jsonl: {next(iter(settings))} is for data.train; nothing is learnt from a validation set: leave it out"
     with pytest.raises(ValueError, match=text):

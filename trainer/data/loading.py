@@ -122,7 +122,7 @@ def _take(column: pa.ChunkedArray, rows: np.ndarray) -> pa.ChunkedArray:
 
 def as_read(source: Source, rows: Dataset) -> Source:
     """The source with a name for each text of its rows, also where it takes all negatives of a list."""
-    if source.max_negatives is not None:
+    if source.max_negatives is not None or not source.may_lack_texts:
         return source
     return replace(source, max_negatives=sum(name.startswith("negative_") for name in rows.column_names) or None)
 

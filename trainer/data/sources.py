@@ -127,6 +127,12 @@ class Source:
             low, high = self.score_range
             if not (math.isfinite(low) and math.isfinite(high) and low < high):
                 raise ValueError(f"{self.path}: score_range is {low:g}..{high:g}; write [lowest, highest]")
+            if "score" not in self.columns:
+                why = ", and score_1, ... are left on the teacher's scale" if self.candidate_scores else ""
+                raise ValueError(
+                    f"{self.path}: score_range maps the column score, which columns lacks{why}; it has "
+                    f"{', '.join(self.columns)}: leave score_range out, or map score"
+                )
         self._check_label_map()
         if self.max_bad_rows < 0:
             raise ValueError(f"{self.path}: max_bad_rows is {self.max_bad_rows}; it must be 0 or more")
@@ -145,10 +151,16 @@ class Source:
                 raise ValueError(f"{self.path}: columns has {plural} and {single[0]}; name one of the two")
         if self.max_negatives is not None and self.max_negatives < 1:
             raise ValueError(f"{self.path}: max_negatives is {self.max_negatives}; it must be 1 or more")
-        if "positives" in self.columns and self.candidate_scores:
+        if "negatives" not in self.columns and self.max_negatives not in (None, type(self).max_negatives):
             raise ValueError(
-                f"{self.path}: {self.candidate_scores[0]} does not go with positives, for the scores of a row would "
-                "stand beside each of its positives; write a row for each positive, with its scores and a group"
+                f"{self.path}: max_negatives is {self.max_negatives}, which counts texts of the list negatives, and "
+                f"columns has {', '.join(self.columns)}: leave it out; a column less is a negative less"
+            )
+        targets = [name for name in ("score", "label", *self.candidate_scores) if name in self.columns]
+        if "positives" in self.columns and targets:
+            raise ValueError(
+                f"{self.path}: {targets[0]} does not go with positives, for that of a row would stand beside each of "
+                f"its positives; write a row for each positive, with its {targets[0].partition('_')[0]} and a group"
             )
         if "positives" in self.columns and self.streaming:
             raise ValueError(
@@ -356,7 +368,8 @@ class EvalSource(Source):
             raise ValueError(f"{self.path}: {kind} compares with a teacher; name it: teacher: {{backbone: ...}}")
         if self.evaluator.teacher_column is None and self.teacher is not None:
             raise ValueError(f"{self.path}: {kind} compares with no teacher; leave teacher out")
-        if asked := [name for name, unset in (("loss", None), ("weight", 1.0)) if getattr(self, name) != unset]:
+        of_training = (("loss", None), ("weight", 1.0), ("rows_per_label", None))
+        if asked := [name for name, unset in of_training if getattr(self, name) != unset]:
             raise ValueError(
                 f"{self.path}: {asked[0]} is for data.train; nothing is learnt from a validation set: leave it out"
             )
@@ -391,9 +404,11 @@ class EvalSource(Source):
                     f"{self.path}: columns has '{name}', which is none of {', '.join(SEARCH_COLUMNS)}."
                     f"{did_you_mean(name, SEARCH_COLUMNS)}"
                 )
-        others = {f.name: f for f in fields(Source)}
-        for name in ("score_range", "label_map", "where", "triplets", "holdout", "holdout_by", "streaming"):
-            if getattr(self, name) != others[name].default:
+        given = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
+        for name in (
+            "score_range", "label_map", "where", "triplets", "holdout", "holdout_by", "streaming", "max_negatives",
+        ):  # fmt: skip
+            if name in given:
                 raise ValueError(f"{self.path}: {name} does not go with an evaluator that searches; leave it out")
         if (self.corpus is None) != (self.qrels is None):
             lacking = "corpus" if self.corpus is None else "qrels"
