@@ -123,11 +123,50 @@ CASES: dict[str, list[tuple[str, str, dict[str, Any], dict[str, Any]]]] = {
             {"loss": MarginMSE("dot"), "facts": margins(1.0, 9.0)},
             {"loss": MarginMSE("dot"), "facts": margins(1.0, 9.0), "normalized": False},
         ),
+        (
+            "warning",
+            "score_range is 0 to 5, but the highest score is 0.98: they may be 0 to 1 as they are, and "
+            "CosineSimilarity gets none above 0.2; leave score_range out",
+            {"loss": CosineSimilarity(), "facts": scores(0.0, 0.1, 0.196), "score_ranges": [(0.0, 5.0)]},
+            {"loss": CosineSimilarity(), "facts": scores(0.0, 0.1, 0.204), "score_ranges": [(0.0, 5.0)]},
+        ),
+        (  # -1 to 1 and 0 to 1 say what they are
+            "warning",
+            "score_range is 0 to 100, but the highest score is 1",
+            {"loss": CoSENT(), "facts": scores(0.0, 0.004, 0.01), "score_ranges": [(0.0, 100.0)]},
+            {"loss": CoSENT(), "facts": scores(0.5, 0.6, 0.9), "score_ranges": [(-1.0, 1.0)]},
+        ),
         (  # a distribution has no range, whatever its scores
             "error",
             "go from 1 to 9, but MarginMSE reaches",
             {"loss": Matryoshka(MarginMSE("dot"), [8]), "facts": margins(1.0, 9.0), "normalized": False},
             {"loss": DistillKLDiv(), "facts": margins(1.0, 9.0)},
+        ),
+    ],
+    "unused_targets": [
+        (
+            "warning",
+            "x.jsonl: InfoNCE does not read score and label: what stands there is not learnt; leave it out of columns",
+            {"targets": [["score", "label"]]},
+            {"targets": [[]]},
+        ),
+        (
+            "warning",
+            "CoSENT does not read label:",
+            {"loss": CoSENT(), "targets": [["score", "label"]]},
+            {"loss": WeightedSum([CoSENT(), Softmax(2)]), "targets": [["score", "label"]]},
+        ),
+        (
+            "warning",
+            "MarginMSE does not read score:",
+            {"loss": MarginMSE(), "targets": [["score", "score_1", "score_2"]]},
+            {"loss": Matryoshka(MarginMSE(), [8]), "targets": [["score"]]},
+        ),
+        (
+            "warning",
+            "InfoNCE does not read label:",
+            {"targets": [["label"]], "by_label": [False]},
+            {"targets": [["label"]], "by_label": [True]},
         ),
     ],
     "no_low_scores": [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Optional
 
 from trainer.data.facts import LabelFacts, MarginFacts, ScoreFacts, SourceFacts
 from trainer.data.leaks import LeakFacts
@@ -65,6 +65,8 @@ class Situation:
         left_out: for each source the rows of an epoch that no batch can hold, and what is told of them.
         steps: of each source in an epoch.
         prompts: for each source the keys of its text columns, each with its prompt.
+        targets: for each source its columns score, label, score_1, ...
+        score_ranges: for each source what its scores were mapped from, or None.
         asked_prompts: of each validation set that embeds negatives, by its name, the same.
     """
 
@@ -81,6 +83,8 @@ class Situation:
     left_out: Sequence[tuple[int, str]] = ()
     steps: Sequence[int] = ()
     prompts: Sequence[Prompts] = ()
+    targets: Sequence[Sequence[str]] = ()
+    score_ranges: Sequence[Optional[tuple[float, float]]] = ()
     asked_prompts: Mapping[str, Prompts] = field(default_factory=dict)
 
     def each(self) -> Iterator[tuple[str, SourceFacts]]:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from trainer.check.finding import INFONCE, Finding, Severity, Situation, name_of
 from trainer.data.facts import ScoreFacts
 
+_ROUNDED = 1e-5  # what float32 may lose of a score of 1 on its way to 0..1 and back
+
 
 def constant_labels(situation: Situation) -> Iterator[Finding]:
     for path, facts, scores, loss in situation.scored():
@@ -67,6 +69,18 @@ def label_range(situation: Situation) -> Iterator[Finding]:
                 "label_range", severity, path, cause, "map them to 0..1",
                 f"data:\n  train:\n    - score_range: [{scores.min:g}, {scores.max:g}]   # lowest and highest there is",
             )  # fmt: skip
+    for (path, facts, loss), span in zip(situation.judged(), situation.score_ranges, strict=False):
+        if span is None or facts.scores is None or "scores" not in loss.needs:
+            continue
+        low, high = span
+        lowest, highest = (low + score * (high - low) for score in (facts.scores.min, facts.scores.max))
+        if -_ROUNDED <= lowest < highest <= 1.0 + _ROUNDED < high:
+            yield Finding(
+                "label_range", "warning", path,
+                f"score_range is {low:g} to {high:g}, but the highest score is {highest:.3g}: they may be 0 to 1 as "
+                f"they are, and {name_of(loss)} gets none above {facts.scores.max:.2g}",
+                f"leave score_range out, if no score of this kind goes up to {high:g}",
+            )  # fmt: skip
     for path, _, margins, loss in situation.taught():
         largest = max(-margins.min, margins.max)
         for part, is_one in situation.lengths_are_one(loss).items():
@@ -86,6 +100,25 @@ def _classes(scores: ScoreFacts) -> list[float]:
     """The scores, where they look like class numbers 0, 1, ..., n; else none. Five and more are rather grades."""
     values = [float(value) for value in scores.counts or ()]
     return values if 2 <= len(values) <= 4 and values == list(range(len(values))) else []
+
+
+def unused_targets(situation: Situation) -> Iterator[Finding]:
+    by_label = situation.by_label or [False] * len(situation.paths)
+    for path, targets, loss, planned in zip(
+        situation.paths, situation.targets, situation.losses, by_label, strict=False
+    ):
+        read = {"label"} if planned or "labels" in loss.needs else set()
+        if "candidate_scores" in loss.needs:  # score alone is the margin of one negative
+            read |= {name for name in targets if name.startswith("score_")} or {"score"}
+        if "scores" in loss.needs:
+            read.add("score")
+        if unused := [name for name in targets if name not in read]:
+            yield Finding(
+                "unused_targets", "warning", path,
+                f"{name_of(loss)} does not read {' and '.join(unused)}: what stands there is not learnt",
+                "leave it out of columns, or take a loss that reads it: Softmax or Contrastive a label, CoSENT a "
+                "score, MarginMSE score_1, ...",
+            )  # fmt: skip
 
 
 def no_low_scores(situation: Situation) -> Iterator[Finding]:

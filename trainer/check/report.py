@@ -154,6 +154,8 @@ def make_report(
         left_out=[(n, part.tell_left_out(n)) for n, part in zip(data.rows_without_place, data.parts, strict=True)],
         steps=data.order.steps_by_source,
         prompts=[_prompts(source) for source in data.train_sources],
+        targets=[source.targets for source in data.train_sources],
+        score_ranges=[source.score_range for source in data.train_sources],
         asked_prompts={one.name: _prompts(one) for one in data.validation_sources if _embeds_negatives(one)},
     )
     unfit = [f for source, table in zip(data.train_sources, data.tables, strict=True)

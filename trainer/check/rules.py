@@ -24,6 +24,7 @@ RULES = (
     texts.unknown_pieces,
     texts.unlike_prompts,
     texts.leak,
+    labels.unused_targets,
     labels.no_low_scores,
     labels.imbalanced_classes,
     labels.few_positives,

@@ -156,11 +156,11 @@ class Source:
                 f"{self.path}: max_negatives is {self.max_negatives}, which counts texts of the list negatives, and "
                 f"columns has {', '.join(self.columns)}: leave it out; a column less is a negative less"
             )
-        targets = [name for name in ("score", "label", *self.candidate_scores) if name in self.columns]
-        if "positives" in self.columns and targets:
+        if "positives" in self.columns and self.targets:
+            name = self.targets[0]
             raise ValueError(
-                f"{self.path}: {targets[0]} does not go with positives, for that of a row would stand beside each of "
-                f"its positives; write a row for each positive, with its {targets[0].partition('_')[0]} and a group"
+                f"{self.path}: {name} does not go with positives, for that of a row would stand beside each of its "
+                f"positives; write a row for each positive, with its {name.partition('_')[0]} and a group"
             )
         if "positives" in self.columns and self.streaming:
             raise ValueError(
@@ -264,10 +264,16 @@ class Source:
         return tuple(sorted(names, key=lambda name: int(name.partition("_")[2])))
 
     @property
+    def targets(self) -> tuple[str, ...]:
+        """The columns that only a loss, or an evaluator, reads."""
+        named = () if self.triplets else ("score", "label", *self.candidate_scores)
+        return tuple(name for name in named if name in self.columns)
+
+    @property
     def canonical_columns(self) -> tuple[str, ...]:
-        targets = ("id",) if self.triplets else ("score", "label", *self.candidate_scores, "group", "id")
         made = {"group"} if "positives" in self.columns else set()
-        return (*self.text_columns, *(name for name in targets if name in {*self.columns, *made}))
+        others = ("id",) if self.triplets else ("group", "id")
+        return (*self.text_columns, *self.targets, *(name for name in others if name in {*self.columns, *made}))
 
     def key_of(self, name: str) -> str:
         """The key of ``columns`` that a canonical column comes from: one of a list for the texts of lists."""
