@@ -44,6 +44,17 @@ def refuse_teacher_size(losses: Sequence[Loss], encoder: EncoderSpec, teacher: E
             part.refuse_teacher(ours, theirs)
 
 
+def refuse_dimension(losses: Sequence[Loss], encoder: EncoderSpec) -> None:
+    """Raises ValueError where embeddings have too few dimensions for a loss; no weights are read for that."""
+    try:
+        dimension = embedding_dimension(encoder)
+    except (*UNCOUNTED, OSError):  # whoever loads the model says what is wrong with it, and the loss looks again
+        return
+    for loss in losses:
+        for part in loss.parts():
+            part.refuse_dimension(dimension)
+
+
 def refuse_idle(names: Iterable[str], sources: Sequence[Source]) -> None:
     """Raises ValueError where no training source names one of model.losses."""
     named = {source.loss for source in sources}

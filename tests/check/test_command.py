@@ -12,6 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Dense
 
 from trainer.cli import main
 from trainer.demo_data import write_pairs
@@ -412,6 +414,27 @@ def test_a_monitor_of_no_set_is_refused(sound: list[str], capsys: pytest.Capture
 def test_losses_that_no_source_names_are_refused(sound: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", *sound, "--model.losses", '{"spare": {"class_path": "InfoNCE"}}']) == 1
     assert "error: model.losses has 'spare', but no source of data.train names it" in capsys.readouterr().err
+
+
+def test_dimensions_that_the_embeddings_do_not_have_are_refused_without_weights(
+    tmp_path: Path, tiny_encoder: Path, demo_texts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The folder's config says 32; behind a Dense of 16 that is too many."""
+    model = SentenceTransformer(str(tiny_encoder), device="cpu")
+    model.append(Dense(32, 16))
+    model.save(str(tmp_path / "dense"))
+    shutil.copytree(tiny_encoder, tmp_path / "plain")
+    for weights in tmp_path.rglob("model.safetensors"):
+        weights.unlink()
+    path = write(tmp_path / "x.jsonl", pairs(40, [0.0, 1.0], demo_texts))
+    for encoder, dims, most in (("plain", [64, 32], 32), ("dense", [32, 16], 16)):
+        loss = json.dumps({"class_path": "Matryoshka", "init_args": {"loss": "InfoNCE", "dims": dims}})
+        args = [*common(tmp_path, tmp_path / encoder, loss), "--data.train", source(path, PAIR)]
+        assert main(["check", *args]) == 1
+        said = f"error: Matryoshka dims has {dims[0]}, but embeddings have {most} dimensions; take {most} and smaller"
+        assert said in capsys.readouterr().err
+        args[3] = args[3].replace(str(dims), str(dims[1:]))
+        assert main(["check", *args]) == 0
 
 
 def test_probe_measures_a_real_step(

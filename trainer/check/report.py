@@ -21,7 +21,7 @@ from trainer.data.sources import EvalSource, Source
 from trainer.distributed.strategies import ZeRO
 from trainer.encoder.folder import normalizes, public_name
 from trainer.encoder.size import UNCOUNTED, backbone_size
-from trainer.model_refusals import refuse_idle, refuse_teacher_size
+from trainer.model_refusals import refuse_dimension, refuse_idle, refuse_teacher_size
 from trainer.module import EmbeddingModule
 from trainer.tracking.redact import redact_text
 
@@ -162,6 +162,7 @@ def make_report(
              for f in unfit_columns(module.loss_of(source), source, table)]  # fmt: skip
     unfit += [f for held_out in data.validation_sources for f in unfit_validation(held_out)]
     refuse_idle(module.losses, data.train_sources)
+    refuse_dimension(module.all_losses, module.encoder_spec)
     refuse_teacher_size(module.all_losses, module.encoder_spec, module.teacher_spec)
     module.refuse_classifiers(data)
     plan = _plan(situation, data, steps_per_epoch, num_steps, num_ranks)

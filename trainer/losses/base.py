@@ -92,6 +92,9 @@ class Loss(nn.Module, ABC):
         """How many scores a row may have beside so many candidates; None: any number, or it wants none."""
         return None
 
+    def refuse_dimension(self, embedding_dimension: int) -> None:
+        """Raises ValueError where embeddings have too few dimensions for it."""
+
     def refuse_teacher(self, embedding_dimension: int, teacher_dimension: int) -> None:
         """Raises ValueError where embeddings of these sizes, whole ones, can't be compared."""
 

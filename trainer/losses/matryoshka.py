@@ -66,12 +66,15 @@ class Matryoshka(Loss):
         yield self
         yield from self._wrapped[0].parts()
 
-    def build(self, embedding_dimension: int) -> None:
+    def refuse_dimension(self, embedding_dimension: int) -> None:
         if max(self.dims) > embedding_dimension:
             raise ValueError(
                 f"Matryoshka dims has {max(self.dims)}, but embeddings have {embedding_dimension} dimensions; take "
                 f"{embedding_dimension} and smaller ones"
             )
+
+    def build(self, embedding_dimension: int) -> None:
+        self.refuse_dimension(embedding_dimension)
         if embedding_dimension not in self.dims:
             gather.warn(
                 logger,
