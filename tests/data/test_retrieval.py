@@ -99,6 +99,40 @@ def test_three_files_with_columns_of_their_own(tmp_path: Path, name: str, conten
     assert (found.documents, found.relevance_Q) == (EXPECTED.documents, EXPECTED.relevance_Q)
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_a_first_row_is_not_lost_as_a_header(suffix: str, tmp_path: Path) -> None:
+    """Files without a header, read by positions; judgements of TREC have none and need none."""
+    separator = "," if suffix == ".csv" else "\t"
+    rows = {
+        "queries": ["qid,text", "q1,one", "q2,two"],
+        "corpus": ["pid,text", "d1,uno", "d2,dos", "d3,tres"],
+        "qrels": ["qid,pid", "q1,d3", "q2,d2"],
+    }
+    columns = {"query_id": 0, "query": 1, "document_id": 0, "document": 1, "judged_query": 0, "judged_document": 1}
+    paths = {name: tmp_path / f"{name}{suffix}" for name in rows}
+
+    def found(lacks_header: str = "", qrels: Path = paths["qrels"]) -> Collection:
+        for name, lines in rows.items():
+            text = "\n".join(lines[name == lacks_header :]).replace(",", separator)
+            paths[name].write_text(text)
+        path, corpus = str(paths["queries"]), str(paths["corpus"])
+        return load_one(tmp_path, path=path, corpus=corpus, qrels=str(qrels), columns=columns)
+
+    assert (found().queries, found().relevance_Q) == (["one", "two"], [{2: 1}, {1: 1}])
+    for name, first in (("queries", "'q1', 'one'"), ("corpus", "'d1', 'uno'"), ("qrels", "'q1', 'd3'")):
+        with pytest.raises(
+            ValueError, match=f"{name}{suffix}: its first line should name its columns, but holds {first}"
+        ):
+            found(lacks_header=name)
+    (tmp_path / "judged.trec").write_text("q1 0 d3 1\nq2 0 d2 1\n")
+    assert found(qrels=tmp_path / "judged.trec") == found()
+    rows["queries"][0] = "nummer,frage"  # a header of names that nobody knows
+    with pytest.raises(ValueError, match=r"say its names instead of positions: columns: .query_id: nummer, "):
+        found()
+    columns.update({"query_id": "nummer", "query": "frage"})  # type: ignore[dict-item]
+    assert found().queries == ["one", "two"]
+
+
 def test_suites(tmp_path: Path) -> None:
     """Folders in a folder, and NanoBEIR's folders of tables, one for each set; there judgements have no grades."""
     for name in ("first", "second"):

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from trainer.data.cache import place_of, use
 from trainer.data.checks import BadRows
-from trainer.data.columns import Column, find_column
+from trainer.data.columns import Column, find_column, is_position
 from trainer.data.derived import draw
 from trainer.data.files import FORMATS, data_format
 from trainer.data.layouts import HubTable, Part, Parts, find_parts
@@ -30,7 +30,7 @@ from trainer.data.sources import EvalSource
 from trainer.data.values import BadValueError, check_id, check_text, to_number
 from trainer.evaluation.search import Collection
 
-_VERSION = 2  # of the cached sets: raise it when the same files and spec give other ones
+_VERSION = 3  # of the cached sets: raise it when the same files and spec give other ones
 # Names that a column usually has; the first that is there is taken.
 _USUAL: dict[str, tuple[str, ...]] = {
     "query_id": ("_id", "id", "query_id", "query-id", "qid"),
@@ -169,7 +169,7 @@ def _texts(
     """Place, id and text of the good rows; the title, where there is one, stands before the text."""
     first_place: dict[str, str] = {}
     for rows in _open(part):
-        columns = {name: _column(source, rows, name) for name in (id_name, *text_names)}
+        columns = _columns(source, rows, (id_name, *text_names))
         for number, row in rows.records:
             place = rows.place(number)
             try:
@@ -198,7 +198,7 @@ def _judgements(source: EvalSource, part: Part, bad: BadRows) -> Iterator[tuple[
     """Place, query id, document id and relevance; where a cell lists documents, one of each."""
     names = ("judged_query", "judged_document", "relevance")
     for rows in _open(part, read_judgements):
-        columns = {name: _column(source, rows, name) for name in names}
+        columns = _columns(source, rows, names)
         for number, row in rows.records:
             place = rows.place(number)
             try:
@@ -212,6 +212,30 @@ def _judgements(source: EvalSource, part: Part, bad: BadRows) -> Iterator[tuple[
                     yield place, query_id, _id(document, columns["judged_document"]), int(relevance)
             except BadValueError as error:
                 bad.add(f"{place}: {error}")
+
+
+def _columns(source: EvalSource, rows: Rows, names: Sequence[str]) -> dict[str, Optional[Column]]:
+    """The column of each of ``names``.
+
+    Raises:
+        ValueError: one is missing, or what should name the columns of a CSV or TSV is likely its first row, which
+            would be lost: a query less, and nobody would see it.
+    """
+    columns = {name: _column(source, rows, name) for name in names}
+    asked = [source.columns.get(name) for name, column in columns.items() if column is not None]
+    is_delimited = data_format(Path(rows.name)) in (".csv", ".tsv") and bool(rows.columns)
+    usual = {name for names in _USUAL.values() for name in names}
+    if (
+        is_delimited
+        and all(one is not None and is_position(one) and str(one) not in rows.columns for one in asked)
+        and usual.isdisjoint(name.lower() for name in rows.columns)
+    ):
+        first = ", ".join(f"'{name:.40}'" for name in rows.columns)
+        raise ValueError(
+            f"{rows.name}: its first line should name its columns, but holds {first}: if it is a row, write a header "
+            f"above it; if not, say its names instead of positions: columns: {{{names[0]}: {columns[names[0]]}, ...}}"
+        )
+    return columns
 
 
 def _column(source: EvalSource, rows: Rows, name: str) -> Optional[Column]:
