@@ -72,7 +72,16 @@ class StepLoader(DataLoader[PackedBatch]):
 
 
 def limit_steps(steps_per_epoch: int, limit: int | float) -> int:
-    """What ``trainer.limit_train_batches`` (a number of steps, or a share) leaves of an epoch."""
+    """What ``trainer.limit_train_batches`` (a number of steps, or a share) leaves of an epoch.
+
+    Raises:
+        ValueError: a share of less than one step.
+    """
     if isinstance(limit, int) or limit > 1.0:  # a parser may have read 10 as 10.0
         return min(steps_per_epoch, int(limit))
+    if limit < 1.0 and 0 < steps_per_epoch * limit < 1.0:
+        raise ValueError(
+            f"trainer.limit_train_batches is {limit:g}, and that share of the {steps_per_epoch:,} steps of an epoch is "
+            "less than one step: give a larger share, or a whole number of steps"
+        )
     return max(1, int(steps_per_epoch * limit))
