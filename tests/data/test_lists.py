@@ -201,6 +201,11 @@ def test_passages_of_objects_and_groups_of_any_value(tmp_path: Path) -> None:
         ({"pos": "x", "g": " "}, {"positive": "pos", "group": "g"}, "'g' is blank; a row that"),
         ({"pos": "x", "g": float("nan")}, {"positive": "pos", "group": "g"}, "'g' is not a number; a row that"),
         ({"pos": ["x"]}, {"positives": "pos", "negatives": "pos.text"}, "'pos.text' is missing"),
+        (
+            {"pos": ["x"], "neg": [{"body": "y"}]},
+            {"positives": "pos", "negatives": "neg.text"},
+            "'neg.text' is missing",
+        ),
     ],
 )
 def test_lists_that_cannot_be_used_are_bad_rows(
@@ -209,6 +214,19 @@ def test_lists_that_cannot_be_used_are_bad_rows(
     path = write(tmp_path / "x.jsonl", [{"q": "good", **row}])
     with pytest.raises(ValueError, match=f"x.jsonl:1: column .*{cause}"):
         load(Source(path, {"anchor": "q", **columns}), tmp_path / "c")
+
+
+def test_a_record_without_the_key_of_its_negatives_has_none(tmp_path: Path) -> None:
+    """As one whose list is null, which is what pandas makes of it; where no record has the key, it is a typo."""
+    lines = [{"query": "q", "pos": ["a"], "neg": ["b"]}, {"query": "r", "pos": ["c"]}]
+    path = write(tmp_path / "x.jsonl", lines)
+    columns: dict[str, int | str] = {"anchor": "query", "positives": "pos", "negatives": "neg"}
+    rows = load(Source(path, columns, max_negatives=1), tmp_path / "c")
+    pd.read_json(path, lines=True).to_parquet(tmp_path / "x.parquet")
+    peer = load(Source(str(tmp_path / "x.parquet"), columns, max_negatives=1), tmp_path / "c")
+    assert rows["negative_1"][:] == peer["negative_1"][:] == ["b", None]
+    with pytest.raises(ValueError, match="no column 'negs'"):
+        load(Source(path, {**columns, "negatives": "negs"}), tmp_path / "c")
 
 
 def test_specs_of_lists_that_cannot_be_meant_are_refused() -> None:

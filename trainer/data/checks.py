@@ -51,6 +51,7 @@ def checked_rows(source: Source, rows: Rows, bad: BadRows) -> Iterator[list[Any]
     ]
     records = _refuse_words(source, rows, columns)
     checks = _checks(source, rows, columns)
+    negatives = columns.get("negatives")
     has_lists = not columns.keys().isdisjoint(("positives", "negatives"))
     for number, row in records:
         if isinstance(row, str):
@@ -65,7 +66,9 @@ def checked_rows(source: Source, rows: Rows, bad: BadRows) -> Iterator[list[Any]
                     break
             else:
                 for column, check in checks:
-                    cells.append(check(column.cell(row)))
+                    # A record that names no negatives has none, as one whose list is null.
+                    has_none = column is negatives and column.name not in row
+                    cells.append(check(None if has_none else column.cell(row)))
                 if has_lists:
                     yield from _spread(source, dict(zip(_keys(source), cells, strict=True)))
                 else:
