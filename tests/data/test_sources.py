@@ -18,11 +18,12 @@ import yaml
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from torch import Tensor
 
-from trainer.data import json_lines, loading, rows
+from trainer.data import blocks, json_lines, loading, rows
 from trainer.data.files import data_files
 from trainer.data.loading import fingerprint, load, num_skipped
 from trainer.data.rowgroups import group_files
 from trainer.data.sources import EvalSource, Source
+from trainer.data.values import BadValueError, check_text
 from trainer.evaluation import STS, InformationRetrieval, Triplet
 from trainer.evaluation.base import Evaluator, Rows
 
@@ -780,7 +781,25 @@ def test_label_maps_and_class_numbers_are_read_in_blocks_too(tmp_path: Path, mon
     assert message.startswith(f"{path}:802: column 'half' is 400.5, outside score_range 0..400")
 
 
-def test_arrow_calls_blank_what_python_calls_blank() -> None:
+def test_arrow_calls_blank_what_the_check_of_a_text_calls_blank() -> None:
+    """Each character alone: all white space, and what Unicode says to ignore in display and to be no wider than 0."""
     texts = [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000]
-    found = pc.utf8_is_space(pa.array(texts)).to_pylist()
-    assert [t for t, space in zip(texts, found, strict=True) if space] == [t for t in texts if t.isspace()]
+    found = pc.match_substring_regex(pa.array(texts), blocks._BLANK).to_pylist()
+    invisible = set("\u180e\u200b\u200c\u200d\u200e\u200f\u2060\ufeff")
+    blank = [t for t in texts if t.isspace() or t in invisible]
+    assert [t for t, is_blank in zip(texts, found, strict=True) if is_blank] == blank
+    for text in blank:
+        with pytest.raises(BadValueError, match="is blank"):
+            check_text(text)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".tsv"])
+@pytest.mark.parametrize("num_before", [0, 200])
+def test_a_text_that_no_one_sees_is_blank(num_before: int, suffix: str, tmp_path: Path) -> None:
+    """In the first rows and in a block; a joiner inside a text is none of ours."""
+    rows = [{"a": f"x{i}", "b": "नमस्\u200dते"} for i in range(num_before)] + [{"a": "x", "b": " \u200b\ufeff"}]
+    path = save_as(pd.DataFrame(rows), tmp_path, suffix)
+    line = num_before + (1 if suffix == ".jsonl" else 2)
+    message = failure(Source(path, {"anchor": "a", "positive": "b"}), tmp_path / "c")
+    assert f"{path}:{line}: column 'b' is blank: all its characters are zero-width" in message
+    assert "1 bad row;" in message

@@ -13,6 +13,8 @@ from trainer.data.hashes import hash_value
 from trainer.data.rows import MAX_TEXT_CHARS
 
 MAX_LABEL = 2**31 - 1
+# Spaces, and the characters that no one sees: zero-width ones, joiners, marks of direction, a BOM in the middle.
+_BLANK = re.compile(r"[\s\u180e\u200b-\u200f\u2060\ufeff]*")
 
 
 class BadValueError(ValueError):
@@ -33,6 +35,8 @@ def check_text(value: object) -> str:
         raise BadValueError("is null" if value is None else f"holds {_kind(value)} ({value!s:.40}), not text{lists}")
     if not value or value.isspace():
         raise BadValueError("is empty" if not value else "is blank")
+    if not value.isascii() and _BLANK.fullmatch(value):
+        raise BadValueError("is blank: all its characters are zero-width")
     if len(value) > MAX_TEXT_CHARS:
         raise BadValueError(f"has {len(value):,} characters, {MAX_TEXT_CHARS:,} at most are taken")
     if not value.isascii():
