@@ -49,7 +49,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Situation:
-    """What the rules look at.
+    """What the rules look at; what has a value for each source is empty where it is not known.
 
     Attributes:
         paths: of the training sources.

@@ -59,7 +59,7 @@ def false_negatives(situation: Situation) -> Iterator[Finding]:
 
 
 def rows_without_place(situation: Situation) -> Iterator[Finding]:
-    for (path, facts), (num_rows, told) in zip(situation.each(), situation.left_out, strict=False):
+    for (path, facts), (num_rows, told) in zip(situation.each(), situation.left_out, strict=bool(situation.left_out)):
         if num_rows >= _PER_CENT * facts.num_rows:
             yield Finding("rows_without_place", "warning", path, told, "gather more rows, or lower data.batch_size")
 
@@ -134,7 +134,7 @@ def unknown_pieces(situation: Situation) -> Iterator[Finding]:
 
 
 def unlike_prompts(situation: Situation) -> Iterator[Finding]:
-    for path, prompts, loss in zip(situation.paths, situation.prompts, situation.losses, strict=False):
+    for (path, _, loss), prompts in zip(situation.judged(), situation.prompts, strict=bool(situation.prompts)):
         if loss.in_batch_negatives or "teacher" not in loss.needs:  # who imitates a teacher tells no texts apart
             yield from _unlike_prompts(path, prompts, f"{name_of(loss)} need not read the texts", "train")
     for name, prompts in situation.asked_prompts.items():

@@ -160,6 +160,6 @@ def plan_rounds(lengths: Sequence[int], world_size: int, max_tokens: int) -> lis
         if not rounds or (len(rounds[-1][0]) + 1) * longest > max_tokens:
             rounds.append([[] for _ in range(world_size)])
             longest = lengths[one_each[0]]
-        for share, text in zip(rounds[-1], one_each, strict=False):
+        for share, text in zip(rounds[-1], one_each, strict=False):  # the last ranks may get none
             share.append(text)
     return rounds

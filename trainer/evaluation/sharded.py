@@ -154,8 +154,8 @@ def embed_set(
     """Embeddings of a set's distinct texts, as `embed` gives them, and for each of its N texts which of them it is."""
     parts = [one.texts] if one.documents is None else [one.texts, one.documents]
     embeddings_UD = torch.cat([embed(encode, part, rank, world_size, max_tokens, everywhere) for part in parts])
-    starts = [0, len(one.texts.ids_U)]
-    return embeddings_UD, torch.cat([start + part.text_N for start, part in zip(starts, parts, strict=False)])
+    starts = [0, len(one.texts.ids_U)][: len(parts)]
+    return embeddings_UD, torch.cat([start + part.text_N for start, part in zip(starts, parts, strict=True)])
 
 
 @torch.no_grad()

@@ -75,7 +75,7 @@ def data_account(run: Run) -> str:
     parts = []
     if run.fingerprints:
         names = [_public(source.path) for source in run.data.train_sources]
-        rows = "".join(f"- {name}: `{one}`\n" for name, one in zip(names, run.fingerprints, strict=False))
+        rows = "".join(f"- {name}: `{one}`\n" for name, one in zip(names, run.fingerprints, strict=True))
         parts.append(f"\n### Fingerprints of the Training Rows\n\n{rows}")
     for heading, allowed in (("Known Mistakes of the Training Data", True), ("Warnings of the Data Check", False)):
         told = "".join(_finding(one) for one in run.findings if one["allowed"] == allowed)

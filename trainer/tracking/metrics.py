@@ -186,8 +186,9 @@ class MetricsLog(Callback):
         sums.rows += batch.targets.num_global_rows
         sums.tokens += batch.num_tokens
         sums.padded_tokens += batch.padded_tokens
-        for arithmetic, stream in zip(self._arithmetic, batch.streams if batch.num_rows else (), strict=False):
-            sums.flops += arithmetic.step(stream.lengths)
+        if self._arithmetic and batch.num_rows:
+            for arithmetic, stream in zip(self._arithmetic, batch.streams, strict=True):
+                sums.flops += arithmetic.step(stream.lengths)
         # On the device and without reading the value: a read would wait for the step.
         sums.loss = sums.loss + outputs["loss"].detach().double() / gather.world_size()
         grad_norm = getattr(pl_module, "last_grad_norm", None)
