@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -25,7 +26,9 @@ from transformers import get_linear_schedule_with_warmup
 from trainer.batch import PackedBatch, Targets
 from trainer.data.collate import pack_texts
 from trainer.data.module import PairData
+from trainer.data.parts import SLICE_ROWS
 from trainer.data.sources import Source
+from trainer.data.streaming import StreamedTable
 from trainer.demo_data import MAX_SCORE, read_pairs, write_pairs
 from trainer.encoder import EncoderSpec
 from trainer.losses import (
@@ -439,6 +442,28 @@ def test_a_warm_up_that_is_the_whole_run(
         after = exported[0].model.state_dict()  # type: ignore[operator, union-attr]
         assert all(torch.equal(after[name], weights[name]) for name in after) != trains
     assert ("the run has 1 step, the first of the warm-up, at a learning rate of 0" in caplog.text) != trains
+
+
+@pytest.mark.parametrize("limits", [{"max_epochs": 1, "limit_train_batches": 1}, {"max_epochs": -1, "max_steps": 1}])
+def test_no_rows_are_fetched_for_steps_behind_the_last(
+    tiny_encoder: Path, tmp_path: Path, limits: dict[str, Any]
+) -> None:
+    """Of a stream of 24 slices, where a window has eight, the only step builds those that its own rows are in."""
+    num_rows = 24 * SLICE_ROWS
+    texts = [f"text {row}" for row in range(num_rows)]
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"a": texts, "b": texts}), path, row_group_size=8 * SLICE_ROWS)
+    spec = EncoderSpec(str(tiny_encoder), dropout=0.0, max_length=8)
+    source = Source(str(path), {"anchor": "a", "positive": "b"}, streaming=True)
+    data = PairData([source], spec, batch_size=BATCH, cache_dir=str(tmp_path / "cache"), num_workers=0)
+    run = _fit(EmbeddingModule(spec, InfoNCE()), data, **limits)
+    assert run.trainer.global_step == 1
+    (table,) = data.tables
+    assert isinstance(table, StreamedTable)
+    if table._ahead is not None:
+        table._ahead.join()
+    built = {path.name for path in table.folder.glob("slice-*.arrow")}
+    assert built == {table._path(slice_).name for slice_ in table._slices(np.array(run.watch.rows[0]))}
 
 
 # -- checkpoints --------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ class StepBatches(Dataset[PackedBatch]):
         rank: int,
         world_size: int,
         teachers: Mapping[int, TeacherTable] | None = None,
+        num_steps: int = -1,
     ) -> None:
         self.tables = tables
         self.order = order
@@ -36,6 +37,7 @@ class StepBatches(Dataset[PackedBatch]):
         self.rank = rank
         self.world_size = world_size
         self.teachers = teachers or {}
+        self.num_steps = num_steps
         # Steps to the window behind this one: time enough to build it.
         self.steps_ahead = -(-SLICE_ROWS * WINDOW_SLICES // order.batch_size)
         self.streamed = any(isinstance(table, StreamedTable) for table in tables)
@@ -62,6 +64,8 @@ class StepBatches(Dataset[PackedBatch]):
         return together(columns, targets, num_rows=len(rows), source=plan.source)
 
     def _prefetch(self, step: int) -> None:
+        if 0 < self.num_steps <= step:
+            return  # the run ends before
         plan = self.order.step(*divmod(step, self.steps_per_epoch))
         table = self.tables[plan.source]
         if isinstance(table, StreamedTable):

@@ -283,7 +283,9 @@ class PairData(LightningDataModule):
                 self._positions,  # itself: workers start anew in every epoch, where the one before ended
             )
         else:
-            batches = StepBatches(self.tables, self.order, self.steps_per_epoch, rank, world_size, self.teachers)
+            # As the module sets it for the whole run; -1 where there is no run.
+            last = getattr(self.trainer, "max_steps", -1)
+            batches = StepBatches(self.tables, self.order, self.steps_per_epoch, rank, world_size, self.teachers, last)
         return StepLoader(
             batches,
             batch_sampler=StepSampler(self),
