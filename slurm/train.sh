@@ -196,8 +196,10 @@ run_directory() {
     if [[ -d $found ]]; then echo "$found"; fi
 }
 
+# A kill between two renames of the program leaves .step-N.replaced, which it reads as step-N.
 last_checkpoint() {
-    find "$1/checkpoints" -maxdepth 1 -name 'step-*' 2>/dev/null | sort -V | tail -n 1 || true
+    find "$1/checkpoints" -maxdepth 1 \( -name 'step-*' -o -name '.step-*.replaced' \) 2>/dev/null |
+        sed 's|/\.\(step-[^/]*\)\.replaced$|/\1|' | sort -V | tail -n 1 || true
 }
 
 # ------------------------------------------------------------------------------------------- how it ends

@@ -80,15 +80,18 @@ def test_a_request_while_rank_1_still_starts_is_requeued_at_once(slurm: Slurm, t
     ],
 )
 def test_without_a_requeue_the_way_on_is_said(slurm: Slurm, tmp_path: Path, most: str, reason: str) -> None:
-    """A scontrol that answers questions and refuses orders, and the limit of requeues."""
+    """A scontrol that answers questions and refuses orders, and the limit of requeues. A kill between two renames has
+    left the last checkpoint under another name."""
     scontrol = shutil.which("scontrol")
     stand_in(tmp_path, f'[[ $1 != requeue ]] || exit 1; exec {scontrol} "$@"', "scontrol")
-    python = stand_in(tmp_path, f"{PROGRAM.partition('trap')[0]}\nexit 85")
+    begin = PROGRAM.partition("trap")[0].replace("step-00000022", ".step-00000022.replaced")
+    python = stand_in(tmp_path, f"{begin}\nexit 85")
     path = f"{tmp_path}:{slurm.environ['PATH']}"
     options = ["configs/pairs.yaml", "--x.token", "SECRET"]
     job = slurm.run("--nodes 2", options, python, PATH=path, TRAINER_MAX_REQUEUES=most)
     number = job["JobId"]
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "85:0", "0"), job.log
+    assert f"; last checkpoint: runs/pairs/seed=7_job={number}/checkpoints/step-00000022\n" in job.log
     assert reason.format(number) in job.log.splitlines()[-2]
     assert job.log.splitlines()[-1] == (
         f"train.sh: to go on: cd {slurm.folder} && sbatch --nodes=2 --ntasks-per-node=1 --cpus-per-task=1 "
