@@ -372,6 +372,9 @@ BAD_FLAGS = {
     "be above 0, or 0 to clip nothing",
     "--trainer.precision bf16-true": "flag --trainer.precision: trainer.precision is bf16-true, but weights stay in "
     "float32: take one of 32-true, bf16-mixed, 16-mixed",
+    "--checkpoint null": "flag --checkpoint must be keys (save_every_steps, keep, monitor, ...), found 'null': it "
+    "can't be switched off",
+    "--watch 60": "flag --watch must be keys (timeout_s, ...), found '60'",
     "--trainer.devices many": "the trainer can't be built from these settings: `devices` selected with "
     "`CPUAccelerator` should be an int > 0.",
     "--trainer.logger CSVLogger": "trainer.logger: Problem with given class_path "

@@ -11,11 +11,16 @@ from pathlib import Path
 
 import lightning.pytorch  # noqa: F401 - before any test: its log handler keeps the stderr that it finds
 import pytest
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, StrategyRegistry
 
 from tests.tiny_recipe import write_tiny_recipe
 from trainer.cli import main
 from trainer.config_files import read_command
 from trainer.lightning_cli import run
+from trainer.trainer_refusals import _zero_instead
+
+ROOT = Path(__file__).parents[1]
+SHARED_OUT = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +45,47 @@ def refused(capsys: pytest.CaptureFixture[str], recipe: Path, *flags: str, code:
     assert "Traceback" not in said
     assert not Path("run").exists()
     return said.strip()
+
+
+def test_an_empty_group_of_a_file_is_refused(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("x.yaml").write_text("trainer: {max_epochs: 1}\ncheckpoint:\n")
+    said = refused(capsys, recipe, "--config", "x.yaml")
+    assert said == "x.yaml:2: checkpoint must be keys (save_every_steps, keep, monitor, ...), found nothing"
+
+
+@pytest.mark.parametrize(
+    ("strategy", "instead"),
+    [
+        ("deepspeed_stage_2", "zero2"),
+        ("lightning.pytorch.strategies.DeepSpeedStrategy", "zero2"),
+        ("deepspeed_stage_3_offload", "zero3-offload"),
+        ("FSDPStrategy", "zero3"),
+    ],
+)
+def test_lightnings_ways_to_share_memory_out_are_refused(
+    recipe: Path, capsys: pytest.CaptureFixture[str], strategy: str, instead: str
+) -> None:
+    Path("x.yaml").write_text(f"trainer: {{strategy: {{class_path: {strategy}}}}}\n")
+    cases = [("--trainer.strategy", strategy, "flag --trainer.strategy")]
+    if strategy[0].isupper() or "." in strategy:
+        cases.append(("--config", "x.yaml", "x.yaml:1"))
+    for flag, value, place in cases:
+        said = refused(capsys, recipe, flag, value)
+        assert said.startswith(f"{place}: trainer.strategy is ")
+        assert said.endswith(
+            "but here ZeRO shares memory out over the ranks, with checkpoints that DDP reads too: take --config "
+            f"configs/hardware/{instead}.yaml"
+        )
+
+
+def test_all_such_names_of_lightning_lead_to_a_file_that_exists() -> None:
+    theirs = {name for name, entry in StrategyRegistry.items() if issubclass(entry["strategy"], SHARED_OUT)}
+    theirs |= {f"lightning.pytorch.strategies.{strategy.__name__}" for strategy in SHARED_OUT}
+    assert len(theirs) > 8
+    for name in theirs:
+        assert (ROOT / "configs/hardware" / f"{_zero_instead(name)}.yaml").is_file(), name
+    others = {name for name, entry in StrategyRegistry.items() if not issubclass(entry["strategy"], SHARED_OUT)}
+    assert not [name for name in ("auto", "my.FSDPStrategy", *others) if _zero_instead(name)]
 
 
 # -- ranks ------------------------------------------------------------------------------------------------

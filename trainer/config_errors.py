@@ -63,7 +63,7 @@ def check_written(groups: Mapping[str, Any], links: Mapping[str, str], written: 
     for file in written.files:
         for key, value in file.value:
             if inspect.isclass(groups.get(key.value)) and groups[key.value].__module__ != "builtins":
-                text = isinstance(value, yaml.ScalarNode) and value.tag.rpartition(":")[2] in ("str", "null")
+                text = isinstance(value, yaml.ScalarNode) and value.tag.endswith(":str")
                 if not isinstance(value, yaml.MappingNode) and not text:
                     known = ", ".join(list(parameters(groups[key.value])[0])[:3])
                     raise ConfigError(
@@ -235,7 +235,11 @@ class _Walk:
             self.problems.append(f"{_at(node, path)} must be a class name, found {describe(node)}")
             return None
         cls = _find_class(node.value, hint)
-        if cls is None:
+        if cls is None and path in self.groups and not _subclasses(hint)[1:]:
+            keys = ", ".join(list(parameters(hint)[0])[:3])
+            off = ": it can't be switched off" if node.value == "null" else ""
+            self.problems.append(f"{_at(node, path)} must be keys ({keys}, ...), found '{node.value}'{off}")
+        elif cls is None:
             self.problems.append(f"{_at(node, path)}: {_no_class(node.value, hint)}")
         return cls
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -100,9 +101,28 @@ def refuse_values(options: Any, written: Written) -> None:
                 f"is {value}, but whole sets are scored: take 0 (nothing) or 1.0 (all); for fewer rows set max_rows of "
                 "the set in data.validation",
             )
+    strategy = options.strategy if isinstance(options.strategy, str) else options.strategy.class_path
+    if instead := _zero_instead(strategy):
+        refuse(
+            "strategy",
+            f"is {strategy}, but here ZeRO shares memory out over the ranks, with checkpoints that DDP reads too: take "
+            f"--config configs/hardware/{instead}.yaml",
+        )
     limit = options.gradient_clip_val
     if limit is not None and not limit >= 0.0:  # NaN compares as false
         refuse("gradient_clip_val", f"is {limit:g}; it must be above 0, or 0 to clip nothing")
+
+
+def _zero_instead(strategy: str) -> str:
+    """The hardware config that does what a strategy of Lightning's for models shared out does, empty for any other."""
+    module, _, name = strategy.lower().rpartition(".")
+    if module.partition(".")[0] not in ("", "lightning", "pytorch_lightning"):
+        return ""  # of the user's own
+    if not name.startswith(("deepspeed", "fsdp", "modelparallel", "model_parallel")):
+        return ""
+    said = re.search(r"stage_([123])", name)
+    stage = said[1] if said else "2" if name.startswith("deepspeed") else "3"
+    return f"zero{stage}{'-offload' if 'offload' in name and stage != '1' else ''}"
 
 
 def refuse_nothing_to_evaluate(options: Any, command: str, written: Written) -> None:
