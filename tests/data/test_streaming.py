@@ -105,7 +105,8 @@ def test_only_slices_that_are_asked_for_are_built(parquet: Path, text: TextPrepa
         *(f"slice-{number:08d}.arrow" for number in (1, 2, 3)),
     ]
     kept = table.folder / "group-0000000.arrow"
-    assert pa.ipc.open_file(str(kept)).schema.names == ["a", "b", "s", "y"], "no other column is fetched"
+    without_checksum = kept.read_bytes()[:-4]
+    assert pa.ipc.open_file(without_checksum).schema.names == ["a", "b", "s", "y"], "no other column is fetched"
 
 
 @pytest.mark.parametrize("kind", ["memory", "file", "arrow-file", "arrow-stream"])

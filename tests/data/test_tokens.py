@@ -275,7 +275,7 @@ def test_targets_may_be_absent_and_skipped_rows_are_known(tmp_path: Path) -> Non
 
 def test_a_text_without_a_token_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.csv"
-    path.write_text("t\nword1\n\u200b\n", encoding="utf-8")
+    path.write_text("t\nword1\n\ufffd\n", encoding="utf-8")
     text = make_text()
     text.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$0")
     with pytest.raises(ValueError, match="column 'text', row 2: the text has no token"):
