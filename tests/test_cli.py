@@ -400,6 +400,16 @@ def test_flag_is_refused(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert refused(capsys, args) == BAD_FLAGS[flag]
 
 
+def test_one_batch_stays_one_behind_an_import_of_sentence_transformers() -> None:
+    """It asks typing for float | int, and typing keeps that order for all who ask for the two behind it."""
+    Path("x.yaml").write_text(CONFIG)
+    flag = "--trainer.limit_val_batches 1"
+    command = ["fit", "--config", "x.yaml", "--trainer.accelerator", "cpu", *flag.split()]
+    script = f"import sys, sentence_transformers; from trainer.cli import main; sys.exit(main({command}))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr.strip()) == (2, BAD_FLAGS[flag])
+
+
 @pytest.mark.parametrize(
     ("flag", "kind", "known"),
     [

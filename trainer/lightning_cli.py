@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import enum
+import functools
 import logging
+import operator
 import os
 import sys
+import typing
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -72,6 +75,12 @@ def _discard_settings(_: Any, before: Any, now: Any) -> None:
 
 
 _typehints.discard_init_args_on_class_path_change = _discard_settings
+# typing gives out an equal union that was asked for before: after an import of sentence_transformers Lightning's say
+# float | int, jsonargparse tries in this order, and 1 batch would be 1.0, all of them.
+_hints = Trainer.__init__.__annotations__
+for _name, _types in [(name, typing.get_args(hint)) for name, hint in _hints.items()]:
+    if _types[:2] == (float, int):
+        _hints[_name] = functools.reduce(operator.or_, _types[2:], int | float)
 # Defaults of some callbacks are members of an enum (the interval of Lightning's Timer), which PyYAML refuses to write.
 yaml.SafeDumper.add_multi_representer(enum.Enum, lambda dumper, member: dumper.represent_data(member.value))
 
