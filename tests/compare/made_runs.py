@@ -39,7 +39,8 @@ def make_run(folder: Path, recipe: str = "cosine", seed: int = 1, steps: int = S
         "ckpt_path": None,
     }  # fmt: skip
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-    about = {"device": "x86_64 CPU", "ranks": 1, "nodes": 1, "primary_metrics": ["eval/dev/spearman_cosine"]}
+    about = {"device": "x86_64 CPU", "ranks": 1, "nodes": 1, "primary_metrics": ["eval/dev/spearman_cosine"],
+             "directory": "/made"}  # fmt: skip
     (folder / "run.json").write_text(json.dumps(about, indent=1) + "\n")
     rows: list[dict[str, Any]] = []
     for step in range(0, steps + 1, EVERY):

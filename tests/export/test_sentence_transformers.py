@@ -371,3 +371,17 @@ def test_no_host_is_asked_even_for_names_like_hub_ids(
     export_run(run.folder, tmp_path / "model")
     assert refuse_network() == before
     assert_same_embeddings(run, tmp_path / "model")
+
+
+def test_a_relative_backbone_is_found_from_another_folder(
+    bench: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the fit was started, even if a folder of the same name lies here."""
+    monkeypatch.chdir(bench.folder.parent)
+    relative = f"{bench.folder.name}/tiny-encoder"
+    run = bench.write_run("elsewhere", {"backbone": relative})
+    (run.folder / "run.json").write_text(json.dumps({"directory": str(bench.folder.parent)}))
+    (tmp_path / relative).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    export_run(run.folder, tmp_path / "model")
+    assert_same_embeddings(run, tmp_path / "model")

@@ -244,7 +244,9 @@ def test_a_run_stores_the_rows_of_its_metrics_file(
     for row in written:
         at_step.setdefault(row["step"], {}).update(row)
     assert read.rows == list(at_step.values())
-    assert read.about == json.loads((run_dir / "run.json").read_text())
+    about = json.loads((run_dir / "run.json").read_text())
+    assert about.pop("directory") == str(Path.cwd())  # of the file alone
+    assert read.about == about
     assert any(isinstance(value, list) for value in read.rows[-1].values()), "no histogram"
     run = next(record["run"] for record in found if "run" in record)
     assert run["config"]["update"]["model"] == {"learning_rate": 0.01, "hub_token": "[redacted]"}

@@ -161,10 +161,12 @@ def _build(run_dir: Path, config: dict[str, Any]) -> tuple[EmbeddingModule, Pair
     except argparse.ArgumentError as error:
         path = run_dir / "config.yaml"
         raise ValueError(f"{path} does not fit this version: {error}; restore the file that the fit wrote") from error
+    started_in = Path(read_about(run_dir).get("directory", ""))
     for spec in built.model.encoder_specs:
-        if Path(spec.backbone).is_dir():
+        folder = next((path for path in (started_in / spec.backbone, Path(spec.backbone)) if path.is_dir()), None)
+        if folder is not None:
             # A relative path may look like a hub id, which sentence-transformers would then ask the hub about.
-            spec.backbone = str(Path(spec.backbone).resolve())
+            spec.backbone = str(folder.resolve())
     return built.model, built.data
 
 

@@ -19,7 +19,8 @@ from trainer.tracking.runs import ABOUT_FILE
 
 
 def write_about(trainer: Trainer) -> dict[str, Any]:
-    """Writes `run.json` into the run directory: device, ranks, nodes, and the metric that stands for each set."""
+    """Writes `run.json` into the run directory: device, ranks, nodes, the metric that stands for each set, and the
+    working directory."""
     sets = getattr(getattr(trainer, "datamodule", None), "validation_sets", [])
     about = {
         "device": device_name(trainer.strategy.root_device),
@@ -27,7 +28,9 @@ def write_about(trainer: Trainer) -> dict[str, Any]:
         "nodes": trainer.num_nodes,
         "primary_metrics": list(dict.fromkeys(one.primary_metric for one in sets)),
     }
-    write_whole(Path(trainer.default_root_dir) / ABOUT_FILE, json.dumps(about, indent=1) + "\n")
+    # Where the relative paths of the config start, for who reads the run from elsewhere; nothing to log or compare.
+    written = {**about, "directory": str(Path.cwd())}
+    write_whole(Path(trainer.default_root_dir) / ABOUT_FILE, json.dumps(written, indent=1) + "\n")
     return about
 
 
