@@ -169,7 +169,7 @@ def test_the_patience_of_a_run_that_goes_on_is_the_one_it_is_given(
     assert fit(tmp_path, tiny_encoder, rows, {}, stop(100), ckpt=last, **options).global_step == 24
 
 
-@pytest.mark.parametrize("stopped_at", [1, 5, 6, 7, 11, 12])
+@pytest.mark.parametrize("stopped_at", [1, 6, 7, 12, *(pytest.param(n, marks=pytest.mark.slow) for n in (5, 11))])
 def test_a_run_that_a_callback_stopped_goes_on_to_its_planned_end(
     tmp_path: Path, tiny_encoder: Path, rows: list[Path], stopped_at: int
 ) -> None:

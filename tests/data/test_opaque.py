@@ -243,7 +243,7 @@ def read_steps(data: PairData, stop: int, rank: int, world_size: int, spawned: i
     return seen
 
 
-@pytest.mark.parametrize(("workers", "world_size"), [(0, 1), (0, 2), (2, 1)])
+@pytest.mark.parametrize(("workers", "world_size"), [(0, 1), (0, 2), pytest.param(2, 1, marks=pytest.mark.slow)])
 def test_resume_through_the_loader(
     workers: int, world_size: int, tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -66,7 +66,7 @@ def test_tasks_without_their_number_on_a_node_are_refused(monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("number", "of_first", "status", "says"),
     [
-        (signal.SIGTERM, True, 143, ""),
+        pytest.param(signal.SIGTERM, True, 143, "", marks=pytest.mark.slow),
         (signal.SIGKILL, False, 1, "error: rank 1 was ended by SIGKILL while the ranks started\n"),
         pytest.param(signal.SIGUSR1, True, 85, "", marks=pytest.mark.slow),
         pytest.param(signal.SIGINT, True, 130, "", marks=pytest.mark.slow),

@@ -25,7 +25,13 @@ def children_of(pid: int) -> list[int]:
         pytest.param(signal.SIGTERM, True, 143, "", marks=pytest.mark.slow),
         pytest.param(signal.SIGINT, True, 130, "", marks=pytest.mark.slow),
         pytest.param(signal.SIGUSR1, False, 85, "", marks=pytest.mark.slow),
-        (signal.SIGKILL, False, 1, "error: rank 1 was ended by SIGKILL while the ranks started\n"),
+        pytest.param(
+            signal.SIGKILL,
+            False,
+            1,
+            "error: rank 1 was ended by SIGKILL while the ranks started\n",
+            marks=pytest.mark.slow,  # as of predict, in test_launch
+        ),
     ],
 )
 def test_a_rank_that_waits_for_another_ends_with_the_status_of_the_request(

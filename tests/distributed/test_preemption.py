@@ -185,7 +185,7 @@ def catches(pid: int, number: int) -> bool:
     return bool(int(caught[1], 16) >> (number - 1) & 1)
 
 
-@pytest.mark.parametrize("delay", [0.0, 2.0])
+@pytest.mark.parametrize("delay", [0.0, pytest.param(2.0, marks=pytest.mark.slow)])
 def test_asked_before_the_first_step(recipe: Path, tmp_path: Path, delay: float) -> None:
     """During imports and loading: nothing to save, so at most the step that was reached is, and the status asks for
     another start."""

@@ -232,7 +232,7 @@ def weight_error(result: Result, expected: Result) -> float:
         ("InfoNCE", "sgd", WHOLE),
         ("InfoNCE", "adamw", CHUNKED),
         pytest.param("Softmax", "sgd", CHUNKED, marks=pytest.mark.slow),
-        ("Softmax", "adamw", WHOLE),
+        pytest.param("Softmax", "adamw", WHOLE, marks=pytest.mark.slow),
         ("SigLIP", "adamw", WHOLE),  # single numbers are trained with it
     ],
 )
@@ -371,7 +371,7 @@ def test_ranks_with_few_chunks_wait_for_those_with_more(results_of: Any, folder:
     assert one.num_forwards == other.num_forwards
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_evaluation_in_the_middle_of_training(result_of: Any, folder: Path, stage: int) -> None:
     """At a rate below what float32 tells apart the weights stay, so all evaluations of all stages are one."""
     run = Run(str(folder), learning_rate=1e-30)
@@ -393,7 +393,8 @@ def test_bf16(result_of: Any, folder: Path, stage: int) -> None:
     assert weight_error(result, expected) < 1e-2
 
 
-@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.slow  # a step of either is taken in test_configs
+@pytest.mark.parametrize("stage", [2, 3])
 def test_offload(result_of: Any, folder: Path, stage: int) -> None:
     expected, result = (result_of(Run(str(folder), stage=stage, offload=offload)) for offload in (False, True))
     assert result.norms == pytest.approx(expected.norms, rel=1e-5)
