@@ -72,9 +72,6 @@ def shielded() -> Iterator[None]:
     The mask is inherited: a loader worker, or a tracker's service, would otherwise die of a USR1 that is not meant
     for it. This process gets what came meanwhile on leaving.
     """
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, EXIT_CODES)
     try:
         yield
