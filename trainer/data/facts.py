@@ -315,8 +315,7 @@ def _scripts(letters: Mapping[str, int]) -> dict[str, float]:
             words = unicodedata.name(letter, "UNNAMED").replace("-", " ").split()
             word = words[1] if words[0] in ("FULLWIDTH", "HALFWIDTH") else words[0]
             found["Han" if word == "CJK" else word.capitalize()] += count
-    total = found.total() if hasattr(found, "total") else sum(found.values())
-    return {script: count / total for script, count in found.most_common() if count >= 0.01 * total}
+    return {script: count / found.total() for script, count in found.most_common() if count >= 0.01 * found.total()}
 
 
 def _clash_share(texts: Sequence[pa.Array]) -> float:
