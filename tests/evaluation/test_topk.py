@@ -60,8 +60,8 @@ def test_shards_merge_to_the_whole() -> None:
     whole = top_k(queries, corpus, 10, similarity="dot")
     parts, start = [], 0
     for size in (50, 3, 0, 47):
-        shard = corpus[start : start + size]
-        parts.append(top_k(queries, shard, 10, similarity="dot", first_id=start))
+        scores_Qk, ids_Qk = top_k(queries, corpus[start : start + size], 10, similarity="dot")
+        parts.append(Neighbours(scores_Qk, start + ids_Qk))
         start += size
     for merged in (merge_top_k(parts, 10), merge_top_k(parts[::-1], 10)):
         assert torch.equal(merged.ids_Qk, whole.ids_Qk)

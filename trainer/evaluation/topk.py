@@ -39,7 +39,6 @@ def top_k(
     similarity: Similarity = "cosine",
     query_chunk: int = 512,
     corpus_chunk: int = 16_384,
-    first_id: int = 0,
 ) -> Neighbours:
     """The k documents that are most similar to each query, by exact float32 products.
 
@@ -53,7 +52,6 @@ def top_k(
         k: neighbours of a query, 1 or more.
         similarity: cosine divides both sides by their length.
         query_chunk, corpus_chunk: queries and documents of one product.
-        first_id: number of the first document, for a shard of a larger corpus.
 
     Returns:
         On the device of the queries.
@@ -63,6 +61,7 @@ def top_k(
     queries_QD = queries_QD.float()
     if similarity == "cosine":
         queries_QD = normalize(queries_QD, dim=-1)
+    first_id = 0
     best_Qk = torch.empty((len(queries_QD), 0), dtype=torch.int64, device=queries_QD.device)
     with _exact_products(queries_QD.device):
         for chunk_CD in _chunks(corpus, corpus_chunk):
