@@ -46,7 +46,7 @@ def test_a_curve_of_equal_values_and_no_curve() -> None:
 
 @pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.7423, 0.7431), (-3.2, 4e6), (1e-6, 2e-5)])
 def test_ticks_are_round_and_inside(low: float, high: float) -> None:
-    found = ticks(low, high)
+    found = ticks(low, high, 6)
     assert 2 <= len(found) <= 8
     assert all(low - 1e-9 <= tick <= high + 1e-9 * abs(high) for tick in found)
     steps = np.diff(found)
@@ -56,7 +56,7 @@ def test_ticks_are_round_and_inside(low: float, high: float) -> None:
 
 def test_many_points_are_averaged_to_few() -> None:
     values = np.sin(np.arange(5003) / 300)
-    few = thinned(line(values.tolist()), 150)
+    few = thinned(line(values.tolist()))
     assert len(few) <= 151
     assert (few[-1].x, few[-1].value.mean) == (5002, values[-1])
     size = 34

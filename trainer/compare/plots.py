@@ -37,7 +37,7 @@ class Scale:
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
 
-def ticks(low: float, high: float, most: int = 6) -> list[float]:
+def ticks(low: float, high: float, most: int) -> list[float]:
     """Round values from low to high: multiples of 1, 2 or 5 times a power of ten."""
     raw = (high - low) / most
     power = 10.0 ** math.floor(math.log10(raw))
@@ -55,9 +55,9 @@ def tick_text(value: float) -> str:
     return f"{value:g}"
 
 
-def thinned(points: Sequence[Point], most: int = MAX_POINTS) -> list[Point]:
+def thinned(points: Sequence[Point]) -> list[Point]:
     """Neighbours averaged until there are few enough; the last point stays what it is."""
-    size = math.ceil(len(points) / most)
+    size = math.ceil(len(points) / MAX_POINTS)
     if size <= 1:
         return list(points)
     blocks = [points[start : start + size] for start in range(0, len(points) - 1, size)]
@@ -183,17 +183,16 @@ def _uprights(x: Scale, most: int, top: int, height: int) -> list[str]:
 
 
 def _axes(x: Scale, y: Scale, x_label: str) -> str:
-    parts = []
-    for tick in ticks(y.low, y.high, 5):
-        parts.append(
-            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>'
-            f'<text class="tick" x="{LEFT - 7}" y="{y(tick) + 3.5:.1f}" text-anchor="end">{tick_text(tick)}</text>'
-        )
+    parts = [
+        f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>'
+        f'<text class="tick" x="{LEFT - 7}" y="{y(tick) + 3.5:.1f}" text-anchor="end">{tick_text(tick)}</text>'
+        for tick in ticks(y.low, y.high, 5)
+    ]
     bottom = HEIGHT - BOTTOM
-    for tick in ticks(x.low, x.high, 6):
-        parts.append(
-            f'<text class="tick" x="{x(tick):.1f}" y="{bottom + 15}" text-anchor="middle">{tick_text(tick)}</text>'
-        )
+    parts += [
+        f'<text class="tick" x="{x(tick):.1f}" y="{bottom + 15}" text-anchor="middle">{tick_text(tick)}</text>'
+        for tick in ticks(x.low, x.high, 6)
+    ]
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{bottom}" y2="{bottom}"/>')
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(f'<text class="label" x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>')
