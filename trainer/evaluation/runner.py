@@ -154,10 +154,12 @@ class Evaluation(Callback):
             print(f"EarlyStopping ended the run at step {trainer.global_step}: {said}")
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._evaluate_outside_fit(trainer, pl_module)
+        if trainer.state.fn != "fit" and self.sets:
+            self.last_metrics = self._run(trainer, pl_module)
+            # Equal on all ranks: sync_dist only keeps Lightning from warning that they might not be.
+            pl_module.log_dict(self.last_metrics, sync_dist=True)
 
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._evaluate_outside_fit(trainer, pl_module)
+    on_test_epoch_start = on_validation_epoch_start
 
     def _is_due(self, trainer: Trainer, pl_module: LightningModule) -> bool:
         assert isinstance(pl_module, EmbeddingModule)
@@ -202,12 +204,6 @@ class Evaluation(Callback):
         trainer.callback_metrics.update(_as_tensors(self.last_metrics))
         if log:
             log.record({**self.last_metrics, **health, **log.position()}, self.last_step, histograms)
-
-    def _evaluate_outside_fit(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn != "fit" and self.sets:
-            self.last_metrics = self._run(trainer, pl_module)
-            # Equal on all ranks: sync_dist only keeps Lightning from warning that they might not be.
-            pl_module.log_dict(self.last_metrics, sync_dist=True)
 
 
 def _encode_with(encoder: Encoder | Towers, device: torch.device, max_tokens: int) -> Encode:
