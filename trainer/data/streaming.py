@@ -147,7 +147,7 @@ class StreamedTable:
 
     def prefetch(self, rows: NDArray[np.integer]) -> None:
         """Start to build the slices of ``rows`` in the background; a thread that is at work goes on alone."""
-        slices = self._slices(rows)
+        slices = sorted(set(self._slices(rows)[0]))
         if (self._ahead and self._ahead.is_alive()) or all(self._path(one).exists() for one in slices):
             return
         self._in_use = [*self._in_use[-1:], slices]
@@ -160,19 +160,19 @@ class StreamedTable:
         except ValueError:
             pass  # a bad row stops the run at the step that needs it
 
-    def _slices(self, rows: NDArray[np.integer]) -> list[int]:
-        groups = np.searchsorted(self._starts, rows, "right") - 1
-        return np.unique(self._first_slice[groups] + (rows - self._starts[groups]) // SLICE_ROWS).tolist()
-
-    def _locate(self, rows: NDArray[np.integer]) -> Iterator[tuple[_Slice, int]]:
+    def _slices(self, rows: NDArray[np.integer]) -> tuple[list[int], list[int]]:
+        """The slice of each of ``rows``, and its place there."""
         groups = np.searchsorted(self._starts, rows, "right") - 1
         within = rows - self._starts[groups]
-        numbers = (self._first_slice[groups] + within // SLICE_ROWS).tolist()
+        return (self._first_slice[groups] + within // SLICE_ROWS).tolist(), (within % SLICE_ROWS).tolist()
+
+    def _locate(self, rows: NDArray[np.integer]) -> Iterator[tuple[_Slice, int]]:
+        numbers, places = self._slices(rows)
         missing = [number for number in dict.fromkeys(numbers) if number not in self._open]
         if missing:
             self._in_use = [*self._in_use[-1:], sorted(set(numbers))]
             self._build_all(missing, wait=True)
-        for number, place in zip(numbers, (within % SLICE_ROWS).tolist(), strict=True):
+        for number, place in zip(numbers, places, strict=True):
             yield self._slice(number), place
 
     def _slice(self, number: int) -> _Slice:
@@ -271,10 +271,6 @@ class StreamedTable:
         if file.local is not None and file.local.suffix.lower() == ".arrow":
             return read_arrow_rows(file, number, columns, start, stop)
         path = self._group_path(group)
-
-        def fetch(unfinished: Path) -> None:
-            write_group(file, number, columns, unfinished)
-
         while True:
             try:
                 os.utime(path)
@@ -284,7 +280,7 @@ class StreamedTable:
                 self._read_groups[path] = inode
                 return rows.slice(start, stop - start)
             except FileNotFoundError:
-                self._build_file(path, group, True, fetch)
+                self._build_file(path, group, True, lambda unfinished: write_group(file, number, columns, unfinished))
             except pa.ArrowInvalid as error:
                 _drop_damaged(path, error)
 
