@@ -78,10 +78,9 @@ def _plain(message: str) -> str:
         # Where nothing is left, keys of a class were given, and no class.
         said = said_of_union(message) or "no class is named for these keys; name it in front of them, as class_path"
         return f"{f'{key[1]}: ' if key else ''}{said}"
-    missing = re.search(r"arguments are required: (.*)", message)
-    nothing = re.search(r'Parser key "([^"]+)":\s+Expected a .* Got value: None$', message)
-    if missing or nothing:
-        keys = missing.group(1).split(", ") if missing else [nothing.group(1)] if nothing else []
+    unset = r'arguments are required: (.*)|Parser key "([^"]+)":\s+Expected a .* Got value: None$'
+    if missing := re.search(unset, message):
+        keys = (missing[1] or missing[2]).split(", ")
         names = ", ".join(f"'{re.sub('^(fit|validate|test)[.]', '', key)}'" for key in keys)
         return f"no value for {names}: set it in a --config file or as a flag"
     message = re.sub(r'Parser key "([^"]+)":\s*', r"\1: ", message)
