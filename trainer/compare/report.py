@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 
-from trainer.compare.fold import AXES, Group, cost, differences, metrics_of, primary_metrics
+from trainer.compare.fold import AXES, Group, differences, metrics_of, primary_metrics
 from trainer.compare.plots import PALETTE, STYLE, colour, curves, dots, histograms
-from trainer.compare.show import COST_ROWS, cost_cells, differing_losses, heading, metric, notes, setting, winners
+from trainer.compare.show import cost_cells, differing_losses, heading, metric, notes, setting, winners
 from trainer.tracking.runs import best, last
 
 PAGE = Path(__file__).with_name("page.html")
@@ -80,7 +80,7 @@ def _summary(groups: Sequence[Group]) -> str:
     rows = []
     for number, group in enumerate(groups):
         cells = [metric(group.best(name)) for name in columns]
-        took = dict(zip(COST_ROWS, cost_cells(group, cost(group)), strict=True))
+        took = cost_cells(group)
         bold = {place + 1 for place, crown in enumerate(crowns) if number in crown}
         tail = [took["rows/s"], took["wall time"], took["device hours"]]
         rows.append(_row([group.name, *cells, *tail], bold, colour(number)))
@@ -182,8 +182,8 @@ def _shares(group: Group, name: str) -> list[float]:
 
 
 def _cost(groups: Sequence[Group]) -> str:
-    columns = [cost_cells(group, cost(group)) for group in groups]
-    rows = [_row([label, *(column[place] for column in columns)]) for place, label in enumerate(COST_ROWS)]
+    columns = [cost_cells(group) for group in groups]
+    rows = [_row([label, *(column[label] for column in columns)]) for label in columns[0]]
     note = "Rates: median over the logs. Device hours: wall time since the first step times ranks, evaluation included."
     return _section("Cost", _table(_heads(groups), rows), note)
 

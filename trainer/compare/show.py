@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Optional
 
-from trainer.compare.fold import MISSING, Cost, Group, Spread, differences, metrics_of
+from trainer.compare.fold import MISSING, Group, Spread, cost, differences, metrics_of
 from trainer.tracking.direction import direction
 from trainer.tracking.runs import last
 
@@ -146,23 +146,19 @@ def notes(groups: Sequence[Group]) -> list[str]:
     return said
 
 
-COST_ROWS = (
-    "seeds",
-    "device",
-    "steps",
-    "rows",
-    "tokens",
-    "rows/s",
-    "tokens/s",
-    "wall time",
-    "device hours",
-    "peak GiB",
-)
-
-
-def cost_cells(group: Group, cost: Cost) -> list[str]:
-    """In the order of COST_ROWS."""
+def cost_cells(group: Group) -> dict[str, str]:
+    """What a group took, each with its label."""
+    took = cost(group)
     known = [str(seed) for seed in group.seeds if seed is not None]
-    seeds = f"{len(group.runs)} ({', '.join(known)})" if known else str(len(group.runs))
-    totals = [amount(one) for one in (cost.steps, cost.rows, cost.tokens, cost.rows_per_s, cost.tokens_per_s)]
-    return [seeds, cost.device, *totals, duration(cost.wall_s), amount(cost.gpu_hours), amount(cost.peak_gib)]
+    return {
+        "seeds": f"{len(group.runs)} ({', '.join(known)})" if known else str(len(group.runs)),
+        "device": took.device,
+        "steps": amount(took.steps),
+        "rows": amount(took.rows),
+        "tokens": amount(took.tokens),
+        "rows/s": amount(took.rows_per_s),
+        "tokens/s": amount(took.tokens_per_s),
+        "wall time": duration(took.wall_s),
+        "device hours": amount(took.gpu_hours),
+        "peak GiB": amount(took.peak_gib),
+    }

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from trainer.compare.fold import Group, cost, differences, metrics_of
-from trainer.compare.show import COST_ROWS, cost_cells, heading, metric, notes, setting, winners
+from trainer.compare.fold import Group, differences, metrics_of
+from trainer.compare.show import cost_cells, heading, metric, notes, setting, winners
 
 _AT_ONCE = 5  # groups beside each other
 
@@ -22,22 +22,23 @@ def print_comparison(groups: Sequence[Group], console: Console) -> None:
         console.print(f"note: {note}", soft_wrap=True)
     differing = differences(groups)
     names = [*metrics_of(groups, "eval/"), *metrics_of(groups, "train/loss")]
-    for some in _blocks(groups):
+    for start in range(0, len(groups), _AT_ONCE):
+        some = groups[start : start + _AT_ONCE]
         if len(groups) > 1:
-            table = _table("config", some, groups)
+            table = _table("config", some)
             for key, values in differing.items():
                 table.add_row(key, *(setting(values[groups.index(group)]) for group in some))
             console.print(table)
         _print_metrics(names, some, groups, console)
-        table = _table("cost", some, groups)
-        columns = [cost_cells(group, cost(group)) for group in some]
-        for row, label in enumerate(COST_ROWS):
-            table.add_row(label, *(column[row] for column in columns))
+        table = _table("cost", some)
+        columns = [cost_cells(group) for group in some]
+        for label in columns[0]:
+            table.add_row(label, *(column[label] for column in columns))
         console.print(table)
 
 
 def _print_metrics(names: Sequence[str], some: Sequence[Group], groups: Sequence[Group], console: Console) -> None:
-    table = _table("metrics: best (last), mean ± sd", some, groups)
+    table = _table("metrics: best (last), mean ± sd", some)
     for name in names:
         first, cells = winners(groups, name), []
         for group in some:
@@ -50,14 +51,9 @@ def _print_metrics(names: Sequence[str], some: Sequence[Group], groups: Sequence
     console.print(table)
 
 
-def _table(title: str, some: Sequence[Group], groups: Sequence[Group]) -> Table:
+def _table(title: str, some: Sequence[Group]) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("", style="cyan", overflow="fold")
     for group in some:
         table.add_column(group.name, justify="right", overflow="fold")
     return table
-
-
-def _blocks(groups: Sequence[Group]) -> Iterator[Sequence[Group]]:
-    for start in range(0, len(groups), _AT_ONCE):
-        yield groups[start : start + _AT_ONCE]
