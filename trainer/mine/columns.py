@@ -13,7 +13,7 @@ from trainer.data.loading import fingerprint, load
 from trainer.data.sources import Source
 from trainer.encoder.text import load_text_preparation
 from trainer.mine.search import Vectors
-from trainer.predict.command import begin, embed, end, on_first_rank, said_once
+from trainer.predict.command import begin, embed, load_encoder, on_first_rank
 from trainer.predict.embed import Settings
 from trainer.predict.shards import Shards, open_shards
 
@@ -84,21 +84,11 @@ def embed_columns(
         if folder is None:
             folder, spec = work / name, specs[column.kind]
             if spec.route not in loaded:  # documents have an encoder of their own
-                loaded = {spec.route: _load(spec, options.max_tokens, device)}
+                loaded = {spec.route: load_encoder(spec, options.max_tokens, device)}
             _embed_column(options, column, spec, loaded[spec.route], device, folder)
         opened[name], said[name] = on_first_rank(lambda folder=folder: open_shards(folder))  # type: ignore[misc]
     on_first_rank(lambda: _match(options, columns, opened, said))
     return Vectors(opened["anchor"], opened["positive"], opened.get("corpus")), said
-
-
-def _load(spec: EncoderSpec, max_tokens: int, device: torch.device) -> Encoder:
-    from trainer.encoder import Encoder
-    from trainer.encoder.weights import refuse_missing_weights
-
-    with said_once():
-        encoder = Encoder(spec, max_tokens)
-        refuse_missing_weights(spec, encoder.backbone)
-    return encoder.eval().to(device)
 
 
 def _embed_column(
@@ -114,10 +104,7 @@ def _embed_column(
     dimension = encoder.embedding_dimension
     shards = Shards(folder, "npy", len(column.rows), _SHARD_ROWS, dimension, "float32", has_ids=False)
     begin(shards, encoder, spec, settings, {"data": column.fingerprint})
-    try:
-        embed(encoder, column.rows, column.column, shards, settings, device)
-    finally:
-        end(folder)
+    embed(encoder, column.rows, column.column, shards, settings, device)
 
 
 def _match(

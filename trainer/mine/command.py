@@ -16,18 +16,10 @@ from typing import TYPE_CHECKING, Any
 from trainer import interruption
 from trainer.config_files import ConfigError
 from trainer.mine.select import Rules
-from trainer.predict.command import (
-    choose_prompt,
-    encoder_spec,
-    end,
-    on_first_rank,
-    said_once,
-    said_when_stopped,
-    start,
-)
+from trainer.predict.command import choose_prompt, encoder_spec, on_first_rank, said_once, said_when_stopped, start
 from trainer.predict.flags import Flags, add_encoder, add_place, add_reading, at_least, finite
 from trainer.run_dir import is_first_rank
-from trainer.run_lock import take_lock
+from trainer.run_lock import release_lock, take_lock
 
 if TYPE_CHECKING:
     import torch
@@ -113,7 +105,7 @@ def mine(args: Sequence[str]) -> int:
         if gather.rank() == 0:
             _finish(options, pairs, tables, parts, work)
     finally:
-        end(work)
+        release_lock(work, os.environ)
         with suppress(OSError):
             work.rmdir()  # where there is nothing to go on with
     return 0

@@ -85,10 +85,7 @@ def predict(args: Sequence[str]) -> int:
     begin(shards, encoder, spec, settings, {"data": fingerprint(text), "id": options.id, "skipped": skipped})
     if is_first_rank(os.environ) and (said := about_ids(rows, skipped)):
         print(f"note: {said}", flush=True)
-    try:
-        work = embed(encoder, rows, "text", shards, settings, device)
-    finally:
-        end(options.out)
+    work = embed(encoder, rows, "text", shards, settings, device)
     report(shards, work, encoder.text.max_length)
     return 0
 
@@ -200,16 +197,24 @@ def start(options: argparse.Namespace, spec: EncoderSpec) -> tuple[Encoder, torc
     import transformers
 
     from trainer.distributed.launch import start_ranks
+
+    with said_once():
+        device = start_ranks(options.accelerator, options.devices, options.nodes)
+    transformers.utils.logging.disable_progress_bar()
+    encoder = load_encoder(spec, options.max_tokens, device)
+    interruption.stop_if_asked()
+    return encoder, device
+
+
+def load_encoder(spec: EncoderSpec, max_tokens: int, device: torch.device) -> Encoder:
+    """An encoder to embed with, on a device."""
     from trainer.encoder import Encoder
     from trainer.encoder.weights import refuse_missing_weights
 
     with said_once():
-        device = start_ranks(options.accelerator, options.devices, options.nodes)
-        transformers.utils.logging.disable_progress_bar()
-        encoder = Encoder(spec, options.max_tokens)
+        encoder = Encoder(spec, max_tokens)
         refuse_missing_weights(spec, encoder.backbone)
-    interruption.stop_if_asked()
-    return encoder.eval().to(device), device
+    return encoder.eval().to(device)
 
 
 def read_settings(options: argparse.Namespace, encoder: Encoder) -> Settings:
@@ -250,14 +255,17 @@ def begin(
 def embed(
     encoder: Encoder, rows: Dataset, column: str, shards: Shards, settings: Settings, device: torch.device
 ) -> Work:
-    """As `embed_rows`; errors in the words of the flags."""
+    """As `embed_rows`, with errors in the words of the flags; then others may write into the folder."""
     from trainer.predict.embed import embed_rows
+    from trainer.run_lock import release_lock
 
     try:
         with said_when_stopped():
             return embed_rows(encoder, rows, column, shards, settings, device)
     except ValueError as error:
         raise ValueError(in_flags(str(error))) from error
+    finally:
+        release_lock(shards.folder, os.environ)
 
 
 @contextmanager
@@ -271,13 +279,6 @@ def said_when_stopped() -> Iterator[None]:
         if is_first_rank(os.environ):
             print(f"stopped by {stop.received.name}; the same command goes on (exit {stop.code})", flush=True)
         raise
-
-
-def end(out: Path) -> None:
-    """Let others write into the folder."""
-    from trainer.run_lock import release_lock
-
-    release_lock(out, os.environ)
 
 
 def report(shards: Shards, work: Work, max_length: int) -> None:
