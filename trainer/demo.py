@@ -138,15 +138,9 @@ def _clear(folder: Path) -> None:
 
 def _write_config(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    files = {
-        "encoder": "encoder",
-        "train": "train.jsonl.gz",
-        "dev": "dev.jsonl.gz",
-        "cache": "cache",
-        "run": "run",
-    }
+    files = ("encoder", "train.jsonl.gz", "dev.jsonl.gz", "cache", "run")
     # a JSON string is a YAML string
-    paths = {name: json.dumps(str(folder / file), ensure_ascii=False) for name, file in files.items()}
+    paths = {file.partition(".")[0]: json.dumps(str(folder / file), ensure_ascii=False) for file in files}
     config = folder / "demo.yaml"
     config.write_text(CONFIG.format(max_score=MAX_SCORE, **paths), encoding="utf-8")
     return config
