@@ -103,10 +103,8 @@ class InfoNCE(Loss):
         anchors = batch.candidates(*wanted["query_to_doc"])
         raised = None if self.hardness is None else partial(_hard, anchors, self.hardness)
         sums_B, own_B = anchors.sums(self.scale, self.max_whole, raised, self.hardness_strength)
-        all_sums = [sums_B]
-        others = [direction for direction in self.directions if direction != "query_to_doc"]
-        for other in others:
-            all_sums.append(batch.candidates(*wanted[other]).sums(self.scale, self.max_whole)[0])
+        others = [wanted[direction] for direction in self.directions if direction != "query_to_doc"]
+        all_sums = [sums_B, *(batch.candidates(*other).sums(self.scale, self.max_whole)[0] for other in others)]
         if self.partition == "per_direction":
             sums_B = torch.stack(all_sums).mean(dim=0)
         elif others:
