@@ -16,45 +16,33 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
-from trainer.demo_data import write_pairs
+from tests.tiny_recipe import write_recipe
+from trainer.demo_data import read_pairs, write_pairs
 from trainer.demo_encoder import write_encoder
 from trainer.manifest import read_state
 
 TESTS = Path(__file__).parent
 SLOW = pytest.mark.slow
-ROWS, BATCH = 44, 4  # 11 steps an epoch, 22 in all
+ROWS = 44  # 11 steps of 4 rows an epoch, 22 in all
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("resume")
-    train, dev = write_pairs(folder, num_train=ROWS, num_dev=12, seed=1)
-    texts = [line for path in (train, dev) for line in _texts(path)]
+    pairs = write_pairs(folder, num_train=ROWS, num_dev=12, seed=1)
+    texts = [text for path in pairs for pair in read_pairs(path) for text in (pair.sentence1, pair.sentence2)]
     write_encoder(folder / "encoder", texts, hidden=32, layers=2, heads=2, vocab=300)
-    columns = {"anchor": "sentence1", "positive": "sentence2", "score": "score"}
-    source = {"path": str(train), "columns": columns, "score_range": [0, 5]}
-    content = {
-        "model": {"encoder": {"backbone": str(folder / "encoder")}, "loss": "CosineSimilarity",
-                  "learning_rate": 1e-3, "weight_decay": 0.01, "warmup_ratio": 0.1},
-        "data": {"train": [source], "validation": [{**source, "name": "dev", "path": str(dev)}], "batch_size": BATCH,
-                 "cache_dir": str(folder / "cache")},
-        "trainer": {"max_epochs": 2, "accelerator": "cpu", "val_check_interval": 5, "log_every_n_steps": 1},
-        "checkpoint": {"save_every_steps": 3, "keep": -1},
-        "tracking": {"wandb": "off"},
-    }  # fmt: skip
-    path = folder / "run.yaml"
-    path.write_text(json.dumps(content))
-    return path
-
-
-def _texts(path: Path) -> list[str]:
-    import gzip
-
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-    return [row[key] for row in rows for key in ("sentence1", "sentence2")]
+    return write_recipe(
+        folder / "run.yaml",
+        folder / "encoder",
+        pairs,
+        model={"learning_rate": 1e-3, "weight_decay": 0.01, "warmup_ratio": 0.1},
+        trainer={"max_epochs": 2, "val_check_interval": 5},
+        checkpoint={"save_every_steps": 3, "keep": -1},
+    )
 
 
 def fit(config: Path, run_dir: Path, *flags: str) -> subprocess.CompletedProcess[str]:
@@ -220,7 +208,7 @@ def rows_by_step(run_dir: Path) -> dict[int, list[int]]:
 
 def streamed(config: Path, name: str, path: Path) -> Path:
     """The run, but it reads ``path`` while it trains."""
-    content = json.loads(config.read_text())
+    content = yaml.safe_load(config.read_text())
     content["data"]["train"][0] |= {"path": str(path), "streaming": True}
     content["data"] |= {"validation": [], "cache_dir": str(config.parent / f"cache-{name}")}
     written = config.parent / f"{name}.yaml"

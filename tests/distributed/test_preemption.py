@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
+from tests.tiny_recipe import write_recipe
 from trainer.demo_data import read_pairs, write_pairs
 from trainer.demo_encoder import write_encoder
 from trainer.manifest import newest, read_state, steps
@@ -34,23 +34,14 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train, dev = write_pairs(folder, num_train=80, num_dev=12, seed=1)
     texts = [pair.sentence1 for pair in read_pairs(train)]
     write_encoder(folder / "encoder", texts, hidden=16, layers=1, heads=2, vocab=200)
-    columns = {"anchor": "sentence1", "positive": "sentence2", "score": "score"}
-    source = {"path": str(train), "columns": columns, "score_range": [0, 5]}
-    content = {
-        "model": {"encoder": {"backbone": str(folder / "encoder")}, "loss": "CosineSimilarity", "learning_rate": 1e-3},
-        "data": {
-            "train": [source],
-            "validation": [{**source, "name": "dev", "path": str(dev)}],
-            "batch_size": 4,
-            "cache_dir": str(folder / "cache"),
-        },
-        "trainer": {"max_epochs": 2, "accelerator": "cpu", "val_check_interval": 15, "log_every_n_steps": 1},
-        "checkpoint": {"save_every_steps": 100},
-        "tracking": {"wandb": "off"},
-    }
-    path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump(content))
-    return path
+    return write_recipe(
+        folder / "run.yaml",
+        folder / "encoder",
+        (train, dev),
+        model={"learning_rate": 1e-3},
+        trainer={"max_epochs": 2, "val_check_interval": 15},
+        checkpoint={"save_every_steps": 100},
+    )
 
 
 def start(recipe: Path, run_dir: Path, *flags: str, **environ: str) -> subprocess.Popen[str]:

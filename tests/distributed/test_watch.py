@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.tiny_recipe import write_recipe
 from trainer.demo_data import read_pairs, write_pairs
 from trainer.demo_encoder import write_encoder
 from trainer.distributed.watch import Watch
@@ -34,19 +35,14 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train, dev = write_pairs(folder, num_train=ROWS, num_dev=300, seed=1)
     texts = [text for pair in read_pairs(train) for text in (pair.sentence1, pair.sentence2)]
     write_encoder(folder / "encoder", texts, hidden=128, layers=2, heads=2, vocab=300)
-    columns = {"anchor": "sentence1", "positive": "sentence2", "score": "score"}
-    source = {"path": str(train), "columns": columns, "score_range": [0, 5]}
-    content = {
-        "model": {"encoder": {"backbone": str(folder / "encoder")}, "loss": "CosineSimilarity"},
-        "data": {"train": [source], "validation": [{**source, "name": "dev", "path": str(dev)}], "batch_size": BATCH,
-                 "cache_dir": str(folder / "cache")},
-        "trainer": {"max_epochs": 4, "accelerator": "cpu", "val_check_interval": 100, "log_every_n_steps": 1},
-        "checkpoint": {"save_every_steps": 2},
-        "tracking": {"wandb": "off"},
-    }  # fmt: skip
-    path = folder / "run.yaml"
-    path.write_text(json.dumps(content))
-    return path
+    return write_recipe(
+        folder / "run.yaml",
+        folder / "encoder",
+        (train, dev),
+        data={"batch_size": BATCH},
+        trainer={"max_epochs": 4, "val_check_interval": 100},
+        checkpoint={"save_every_steps": 2},
+    )
 
 
 class Runs:
