@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.stub_hub import COMMIT, stub_hub
+from tests.tiny_recipe import write_tiny_recipe
 from trainer.cli import main
 from trainer.demo_data import write_pairs
 
@@ -100,21 +101,15 @@ def test_what_is_damaged_is_made_again(
     tmp_path: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    train, dev = write_pairs(tmp_path, 60, 20)
-    columns = "columns: {anchor: sentence1, positive: sentence2, score: score}, score_range: [0, 5]"
-    (tmp_path / "pairs.yaml").write_text(
-        f"model: {{encoder: {{backbone: {tiny_encoder}}}, loss: CosineSimilarity}}\n"
-        f"data:\n  cache_dir: cache\n  train: [{{path: {train}, {columns}}}]\n"
-        f"  validation: [{{name: dev, path: {dev}, {columns}}}]\n"
-    )
-    assert main(["prepare", "--config", "pairs.yaml"]) == 0
+    command = ["prepare", "--config", str(write_tiny_recipe(tmp_path, tiny_encoder)), "--data.cache_dir", "cache"]
+    assert main(command) == 0
     said = capsys.readouterr().out
     files = [*Path("cache").glob("tokens/*/ids.int32"), *Path("cache").glob("rows/*/rows.arrow")]
     assert len(files) == 3
     whole = [file.read_bytes() for file in files]
     for file in files:
         file.write_bytes(file.read_bytes()[:100])
-    assert main(["prepare", "--config", "pairs.yaml"]) == 0
+    assert main(command) == 0
     assert capsys.readouterr().out == said
     assert [file.read_bytes() for file in files] == whole
 
@@ -123,15 +118,9 @@ def test_a_stream_without_an_index_leaves_nothing_to_prepare(
     tmp_path: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    train, dev = write_pairs(tmp_path, 60, 20)
-    columns = "columns: {anchor: sentence1, positive: sentence2, score: score}, score_range: [0, 5]"
-    (tmp_path / "pairs.yaml").write_text(
-        f"model: {{encoder: {{backbone: {tiny_encoder}}}, loss: CosineSimilarity}}\n"
-        f"data:\n  cache_dir: cache\n  train: [{{path: {train}, {columns}, streaming: true}}]\n"
-        f"  validation: [{{name: dev, path: {dev}, {columns}}}]\n"
-    )
-    assert main(["prepare", "--config", "pairs.yaml"]) == 0
+    command = ["prepare", "--config", str(write_tiny_recipe(tmp_path, tiny_encoder)), "--data.cache_dir", "cache"]
+    assert main([*command, "--data.train.streaming", "true"]) == 0
     said = capsys.readouterr().out
-    assert f"train      {train}: is read while it trains; nothing to prepare" in said
-    assert "validation dev: 20 rows, " in said
+    assert f"train      {tmp_path / 'train.jsonl.gz'}: is read while it trains; nothing to prepare" in said
+    assert "validation dev: 6 rows, " in said
     assert not (tmp_path / "cache" / "tokens").exists()
