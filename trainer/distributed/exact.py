@@ -119,7 +119,7 @@ class ExactnessCheck(Callback):
             self.alone.load_state_dict(weights)
             alone = _evaluate(trainer, self.alone, 0, 1)
             for record in self.records:
-                self.joints += self._replay(trainer, self.alone, record, tolerance)
+                self.joints += self._replay(trainer, record, tolerance)
             self.joints += metric_joints(alone, sharded)
         gather.barrier()
 
@@ -132,13 +132,8 @@ class ExactnessCheck(Callback):
             part.set_dropout(0.0)
         alone.to(pl_module.device)
 
-    def _replay(
-        self,
-        trainer: Trainer,
-        module: EmbeddingModule,
-        record: StepRecord,
-        tolerance: float,
-    ) -> list[Joint]:
+    def _replay(self, trainer: Trainer, record: StepRecord, tolerance: float) -> list[Joint]:
+        module = self.alone
         module.load_state_dict(record.weights)
         module.zero_grad()
         data = module.data
