@@ -161,7 +161,8 @@ class Watch(Callback):
     def _end_hung(self, stop: threading.Event) -> None:
         self._hung = True
         silent = self._beats.silent(2 * BEAT_S) if self._beats else {}
-        others = [f"rank {sign.rank} is in {sign.doing} at step {sign.step}" for sign in self._signs()[:8]]
+        signs = self._beats.signs() if self._beats else []
+        others = [f"rank {sign.rank} is in {sign.doing} at step {sign.step}" for sign in signs[:8]]
         path = self._run_dir / f"hang-rank{gather.rank()}.txt"
         where = f"{path.name} holds the stacks of all threads; {self._checkpoint()}"
         text = (
@@ -171,7 +172,7 @@ class Watch(Callback):
         )
         _say(text)
         faulthandler.dump_traceback(file=2)
-        _within(5.0, lambda: _write_stacks(path, text))
+        _soon(lambda: _write_stacks(path, text))
         stop.wait(_NAMING_S)  # the collective's own timeout lets the main thread out, which closes loggers
         self._end_process()
 
@@ -203,11 +204,8 @@ class Watch(Callback):
             here = f"this rank is at step {gather.activity.step}, in {_waiting()}"
             _say(f"error{f' (rank {rank})' if rank else ''}: {names}; {here}; {self._checkpoint()}")
 
-    def _signs(self) -> list[Any]:
-        return self._beats.signs() if self._beats else []
-
     def _checkpoint(self) -> str:
-        path = _within(5.0, lambda: newest(self._run_dir))
+        path = _soon(lambda: newest(self._run_dir))
         return f"last checkpoint: {path}, go on from it with --ckpt_path auto" if path else "there is no checkpoint yet"
 
     # -- the processes that this one started --------------------------------------------------------------
@@ -241,10 +239,10 @@ def _write_stacks(path: Path, text: str) -> None:
         faulthandler.dump_traceback(file=file)
 
 
-def _within(seconds: float, function: Callable[[], Any]) -> Any:
-    """The function's result, None if it takes longer: a file system that hangs may be what is to be reported."""
+def _soon(function: Callable[[], Any]) -> Any:
+    """The result within 5 s, else None: a file system that hangs may be what is to be reported."""
     results: list[Any] = []
     thread = threading.Thread(target=lambda: results.append(function()), daemon=True)
     thread.start()
-    thread.join(seconds)
+    thread.join(5.0)
     return results[0] if results else None
