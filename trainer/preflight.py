@@ -78,6 +78,7 @@ def check_devices(parts: Parts) -> str:
     """Ranks of a node against what Slurm starts there and what they see."""
     import torch
 
+    from trainer.data.workers import num_cores
     from trainer.distributed.launch import device_count
 
     asked, options = os.environ.get("SLURM_NTASKS_PER_NODE", ""), parts.options.trainer
@@ -86,7 +87,7 @@ def check_devices(parts: Parts) -> str:
         raise ValueError(f"Slurm starts {asked} tasks on a node, trainer.devices is {wanted}; make them equal")
     gpus = torch.cuda.device_count()
     if options.accelerator == "cpu" or (options.accelerator == "auto" and not gpus):
-        return f"{wanted or 1} x cpu, {len(os.sched_getaffinity(0))} CPUs visible"
+        return f"{wanted or 1} x cpu, {num_cores()} CPUs visible"
     # More than Slurm gave would be somebody else's.
     if gpus == 0 or (wanted and (gpus != wanted if asked else gpus < wanted)):
         raise ValueError(

@@ -6,12 +6,12 @@ blocks grows and shrinks instead: its report names no files, and is there to be 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
 import re
 import shutil
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,9 +21,6 @@ from typing import IO, Any, Literal, get_args
 from filelock import FileLock, Timeout
 
 from trainer.files import flush_folder, sha256_of
-
-if sys.platform != "win32":
-    import fcntl
 
 logger = logging.getLogger(__name__)
 
@@ -137,14 +134,13 @@ def _hold(folder: Path) -> bool:
         file = os.open(folder / _REPORT, os.O_RDONLY)
     except (FileNotFoundError, NotADirectoryError):
         return False
-    if sys.platform != "win32":
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:  # about to be removed
-            os.close(file)
-            return False
-        except OSError:  # a file system without locks
-            pass
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:  # about to be removed
+        os.close(file)
+        return False
+    except OSError:  # a file system without locks
+        pass
     if not (folder / _REPORT).exists():  # removed between the two
         os.close(file)
         return False
@@ -251,10 +247,9 @@ def _reserve(folder: Path) -> IO[bytes] | None:
         file = (folder / _REPORT).open("r+b")
     except FileNotFoundError:  # half of a folder, which nobody can open
         return (folder.with_name(folder.name + ".lock")).open("rb")
-    if sys.platform != "win32":
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
     return file
