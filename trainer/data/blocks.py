@@ -54,12 +54,14 @@ def is_plain(source: Source) -> bool:
 
 
 def parsed_blocks(
-    path: Path, blocks: Iterator[Block], parse: Callable[[Block], pa.RecordBatch | None]
+    path: Path, blocks: Iterator[Block], parse: Callable[[bytes], pa.RecordBatch | None]
 ) -> Iterator[tuple[Block, pa.RecordBatch | None]]:
-    """Each block with what ``parse`` made of it on some thread, in the order of the file; a bar shows a large one."""
+    """Each block with what ``parse`` made of its lines on some thread, all with the same end; in the order of the file.
+    A bar shows a large one."""
 
     def both(block: Block) -> tuple[Block, pa.RecordBatch | None]:
-        return block, parse(block)
+        lines = block.lines.replace(b"\r\n", b"\n") if b"\r" in block.lines else block.lines
+        return block, parse(lines if lines.endswith(b"\n") else lines + b"\n")
 
     num_bytes, done = path.stat().st_size, 0
     what = f"{path}: reading {num_bytes:,} bytes"

@@ -56,8 +56,8 @@ def read_delimited(
         _warn_of_header(source, path, header)
     columns = source and _columns(source, path, header, [cells for _, cells in head])
 
-    def parse(block: Block) -> pa.RecordBatch | None:
-        return _parse(block, source, header, columns, delimiter) if source and columns else None
+    def parse(lines: bytes) -> pa.RecordBatch | None:
+        return _parse(lines, source, header, columns, delimiter) if source and columns else None
 
     def records() -> Iterator[Record]:
         yield from (_record(header, *one) for one in head)
@@ -227,12 +227,9 @@ def _columns(source: Source, path: Path, header: list[str], head: list[list[str]
 
 
 def _parse(
-    block: Block, source: Source, header: list[str], columns: dict[str, str], delimiter: str
+    lines: bytes, source: Source, header: list[str], columns: dict[str, str], delimiter: str
 ) -> pa.RecordBatch | None:
     """The checked rows of a block; None where any row is not plainly good."""
-    lines = block.lines.replace(b"\r\n", b"\n") if b"\r" in block.lines else block.lines
-    if not lines.endswith(b"\n"):
-        lines += b"\n"
     if b"\r" in lines or b"\0" in lines or not _is_regular(lines, delimiter):
         return None
     used = list(dict.fromkeys(columns.values()))
