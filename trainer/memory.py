@@ -30,15 +30,9 @@ def explained_memory(doing: str, batch: PackedBatch, max_tokens: int) -> Iterato
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not _is_lack_of_memory(error):
+        if not (isinstance(error, (torch.OutOfMemoryError, MemoryError)) or _MESSAGE.search(str(error))):
             raise
         raise ValueError(_sentence(doing, batch, max_tokens)) from error
-
-
-def _is_lack_of_memory(error: BaseException) -> bool:
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return _MESSAGE.search(str(error)) is not None
 
 
 def _sentence(doing: str, batch: PackedBatch, max_tokens: int) -> str:
