@@ -214,8 +214,7 @@ class ZeRO(DDPStrategy):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Take this rank's share of what DDP, or any stage on any number of ranks, saved."""
         (saved,) = checkpoint["optimizer_states"]
-        shared = self.engine.optimizer
-        inner = shared.optimizer
+        inner = self.engine.optimizer.optimizer
         sizes, saved_sizes = ([len(g) for g in self._groups], [len(g["params"]) for g in saved["param_groups"]])
         if sizes != saved_sizes:
             raise ValueError(
@@ -263,11 +262,10 @@ class ZeRO(DDPStrategy):
         return shared.fp32_partitioned_groups_flat if self.stage == 3 else shared.single_partition_of_fp32_groups
 
 
-def whole_weights(strategy: Strategy) -> Iterator[tuple[str, Tensor]]:
+def whole_weights(strategy: Strategy) -> Iterable[tuple[str, Tensor]]:
     """Name and value of all that the module's ``state_dict`` holds, under any strategy. A collective."""
     assert strategy.lightning_module is not None
-    whole = strategy.whole_weights() if isinstance(strategy, ZeRO) else strategy.lightning_module.state_dict().items()
-    yield from whole
+    return strategy.whole_weights() if isinstance(strategy, ZeRO) else strategy.lightning_module.state_dict().items()
 
 
 def whole_gradients(strategy: Strategy) -> Iterator[tuple[str, Tensor]]:
