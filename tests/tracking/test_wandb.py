@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from wandb.util import get_core_path
@@ -312,6 +313,28 @@ def test_a_run_of_the_server_reads_as_its_file(tmp_path: Path) -> None:
         {"step": 5, "train/loss": 0.5, "health/dev/h": [1, 2]},
     ]
     assert (found.seed, found.about, dict(found.config)) == (3, about, {"seed_everything": 3})
+
+
+def test_a_start_that_fails_without_a_word_goes_on_offline(
+    no_wandb_settings: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where W&B's service has gone: what waited for its answer says nothing."""
+    import wandb
+    from wandb.sdk.mailbox import HandleAbandonedError
+
+    start = wandb.init
+
+    def init(**arguments: Any) -> Any:
+        if arguments["mode"] == "online":
+            raise HandleAbandonedError
+        return start(**arguments)
+
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    monkeypatch.setattr(wandb, "init", init)
+    logger = make_logger(Tracking(wandb="online"), no_wandb_settings / "run", {})
+    assert logger is not None
+    with pytest.warns(UserWarning, match=r"^W&B does not answer \(no reason given\): tracking offline$"):
+        logger.experiment.finish()
 
 
 def test_without_a_server_or_a_key_there_are_no_runs_to_compare(

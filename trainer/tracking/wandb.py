@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from trainer.distributed import gather
 from trainer.files import write_whole
 from trainer.interruption import shielded
+from trainer.messages import cause_of
 from trainer.tracking.direction import direction
 from trainer.tracking.redact import redact, redact_arguments
 from trainer.tracking.runs import METRICS_FILE, STEP, Row, best, final, read_log
@@ -255,8 +256,7 @@ class RunLogger(WandbLogger):
             except Exception as error:
                 if arguments["mode"] != "online":
                     raise
-                cause = str(error).splitlines()[0]
-                rank_zero_warn(f"W&B does not answer ({cause}): tracking offline")
+                rank_zero_warn(f"W&B does not answer ({cause_of(error)}): tracking offline")
                 wandb.teardown()  # or the failed start still holds the id
                 settings.silent = True
                 run = wandb.init(**{**arguments, "mode": "offline"}, allow_val_change=True)
