@@ -158,7 +158,7 @@ def test_columns_without_a_name_are_let_be(suffix: str, tmp_path: Path) -> None:
             rows = load(source(f"a,b,score,,\n{lines}", *columns), tmp_path / "c")
             assert [name.replace(" ", "") for name in rows["anchor"]] == [f"{first}{i}" for i in range(count)]
             assert [name.replace(" ", "") for name in rows["positive"]] == [f"{second}{i}" for i in range(count)]
-    records = list(delimited.stream_delimited(source("a,b,,\nx,y,z,w\n", "a", "b").path))
+    records = list(delimited.stream_delimited(source("a,b,,\nx,y,z,w\n", "a", "b").path).records)
     assert records == [(2, {"a": "x", "b": "y", "2": "z", "3": "w"})]
     assert ":1: the header names column 'a' twice" in failure(source("a,a,,\nx,y,,\n", "a", 1), tmp_path / "c2")
     assert ":1: the header names column '' twice" in failure(source(",,\na,b,c\n", 0, 1), tmp_path / "c2")

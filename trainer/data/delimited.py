@@ -10,6 +10,7 @@ import csv
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,7 +73,7 @@ def read_delimited(
     return Rows(str(path), ":", header, records())
 
 
-def stream_delimited(url: str) -> Iterator[Record]:
+def stream_delimited(url: str) -> Rows:
     """The rows of a file from front to back, as ``read_delimited`` numbers and splits them; little of it is held.
 
     Args:
@@ -82,9 +83,8 @@ def stream_delimited(url: str) -> Iterator[Record]:
         ValueError: the file as a whole cannot be read, or its header names a column twice.
     """
     header, head, blocks = _begin(url)
-    yield from (_record(header, *one) for one in head)
-    for block in blocks:
-        yield from (_record(header, *one) for one in _cells_of(url)(block, blocks))
+    behind = chain.from_iterable(_cells_of(url)(block, blocks) for block in blocks)
+    return Rows(url, ":", header, (_record(header, *one) for one in chain(head, behind)))
 
 
 def warn_of_headers(source: Source, urls: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,13 +29,7 @@ def read_json_lines(
         source: what is asked for; without it every line is read by itself.
         accept: gets checked rows: large_string texts, then float32 score and int64 label.
     """
-    blocks = text_blocks(path)
-    head: list[Record] = []
-    for block in blocks:  # there is no header: the first rows say which columns there are, and what they hold
-        head += json_records(path, block)
-        if len(head) >= PEEKED:
-            break
-    columns = list(dict.fromkeys(key for _, row in head[:PEEKED] if isinstance(row, dict) for key in row))
+    columns, head, blocks = _begin(path)
     types = source and _types(source, head)
 
     def parse(lines: bytes) -> pa.RecordBatch | None:
@@ -49,6 +44,28 @@ def read_json_lines(
                 accept(batch)
 
     return Rows(str(path), ":", columns, records())
+
+
+def stream_json_lines(url: str) -> Rows:
+    """The rows of a file from front to back, as ``read_json_lines`` numbers and reads them; little of it is held.
+
+    Args:
+        url: path of JSON lines, or its address with a protocol, also gzipped.
+    """
+    columns, head, blocks = _begin(url)
+    return Rows(url, ":", columns, chain(head, chain.from_iterable(json_records(url, block) for block in blocks)))
+
+
+def _begin(path: Path | str) -> tuple[list[str], list[Record], Iterator[Block]]:
+    """The columns, the first rows, which say what columns there are (there is no header), and the blocks behind."""
+    blocks = text_blocks(path)
+    head: list[Record] = []
+    for block in blocks:
+        head += json_records(path, block)
+        if len(head) >= PEEKED:
+            break
+    columns = list(dict.fromkeys(key for _, row in head[:PEEKED] if isinstance(row, dict) for key in row))
+    return columns, head, blocks
 
 
 def _types(source: Source, head: list[Record]) -> pa.Schema | None:

@@ -26,10 +26,11 @@ from trainer.data.checks import checked_rows
 from trainer.data.collate import pack, pack_towers, targets_of
 from trainer.data.delimited import stream_delimited, warn_of_headers
 from trainer.data.files import JSON_LINES, data_format, is_hub_id
+from trainer.data.json_lines import stream_json_lines
 from trainer.data.order import split_rows
 from trainer.data.permutation import mix, permute
 from trainer.data.rowgroups import StreamError, file_urls
-from trainer.data.rows import Record, Rows
+from trainer.data.rows import Rows
 from trainer.data.streamrows import StreamedBadRows, tokenize_column
 from trainer.messages import cause_of
 
@@ -38,12 +39,12 @@ if TYPE_CHECKING:
     from trainer.encoder.text import TextPreparation
 
 BUFFER_ROWS = 8192  # read one behind the other, then given in another order
-_DELIMITED = (".csv", ".tsv")  # read as without streaming; the readers of `datasets` guess types and join lines
-_FORMATS = (*JSON_LINES, *_DELIMITED)
+_DELIMITED = (".csv", ".tsv")
+_FORMATS = (*JSON_LINES, *_DELIMITED)  # read as without streaming; the readers of `datasets` guess types and join lines
 
 
 class OpaqueStream:
-    """Rows of a source that can only be read from front to back, with `datasets`.
+    """Rows of a source that can only be read from front to back; `datasets` deals them out.
 
     Args:
         source: with ``streaming``.
@@ -64,11 +65,10 @@ class OpaqueStream:
 
     @property
     def remedy(self) -> str:
-        """What to do about an error of `datasets`, whose readers name neither file nor line."""
+        """What to do about an error of the network, or of `datasets`, whose readers name neither file nor line."""
         if is_hub_id(self.source.path):
             return "; set streaming: false to fetch it whole first"
-        copied = "copy it to this machine and " if "://" in self.source.path else ""
-        return f"; {copied}read it once with streaming: false, which names the line"
+        return "; copy it to this machine" if "://" in self.source.path else ""
 
     def warn(self) -> None:
         """Say before the first step what reading says without streaming."""
@@ -95,10 +95,8 @@ class OpaqueStream:
                 rows = load_dataset(
                     source.path, name=source.subset, split=source.split, revision=source.revision, streaming=True
                 )
-            elif suffixes[0] in _DELIMITED:
-                rows = IterableDataset.from_generator(_delimited_rows, gen_kwargs={"urls": urls})
             else:
-                rows = load_dataset("json", data_files=urls, split="train", streaming=True)
+                rows = IterableDataset.from_generator(_text_rows, gen_kwargs={"urls": urls})
         except StopIteration:  # of the reader of JSON lines, which looks for the first row of all files
             raise StreamError(f"{source.path}: there is no row") from None
         except Exception as error:  # the hub, the network, the format: each has its own type
@@ -107,16 +105,17 @@ class OpaqueStream:
         return rows if self.max_rows is None else rows.take(self.max_rows)
 
 
-def _delimited_rows(urls: list[str]) -> Iterator[dict[str, Any]]:
+def _text_rows(urls: list[str]) -> Iterator[dict[str, Any]]:
     for url in urls:
         try:
-            for record in stream_delimited(url):
-                yield {_FILE: url, _RECORD: record}
+            rows = stream_json_lines(url) if data_format(Path(url)) in JSON_LINES else stream_delimited(url)
+            for record in rows.records:
+                yield {_FILE: url, _COLUMNS: rows.columns, _RECORD: record}
         except ValueError as error:
             raise StreamError(str(error)) from error
 
 
-_FILE, _RECORD = ".file", ".record"  # of a row of CSV or TSV
+_FILE, _COLUMNS, _RECORD = ".file", ".columns", ".record"  # of a row of a text file
 _HASHES = ""  # of the texts of a buffer, beside its columns
 
 
@@ -255,10 +254,9 @@ class Reader:
     def _by_file(self, batch: dict[str, list[Any]]) -> Iterator[Rows]:
         """The rows of a buffer; of each file apart where it is known."""
         if _FILE in batch:
-            for file, both in groupby(zip(batch[_FILE], batch[_RECORD], strict=True), itemgetter(0)):
-                found: list[Record] = [record for _, record in both]
-                header = next((list(row) for _, row in found if isinstance(row, dict)), [])
-                yield Rows(file, ":", header, iter(found))
+            rows_of_file = zip(batch[_FILE], batch[_COLUMNS], batch[_RECORD], strict=True)
+            for (file, columns), same in groupby(rows_of_file, itemgetter(0, 1)):
+                yield Rows(file, ":", columns, (record for *_, record in same))
             return
         records = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
         share = f" (share {self.number + 1} of {self.num_readers})" if self.num_readers > 1 else ""

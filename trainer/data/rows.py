@@ -150,7 +150,7 @@ def _one_document(path: Path | str) -> ValueError:
     return ValueError(f"{path}: is one JSON document, not one object per line; convert it with `jq -c '.[]'`")
 
 
-def json_records(path: Path, block: Block) -> Iterator[Record]:
+def json_records(path: Path | str, block: Block) -> Iterator[Record]:
     """The rows of a block, or why there is none.
 
     Raises:
