@@ -96,6 +96,17 @@ def test_blocks_give_the_rows_and_the_places_that_records_give(
     assert 2480 < len(by_blocks) < 2500 + len(ODD)
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_ends_of_lines_inside_quotes_stay_as_they_are(end: str, tmp_path: Path) -> None:
+    """Whatever ends the records, and over the end of a block."""
+    texts = ["a\r\nb", "\r\n", "a\nb", "a\rb", 'a\r\n"b"\r\n', "a,\r\r\nb"] * 20
+    frame = pd.DataFrame({"a": [f"{n}{text}." for n, text in enumerate(texts)], "b": [f"row {n}" for n in range(120)]})
+    frame.to_csv(tmp_path / "x.csv", index=False, lineterminator=end, quoting=csv.QUOTE_ALL)
+    found = load(Source(str(tmp_path / "x.csv"), {"anchor": "a", "positive": "b"}), tmp_path / "c")
+    assert found["anchor"][:] == pd.read_csv(tmp_path / "x.csv")["a"].tolist() == frame["a"].tolist()
+    assert found["positive"][:] == frame["b"].tolist()
+
+
 @pytest.mark.parametrize("suffix", [".csv", ".csv.gz", ".tsv"])
 def test_what_pandas_writes_is_read_by_arrow_alone(
     suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -156,13 +156,13 @@ def _csv_cells(block: Block, following: Iterator[Block]) -> Iterator[_Cells]:
     closed swallows lines up to the next quote. Reading goes on at the line after the record's first one, so that only
     that row is lost.
     """
-    waiting = deque(line for _, line in block.numbered())
+    waiting = deque(block.texts())  # with carriage returns: inside quotes they are text
     taken: list[str] = []
 
     def feed() -> Iterator[str]:
         while True:
             if not waiting and taken and (more := next(following, None)) is not None:
-                waiting.extend(line for _, line in more.numbered())
+                waiting.extend(more.texts())
             if not waiting:
                 return
             taken.append(waiting.popleft())

@@ -82,14 +82,19 @@ class Block:
     lines: bytes
     bytes_read: int
 
-    def numbered(self) -> Iterator[tuple[int, str]]:
-        """Lines without their end.
+    def texts(self) -> Iterator[str]:
+        """Lines without their line feed.
 
         Bytes that are not UTF-8 become lone surrogates, which the check of the text refuses: so only the row that
         holds them is bad.
         """
-        for number, raw in enumerate(self.lines.removesuffix(b"\n").split(b"\n"), self.first):
-            yield number, raw.decode("utf-8", errors="surrogateescape").rstrip("\r")
+        for raw in self.lines.removesuffix(b"\n").split(b"\n"):
+            yield raw.decode("utf-8", errors="surrogateescape")
+
+    def numbered(self) -> Iterator[tuple[int, str]]:
+        """Lines with their number, without their end."""
+        for number, line in enumerate(self.texts(), self.first):
+            yield number, line.rstrip("\r")
 
 
 @contextmanager
