@@ -533,6 +533,7 @@ def test_a_value_outside_the_label_map_is_a_bad_row(tmp_path: Path) -> None:
         (1.5, "is 1.5, not a whole class number"),
         (-1, "is -1, classes are numbered"),
         ("?", "is '?', not a number"),
+        ("1_2", "is '1_2', not a number"),  # no twelve, whatever a literal of Python means
     ],
 )
 def test_labels_that_are_no_class_are_bad_rows(value: object, cause: str, tmp_path: Path) -> None:

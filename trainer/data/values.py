@@ -138,7 +138,7 @@ def to_number(value: object) -> float:
     if has_decimal_comma(value):
         raise BadValueError(f"is '{value!s:.40}' with a decimal comma; write {str(value).strip().replace(',', '.')}")
     try:
-        number = float(value)
+        number = _float(value)
     except ValueError:
         raise BadValueError("is empty" if not value else f"is '{value!s:.40}', not a number") from None
     except OverflowError:
@@ -167,7 +167,7 @@ def rule(wanted: object) -> Callable[[object, Sequence[str] | None], bool]:
         if not operand:
             raise ValueError(f"where: '{wanted}' compares with nothing; write e.g. '{sign} 0.5'")
         try:
-            limit = float(operand)
+            limit = _float(operand)
         except ValueError:
             if sign != "!=":
                 raise ValueError(f"where: '{wanted}' compares with '{operand}', which is no number") from None
@@ -195,10 +195,17 @@ def is_word(value: object) -> bool:
     if not isinstance(value, str) or not value.strip() or has_decimal_comma(value):
         return False
     try:
-        float(value)
+        _float(value)
     except ValueError:
         return True
     return False
+
+
+def _float(value: str | int | float | Decimal) -> float:
+    """A number, also from text. The underscores that Python's literals may hold make it a word: 1_2 is not twelve."""
+    if isinstance(value, str) and "_" in value:
+        raise ValueError(f"{value} is a word")
+    return float(value)
 
 
 def _look_up(value: object, label_map: Mapping[str, float], names: Sequence[str] | None) -> float:
