@@ -262,6 +262,31 @@ BAD_CONFIGS = {
         "x.yaml:15: trainer.accumulate_grad_batches stays 1: data.batch_size is the global batch of one "
         "optimizer step, and model.max_tokens bounds the memory of one forward: set these two instead",
     ),
+    "nothing behind a key": (
+        "batch_size: 16",
+        "batch_size:",
+        "x.yaml:13: data.batch_size must be a whole number, found nothing",
+    ),
+    "nothing behind a key that may be a word": (
+        "max_epochs: 1",
+        "strategy:",
+        "x.yaml:15: trainer.strategy must be text or a Strategy, found nothing",
+    ),
+    "nothing behind a key of a source": (
+        "score_range: [0, 5]",
+        "holdout: null",
+        "x.yaml:10: data.train[0].holdout must be a number, found nothing",
+    ),
+    "nothing behind a key that must be given": (
+        "name: dev",
+        "name: null",
+        "x.yaml:12: data.validation[0].name must be text, found nothing",
+    ),
+    "a word for keys of which none must be given": (
+        "max_length: 32",
+        "lora: true",
+        "x.yaml:3: model.encoder.lora must be keys (r, alpha, dropout, ...), found true",
+    ),
     "a seed that is none": (
         "seed_everything: 42",
         "seed_everything: true",
@@ -295,6 +320,12 @@ def test_all_problems_at_once_in_all_files(capsys: pytest.CaptureFixture[str]) -
     said = refused(capsys, ["fit", "--config", "x.yaml", "--config", "y.yaml", "--data.batchsize", "3"])
     places = ["x.yaml:5", "x.yaml:12", "y.yaml:1", "flag --data.batchsize"]
     assert [line.partition(": ")[0] for line in said.splitlines()] == places
+
+
+def test_nothing_behind_a_key_is_filled_by_what_stands_behind_it() -> None:
+    Path("x.yaml").write_text(CONFIG.replace("batch_size: 16", "batch_size:").replace("score_range: [0, 5]", "weight:"))
+    args = ["--config", "x.yaml", "--data.batch_size", "4", "--data.train.weight", "1", "--trainer.accelerator", "cpu"]
+    assert run(["fit", *args], read_command(args), execute=False).datamodule.batch_size == 4
 
 
 BAD_FLAGS = {

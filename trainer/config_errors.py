@@ -14,13 +14,13 @@ import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
-from typing import Any, Literal, Union
+from typing import Any, Literal, Optional, Union
 
 import yaml
 
 from trainer.config_files import ConfigError, Flag, Written, compose_flag, describe, place_of, walk_keys
 from trainer.config_migration import class_here, name_here
-from trainer.config_values import FlagText, fits, must
+from trainer.config_values import FlagText, fits, is_nothing, must
 
 UNION = "Does not validate against any of the Union"  # how the parser begins to list what each member said
 _MAX_PROBLEMS = 5
@@ -40,9 +40,9 @@ def explain(message: str, groups: Mapping[str, Any], links: Mapping[str, str], w
     walk = _Walk(groups, links, roots)
     for root in roots:
         walk.keys(root, groups, "")
-    if walk.problems:
-        rest = len(walk.problems) - _MAX_PROBLEMS
-        return "\n".join(walk.problems[:_MAX_PROBLEMS] + ([f"and {rest} more"] if rest > 0 else []))
+    if problems := walk.problems or [said for _, said in walk.nothing]:
+        rest = len(problems) - _MAX_PROBLEMS
+        return "\n".join(problems[:_MAX_PROBLEMS] + ([f"and {rest} more"] if rest > 0 else []))
     return _plain(message)
 
 
@@ -69,6 +69,20 @@ def check_written(groups: Mapping[str, Any], links: Mapping[str, str], written: 
                     raise ConfigError(
                         f"{place_of(value)}: {key.value} must be keys ({known}, ...), found {describe(value)}"
                     )
+
+
+def refuse_nothing(groups: Mapping[str, Any], links: Mapping[str, str], written: Written) -> None:
+    """Refuses a key with nothing behind it that needs a value, and that nothing behind sets: the parser takes null for
+    any type."""
+    roots = [*written.files, *(_as_node(flag) for flag in written.flags)]
+    problems: list[str] = []
+    for index, root in enumerate(roots):
+        walk = _Walk(groups, links, [root])
+        walk.keys(root, groups, "")
+        later = {path for one in roots[index + 1 :] for path, _, _ in walk_keys(one)}
+        problems += [said for path, said in walk.nothing if re.sub(r"\[\d+\]", "", path) not in later]
+    if problems:
+        raise ConfigError("\n".join(problems[:_MAX_PROBLEMS]))
 
 
 def _plain(message: str) -> str:
@@ -118,6 +132,7 @@ class _Walk:
         self.links = links
         self.roots = roots
         self.problems: list[str] = []
+        self.nothing: list[tuple[str, str]] = []  # keys that need a value and have null, each with what to say
 
     def keys(self, node: yaml.Node, known: Mapping[str, Any], path: str, closed: bool = True) -> None:
         """Keys of a mapping; with ``closed`` no others may stand there."""
@@ -147,6 +162,8 @@ class _Walk:
         return f"; keys here: {', '.join(names[:12])}{', ...' if len(names) > 12 else ''}"
 
     def value(self, node: yaml.Node, hint: Any, path: str) -> None:
+        if is_nothing(node, hint):
+            self.nothing.append((path, f"{_at(node, path)} {must(hint, node)}"))
         if typing.get_origin(hint) in (Union, types.UnionType):
             hint = _choose(node, hint)
         origin, args = typing.get_origin(hint), typing.get_args(hint)
@@ -168,7 +185,7 @@ class _Walk:
                 self.class_name(node, hint, path)
         elif (cls := _class_meant(node, hint)) and not fits(node, hint):
             self.class_name(node, cls, path)  # of a class that is there, the parser says what is wrong
-        elif not fits(node, hint) and not self.is_class_of(node, hint):
+        elif (_is_word_for_keys(node, hint) or not fits(node, hint)) and not self.is_class_of(node, hint):
             self.problems.append(f"{_at(node, path)} {must(hint, node)}{_item_hint(node, hint, path)}")
 
     def is_class_of(self, node: yaml.Node, hint: Any) -> bool:
@@ -257,7 +274,8 @@ def parameters(cls: type) -> tuple[dict[str, Any], bool]:
         signature = list(inspect.signature(init).parameters.values())[1:]
         for parameter in signature:
             if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-                hints.setdefault(parameter.name, resolved.get(parameter.name, Any))
+                hint = resolved.get(parameter.name, Any)
+                hints.setdefault(parameter.name, Optional[hint] if parameter.default is None else hint)
         if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in signature):
             return hints, True
     return hints, not any("__init__" in base.__dict__ for base in cls.__mro__[:-1])
@@ -275,6 +293,11 @@ def _is_group(hint: Any) -> bool:
     if hint is Any:  # a class since Python 3.11
         return False
     return inspect.isclass(hint) and typing.get_origin(hint) is None and hint.__module__ != "builtins"
+
+
+def _is_word_for_keys(node: yaml.Node, hint: Any) -> bool:
+    """``lora: true``: the parser takes it for a class of which no key must be given, and fails later."""
+    return dataclasses.is_dataclass(hint) and isinstance(node, yaml.ScalarNode) and not node.tag.endswith("null")
 
 
 def _at(node: yaml.Node, path: str) -> str:

@@ -37,6 +37,17 @@ def fits(node: yaml.Node, hint: Any) -> bool:
     return True
 
 
+def is_nothing(node: yaml.Node, hint: Any) -> bool:
+    """Whether null stands where a plain value is needed."""
+    leaves = list(_leaves(hint))
+    plain = [leaf for leaf in leaves if leaf in (bool, float, int, str) or isinstance(leaf, str)]
+    if not plain or type(None) in leaves or Any in leaves:
+        return False
+    if isinstance(node, FlagText):  # text to a key of text
+        return node.value == "null" and str not in plain
+    return node.tag == "tag:yaml.org,2002:null"
+
+
 def plain_value(node: yaml.Node) -> Any:
     """The value as the parser reads it (5e-5 is a number there, unlike in PyYAML)."""
     if isinstance(node, yaml.MappingNode):

@@ -29,7 +29,7 @@ from trainer.check.callback import Check
 from trainer.check.rules import refuse_unknown
 from trainer.checkpoint import Checkpoints, DirectoryCheckpointIO
 from trainer.checkpoint_path import find_checkpoint, is_of
-from trainer.config_errors import check_written, explain
+from trainer.config_errors import check_written, explain, refuse_nothing
 from trainer.config_files import ConfigError, Written, clear_replaced_lists, replaced_lists
 from trainer.data.loading import fingerprint
 from trainer.data.module import PairData
@@ -175,6 +175,7 @@ class TrainerCLI(LightningCLI):
             if said := explain("", self._known_keys(), LINKS, self.written):
                 raise ConfigError(said) from error
             raise
+        refuse_nothing(self._known_keys(), LINKS, self.written)
         refuse_values(self.config[self.config.subcommand].trainer, self.written)
 
     def _known_keys(self) -> dict[str, Any]:
