@@ -537,6 +537,8 @@ BAD_COMMANDS = {
     "test --config configs/x.yaml --trainer.limit_test_batches 0": "flag --trainer.limit_test_batches: "
     "trainer.limit_test_batches is 0: trainer test has nothing to evaluate; leave it out",
     "fit --config configs/x.yaml --ckpt_path best": "--ckpt_path best: there is no checkpoint in run",
+    "test --config configs/x.yaml --ckpt_path=": "--ckpt_path '': no such checkpoint (a folder); auto takes the newest "
+    "of run",
 }
 
 

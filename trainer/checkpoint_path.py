@@ -55,8 +55,9 @@ def find_checkpoint(
             print(f"checkpoint: {found}" if found else f"no checkpoint in {run_dir}: starting fresh{_others(run_dir)}")
         return str(found) if found else None
     path = _best(run_dir) if wanted == "best" else Path(wanted)
-    if not lies_at(path).is_dir():
-        raise ConfigError(f"--ckpt_path {wanted}: no such checkpoint (a folder); auto takes the newest of {run_dir}")
+    if not path.name or not lies_at(path).is_dir():  # "", as of a variable of the shell that is not set
+        said = wanted or repr(wanted)
+        raise ConfigError(f"--ckpt_path {said}: no such checkpoint (a folder); auto takes the newest of {run_dir}")
     if reason := problem(path):
         name = f"{wanted} ({path})" if wanted == "best" else wanted
         raise ConfigError(f"--ckpt_path {name}: {reason}; auto takes the newest valid one of {run_dir}")
