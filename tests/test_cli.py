@@ -557,6 +557,10 @@ def test_command_is_refused(command: str, capsys: pytest.CaptureFixture[str]) ->
     [
         (b"", "x.yaml is empty; it needs keys such as model: and data:"),
         (b"- 1\n- 2\n", "x.yaml:1: expected keys such as model: and data:, found a list of 2"),
+        (
+            b"data: {batch_size: {{ rows }}}",
+            "x.yaml:1: keys (rows) in place of a key below data.batch_size; quote what is text",
+        ),
         (b"model: \xff\n", "x.yaml is not UTF-8 text (invalid start byte at byte 7)"),
     ],
 )

@@ -142,6 +142,9 @@ def _check_nodes(root: yaml.Node) -> None:
         if isinstance(node, yaml.MappingNode):
             first: dict[str, yaml.Node] = {}
             for key, value in node.value:
+                if not isinstance(key, yaml.ScalarNode):  # {{ x }} of a template
+                    where = f" below {path}" if path else ""
+                    raise ConfigError(f"{place_of(key)}: {describe(key)} in place of a key{where}; quote what is text")
                 name = f"{path}.{key.value}".lstrip(".")
                 if key.tag not in _KEY_TAGS:
                     raise ConfigError(
