@@ -280,6 +280,7 @@ def test_damaged_rows_of_the_cache_are_read_again(
         (["--max-length", "999"], 1, "--max-length is 999, but "),
         (["--accelerator", "gpu"], 1, "--accelerator gpu: torch "),
         (["--normalise"], 2, "'--normalise' is no flag of trainer predict. Did you mean '--normalize'?"),
+        (["--columns", "a"], 2, "'--columns' is no flag of trainer predict. See trainer predict --help"),
         (["--devices", "0"], 2, "--devices: is '0'; it must be a whole number, 1 or more"),
         (["--precision", "int8"], 2, "--precision: invalid choice: 'int8'"),
     ],

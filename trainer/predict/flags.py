@@ -43,7 +43,8 @@ class Flags(argparse.ArgumentParser):
         """
         options, others = self.parse_known_args(list(args))
         if others:
-            near = did_you_mean(others[0].partition("=")[0], list(self._option_string_actions))
+            # The dashes are alike in all of them.
+            near = did_you_mean(others[0].partition("=")[0], list(self._option_string_actions), cutoff=0.65)
             raise ConfigError(f"'{others[0]}' is no flag of {self.prog}.{near or f' See {self.prog} --help'}")
         return options
 
