@@ -148,6 +148,7 @@ def test_what_a_living_process_builds_or_uses_is_left(tmp_path: Path, capsys: py
     ("args", "said"),
     [
         ([], "say what to do: trainer cache ls, or trainer cache clean --older-than DAYS"),
+        (["--lst", "3"], "say what to do: trainer cache ls, or trainer cache clean --older-than DAYS"),
         (["ls", "--all"], "'--all' is not understood here; see trainer cache --help"),
         (["clean", "--older-than", "soon"], "--older-than is 'soon'; it must be a number of days, 0 or more"),
         (["ls", "--older-than=30"], "'--older-than' is not understood here; see trainer cache --help"),

@@ -24,6 +24,8 @@ def cache(args: Sequence[str]) -> int:
         ConfigError: the arguments are none of theirs.
     """
     action, rest = (args[0], list(args[1:])) if args else ("", [])
+    if action not in ("ls", "clean"):
+        raise ConfigError("say what to do: trainer cache ls, or trainer cache clean --older-than DAYS")
     folder, older_than_s = default_cache_dir(), None
     while rest:
         flag, equals, text = rest.pop(0).partition("=")
@@ -38,10 +40,8 @@ def cache(args: Sequence[str]) -> int:
             raise ConfigError(f"'{flag}' is not understood here; see trainer cache --help")
     if action == "ls":
         _list(folder)
-    elif action == "clean":
-        _clean(folder, older_than_s)
     else:
-        raise ConfigError("say what to do: trainer cache ls, or trainer cache clean --older-than DAYS")
+        _clean(folder, older_than_s)
     return 0
 
 
