@@ -187,12 +187,18 @@ def run(
         return str(error), encode.seen
 
 
-def write_set(folder: Path, texts: list[str], copies: int, num_documents: int = 60) -> None:
-    """A set as BEIR has it: every text ``copies`` times under other ids, queries that share words with documents."""
+def write_set(folder: Path, texts: list[str], copies: int, num_documents: int = 60, capitals: bool = False) -> None:
+    """A set as BEIR has it: every text ``copies`` times under other ids, queries that share words with documents.
+
+    With ``capitals`` only the first copy is in small letters, which an uncased encoder does not see.
+    """
     texts = list(dict.fromkeys(texts))
     folder.mkdir(parents=True)
     (folder / "qrels").mkdir()
-    corpus = [{"_id": f"d{i}", "title": "", "text": texts[i % (num_documents // copies)]} for i in range(num_documents)]
+    num_distinct = num_documents // copies
+    corpus = [{"_id": f"d{i}", "title": "", "text": texts[i % num_distinct]} for i in range(num_documents)]
+    for row in corpus[num_distinct:] if capitals else ():
+        row["text"] = row["text"].upper()
     queries = [{"_id": f"q{i}", "text": texts[i] + " " + texts[i + 1]} for i in range(12)]
     lines = ["query-id\tcorpus-id\tscore"]
     lines += [f"q{i}\td{i}\t2" for i in range(12)] + [f"q{i}\td{i + 1}\t1" for i in range(12)]
@@ -201,11 +207,13 @@ def write_set(folder: Path, texts: list[str], copies: int, num_documents: int = 
     (folder / "qrels" / "test.tsv").write_text("\n".join(lines) + "\n")
 
 
+@pytest.mark.parametrize("capitals", [False, True])
 def test_two_ranks_equal_one_process(
-    two_ranks: TwoRanks, tiny_encoder: Path, demo_texts: list[str], tmp_path: Path
+    capitals: bool, two_ranks: TwoRanks, tiny_encoder: Path, demo_texts: list[str], tmp_path: Path
 ) -> None:
-    """Each distinct text is embedded once on one of the ranks; texts that stand twice keep their places."""
-    write_set(tmp_path / "set", demo_texts, copies=2)
+    """Each distinct text is embedded once on one of the ranks; texts that stand twice keep their places, also those
+    that the encoder can't tell apart."""
+    write_set(tmp_path / "set", demo_texts, copies=2, capitals=capitals)
     source = EvalSource(str(tmp_path / "set"), name="set", evaluator=InformationRetrieval())
     alone, seen_alone = run(source, tiny_encoder, tmp_path / "cache", MAX_TOKENS)
     answers = two_ranks(run, source, tiny_encoder, tmp_path / "cache", MAX_TOKENS)

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from trainer.batch import PackedBatch
@@ -40,8 +42,8 @@ class TokenizedTexts:
     """Token ids of some texts, each distinct one once.
 
     Attributes:
-        ids_U: of each distinct text.
-        text_N: for each text the distinct text it is.
+        ids_U: of each text that differs from the others in them.
+        text_N: for each text which of these it is.
         tower: which encoder takes them, where queries and documents have one each.
     """
 
@@ -105,17 +107,29 @@ def tokenize_set(validation_set: ValidationSet) -> TokenizedSet:
 
 
 def tokenize(texts: Sequence[str], text: TextPreparation, tower: str = "query") -> TokenizedTexts:
-    """Token ids of each distinct text; their numbers are in the order in which they first stand in ``texts``."""
-    number = {one: i for i, one in enumerate(dict.fromkeys(texts))}
-    distinct = list(number)
-    values, lengths = [], []
+    """Token ids of each distinct text; their numbers are in the order in which they first stand in ``texts``.
+
+    Texts that the encoder can't tell apart, as an uncased one reads capitals, are one. Embedded twice they would differ
+    by rounding, and which of them is nearer to a query would depend on the number of ranks.
+    """
+    distinct = list(dict.fromkeys(texts))
+    number_of_text: dict[str, int] = {}
+    number_of_ids: dict[bytes, int] = {}
+    values: list[NDArray[np.int32]] = []
+    lengths: list[int] = []
     for start in range(0, len(distinct), _TOKENIZED_TEXTS):
-        ids = text(distinct[start : start + _TOKENIZED_TEXTS])
-        lengths += [len(one) for one in ids]
-        values.append(np.fromiter((i for one in ids for i in one), np.int32))
+        some = distinct[start : start + _TOKENIZED_TEXTS]
+        new: list[int] = []
+        for one, ids in zip(some, text(some), strict=True):
+            digest = blake2b(np.array(ids, np.int32).tobytes(), digest_size=16).digest()
+            number_of_text[one] = number_of_ids.setdefault(digest, len(lengths))
+            if number_of_text[one] == len(lengths):
+                lengths.append(len(ids))
+                new += ids
+        values.append(np.array(new, np.int32))
     lengths_U = np.array(lengths, dtype=np.int64)
     spans = TokenSpans(np.concatenate(values), np.cumsum(lengths_U) - lengths_U, lengths_U)
-    return TokenizedTexts(spans, torch.tensor([number[one] for one in texts]), tower)
+    return TokenizedTexts(spans, torch.tensor([number_of_text[one] for one in texts]), tower)
 
 
 def _rounds(
