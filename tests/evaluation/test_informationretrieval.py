@@ -16,6 +16,7 @@ from sentence_transformers.sentence_transformer.evaluation import InformationRet
 
 from tests.evaluation.test_sharded import MAX_TOKENS, Recorder
 from tests.two_ranks import TwoRanks
+from trainer.data.collate import TokenSpans
 from trainer.data.sources import EvalSource
 from trainer.data.validation import open_validation
 from trainer.distributed import gather
@@ -23,7 +24,8 @@ from trainer.encoder import Encoder, EncoderSpec
 from trainer.evaluation import InformationRetrieval
 from trainer.evaluation.scoring import evaluate
 from trainer.evaluation.search import Collection
-from trainer.evaluation.topk import top_k
+from trainer.evaluation.sharded import TokenizedTexts, of_all_texts
+from trainer.evaluation.topk import Neighbours, top_k
 
 NUM_QUERIES, NUM_DOCUMENTS = 30, 150
 
@@ -225,6 +227,16 @@ def test_two_ranks_equal_one_process(
     embedded = sorted(text for forward in seen_first + seen_second for text in forward)
     assert embedded == sorted(text for forward in seen_alone for text in forward)
     assert len(embedded) == 30 + 12
+
+
+def test_equal_scores_rank_in_the_order_of_the_corpus() -> None:
+    """A text that comes once more further down has that place, not the one beside its first."""
+    spans = TokenSpans(np.arange(2, dtype=np.int32), np.arange(2), np.ones(2, dtype=np.int64))
+    queries, documents = TokenizedTexts(spans, torch.tensor([0])), TokenizedTexts(spans, torch.tensor([0, 1, 0, 1]))
+    found = Neighbours(torch.tensor([[0.5, 0.5]]), torch.tensor([[0, 1]]))
+    assert of_all_texts(found, queries, documents, k=3).ids_Qk.tolist() == [[0, 1, 2]]
+    nearer = Neighbours(torch.tensor([[0.6, 0.5]]), torch.tensor([[1, 0]]))
+    assert of_all_texts(nearer, queries, documents, k=3).ids_Qk.tolist() == [[1, 3, 0]]
 
 
 def test_metrics_equal_those_of_sentence_transformers_on_a_folder(

@@ -249,7 +249,7 @@ def _merge(own: Neighbours, k: int, num_held: Sequence[int], rank: int) -> Neigh
 
 
 def of_all_texts(found: Neighbours, queries: TokenizedTexts, documents: TokenizedTexts, k: int) -> Neighbours:
-    """Neighbours of every query, among all documents: those with the same text stand one behind the other."""
+    """Neighbours of every query, among all documents: nearest first, and of equal scores the earlier document first."""
     scores_Qk, ids_Qk = found.scores_Qk[queries.text_N], found.ids_Qk[queries.text_N]
     num_documents, num_distinct = len(documents.text_N), len(documents.ids_U)
     if num_documents == num_distinct:
@@ -261,6 +261,7 @@ def of_all_texts(found: Neighbours, queries: TokenizedTexts, documents: Tokenize
     scores, ids = [], []
     for row_scores, row_texts in zip(scores_Qk.tolist(), ids_Qk.tolist(), strict=True):
         row = [(s, number) for s, text in zip(row_scores, row_texts, strict=True) for number in with_text[text]]
+        row.sort(key=lambda found: (-found[0], found[1]))
         scores.append([s for s, _ in row[:width]])
         ids.append([number for _, number in row[:width]])
     return Neighbours(torch.tensor(scores), torch.tensor(ids))
