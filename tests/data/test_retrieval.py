@@ -278,6 +278,11 @@ def test_what_is_no_set_is_said(tmp_path: Path) -> None:
         load_one(tmp_path, path=str(write_lines(tmp_path / "q.jsonl", QUERIES)))
     with pytest.raises(ValueError, match="none of 4 queries has a relevant document"):
         load_one(tmp_path, path=str(write_beir(tmp_path / "none", [("q0", "d0", 0)])))
+    for number, name in enumerate(("queries.jsonl", "corpus.jsonl", "qrels/test.tsv")):
+        folder = write_beir(tmp_path / f"without {number}")
+        (folder / name).write_text("\n")
+        with pytest.raises(ValueError, match=f"{name}: there is no row$"):
+            load_one(tmp_path, path=str(folder))
 
 
 def test_queries_that_stand_in_training_are_leaks(tmp_path: Path) -> None:

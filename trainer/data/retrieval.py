@@ -247,9 +247,10 @@ def _column(source: EvalSource, rows: Rows, name: str) -> Optional[Column]:
             return Column(usual)
     if name in _OPTIONAL:
         return None
+    if not rows.columns:
+        raise ValueError(f"{rows.name}: there is no row")
     raise ValueError(
-        f"{rows.name}: which column is the {name}? found: {', '.join(rows.columns) or 'nothing'}; "
-        f"say it: columns: {{{name}: ...}}"
+        f"{rows.name}: which column is the {name}? found: {', '.join(rows.columns)}; say it: columns: {{{name}: ...}}"
     )
 
 
