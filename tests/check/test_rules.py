@@ -24,6 +24,7 @@ from trainer.losses import (
     Loss,
     MarginMSE,
     Matryoshka,
+    SigLIP,
     Softmax,
     Triplet,
     WeightedSum,
@@ -310,7 +311,19 @@ CASES: dict[str, list[tuple[str, str, dict[str, Any], dict[str, Any]]]] = {
         ),
     ],
     "few_negatives": [
-        ("warning", "a query has 3 negatives; InfoNCE learns from many", {"batch_size": 4}, {"batch_size": 8})
+        ("warning", "a query has 3 negatives; InfoNCE learns from many", {"batch_size": 4}, {"batch_size": 8}),
+        (
+            "warning",
+            "a query has 0 of 15 negatives, for 15 are right answers whose texts stand in several rows; InfoNCE learns",
+            {"facts": replace(CLEAN, clash_share=1.0)},
+            {"facts": replace(CLEAN, clash_share=1.0), "loss": InfoNCE(mask_false_negatives=False)},
+        ),
+        (
+            "warning",
+            "a query has 4.5 of 15 negatives, for 10.5 are right answers",
+            {"facts": replace(CLEAN, clash_share=0.7), "loss": Matryoshka(SigLIP(), [8])},
+            {"facts": replace(CLEAN, clash_share=0.5), "loss": Matryoshka(SigLIP(), [8])},
+        ),
     ],
     "duplicate_rows": [
         (

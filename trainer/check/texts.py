@@ -11,6 +11,7 @@ from trainer.losses import Loss
 # Seen with right tokenizers (stsb, jsts, tanaka): below 2 % and 1.05; with wrong ones (amharic, korsts): 88 % and 1.8.
 MOSTLY_UNKNOWN, SOME_UNKNOWN, FRAGMENTED = 0.5, 0.05, 1.3
 _PER_CENT = 0.01
+_FEW_NEGATIVES = 7
 
 
 def few_rows_many_epochs(situation: Situation) -> Iterator[Finding]:
@@ -48,8 +49,7 @@ def false_negatives(situation: Situation) -> Iterator[Finding]:
     for path, facts, loss in situation.judged():
         rows = min(situation.batch_size, facts.num_rows)
         expected = facts.clash_share * rows * (rows - 1)
-        masked = any(getattr(part, "mask_false_negatives", False) for part in loss.parts())
-        if loss.in_batch_negatives and not (masked or situation.no_duplicates) and expected >= _PER_CENT * rows:
+        if loss.in_batch_negatives and not (_masks(loss) or situation.no_duplicates) and expected >= _PER_CENT * rows:
             yield Finding(
                 "false_negatives", "warning", path,
                 f"in a batch of {rows} rows {expected:.1f} times a row is punished for what another row calls right, "
@@ -91,12 +91,27 @@ def unused_columns(situation: Situation) -> Iterator[Finding]:
 def few_negatives(situation: Situation) -> Iterator[Finding]:
     for path, facts, loss in situation.judged():
         negatives = num_negatives(loss, facts, situation.batch_size)
-        if negatives is not None and negatives < 7:
+        if negatives is None:
+            continue
+        right = facts.clash_share * (min(situation.batch_size, facts.num_rows) - 1)
+        if negatives < _FEW_NEGATIVES:
             yield Finding(
                 "few_negatives", "warning", path,
                 f"a query has {negatives} negatives; {name_of(loss)} learns from many",
                 "raise data.batch_size; max_tokens bounds the memory", "data:\n  batch_size: 64",
             )  # fmt: skip
+        elif _masks(loss) and not situation.no_duplicates and negatives - right < _FEW_NEGATIVES:
+            yield Finding(
+                "few_negatives", "warning", path,
+                f"a query has {negatives - right:.3g} of {negatives} negatives, for {right:.3g} are right answers "
+                f"whose texts stand in several rows; {name_of(loss)} learns from many",
+                "map other columns to anchor and positive, or keep fewer rows of a text",
+            )  # fmt: skip
+
+
+def _masks(loss: Loss) -> bool:
+    """Whether it leaves out the false negatives that texts tell."""
+    return any(getattr(part, "mask_false_negatives", False) for part in loss.parts())
 
 
 def num_negatives(loss: Loss, facts: SourceFacts, batch_size: int) -> int | None:
