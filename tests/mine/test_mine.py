@@ -392,6 +392,20 @@ def test_rules_that_leave_nothing_are_an_error(
     assert (tmp_path / "out.jsonl.work" / "anchor" / "shard-00000.npy").exists()
 
 
+def test_too_few_documents_are_not_the_rules_fault(
+    tiny_encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"q": "what is one", "a": "one"}, {"q": "what is two", "a": "two"}]
+    write(tmp_path / "pairs.jsonl", rows)
+    assert run(tmp_path, tmp_path / "out.jsonl", "--model", str(tiny_encoder)) == 0
+    assert "--num-negatives 3: give more documents: --corpus FILE --text COLUMN\n" in capsys.readouterr().out
+    write(tmp_path / "pairs.jsonl", rows[:1])
+    assert run(tmp_path, tmp_path / "none.jsonl", "--model", str(tiny_encoder)) == 1
+    assert "none.jsonl is not written; give more documents: --corpus FILE --text COLUMN\n" in capsys.readouterr().err
+    assert run(tmp_path, tmp_path / "none.jsonl", "--model", str(tiny_encoder), "--margin", "0.1") == 1
+    assert "none.jsonl is not written; raise --range-max, or loosen margins and scores\n" in capsys.readouterr().err
+
+
 def test_damaged_rows_of_the_cache_are_read_again(
     folder: Path, tiny_encoder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

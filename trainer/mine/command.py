@@ -166,7 +166,11 @@ def _finish(options: argparse.Namespace, pairs: Pairs, tables: dict[str, Any], p
     from trainer.mine.search import read_chunks
     from trainer.mine.write import NoRowsError, write_rows
 
-    loosen = "raise --range-max, or loosen margins and scores"
+    bounds = (options.range_max, options.margin, options.relative_margin, options.min_score, options.max_score)
+    is_bounded = any(bound is not None for bound in bounds)
+    remedy = "raise --range-max, or loosen margins and scores"
+    if not is_bounded:  # the range is then wide enough: no documents were left
+        remedy = "give more documents: --corpus FILE --text COLUMN"
     try:
         report = write_rows(
             options.out,
@@ -179,7 +183,7 @@ def _finish(options: argparse.Namespace, pairs: Pairs, tables: dict[str, Any], p
         )
     except NoRowsError as error:
         print("\n".join(error.report.lines()))
-        raise ValueError(f"no anchor has got enough negatives, so {options.out} is not written; {loosen}") from error
+        raise ValueError(f"no anchor has got enough negatives, so {options.out} is not written; {remedy}") from error
     print("\n".join(report.lines()))
     found = sum(count for num, count in report.num_anchors.items() if num)
     print(
@@ -187,5 +191,5 @@ def _finish(options: argparse.Namespace, pairs: Pairs, tables: dict[str, Any], p
         f"{pairs.num_documents:,} documents"
     )
     if lacking := sum(count for num, count in report.num_anchors.items() if num < options.num_negatives):
-        print(f"{lacking:,} anchors have fewer than --num-negatives {options.num_negatives}: {loosen}")
+        print(f"{lacking:,} anchors have fewer than --num-negatives {options.num_negatives}: {remedy}")
     shutil.rmtree(work)
