@@ -44,6 +44,19 @@ def test_no_threshold_is_better_than_none() -> None:
     assert metrics["cosine_precision"] == 0.25
 
 
+def test_of_equal_f1_the_strictest_threshold_counts() -> None:
+    """The first 6 of 17 pairs, all right, or the first 14, 9 of them right: F1 is 0.75 of both."""
+    labels = [1] * 6 + [0] * 5 + [1] * 3 + [0] * 2 + [1]
+    cosines = torch.linspace(1.0, 0.0, len(labels))
+    anchors = torch.tensor([[1.0, 0.0]] * len(labels))
+    positives = torch.stack([cosines, (1.0 - cosines.square()).sqrt()], dim=1)
+    rows = {"anchor": ["a"] * len(labels), "positive": ["b"] * len(labels), "label": labels}
+    metrics = BinaryClassification().score(torch.cat([anchors, positives]), rows)
+    assert (metrics["cosine_f1"], metrics["cosine_precision"], metrics["cosine_recall"]) == (0.75, 1.0, 0.6)
+    theirs = BinaryClassificationEvaluator.find_best_f1_and_threshold(cosines.numpy(), np.array(labels), True)
+    assert theirs[:3] == pytest.approx((0.75, 9 / 14, 0.9)), "the documentation says that theirs may differ"
+
+
 @pytest.mark.parametrize("labels", [[0, 1, 2], [1, 1, 1]])
 def test_other_labels_are_refused(labels: list[int]) -> None:
     rows = {"anchor": ["a", "b", "c"], "positive": ["d", "e", "f"], "label": labels}
