@@ -32,6 +32,7 @@ from sentence_transformers.sentence_transformer.modules import (
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
+from trainer.encoder import Encoder
 from trainer.encoder.spec import EncoderSpec
 from trainer.encoder.text import TextPreparation, load_text_preparation, num_positions, position_offset
 
@@ -126,6 +127,17 @@ def test_lower_case_matters(data_dir: Path, tmp_path: Path) -> None:
     )
     assert kept(["Der Arzt"]) != kept(["der arzt"]) == lowered(["Der Arzt"]) == lowered(["der arzt"])
     assert kept.fingerprint != lowered.fingerprint
+
+
+def test_a_saved_folder_lowers_too(data_dir: Path, tmp_path: Path) -> None:
+    """Though the class of its tokenizer makes a normalizer of its own when it is loaded."""
+    folder = _write(tmp_path / "lowers", data_dir / "tokenizers" / "mbert", "bert", do_lower_case=True)
+    encoder = Encoder(EncoderSpec(str(folder)), 4096)
+    with encoder.as_sentence_transformer() as model:
+        model.save_pretrained(str(tmp_path / "saved"), create_model_card=False)
+    saved = SentenceTransformer(str(tmp_path / "saved"), device="cpu")
+    assert _peer_ids(saved, ["Der ARZT"]) == _peer_ids(saved, ["der arzt"]) == encoder.text(["Der ARZT"])
+    assert _prepare(tmp_path / "saved")(["Der ARZT"]) == encoder.text(["Der ARZT"])
 
 
 def _prepare(folder: Path, **spec: object) -> TextPreparation:

@@ -32,6 +32,8 @@ def share_tokenizer(shell: SentenceTransformer, text: TextPreparation) -> Callab
     truncation, padding = unused.truncation, unused.padding
     if not transformer.do_lower_case:  # ours lowers by itself
         transformer.processor = transformer.input_formatter.processor = text.tokenizer
+    else:  # left out when it is saved, and tokenizers of most types make a normalizer anew when they are loaded
+        transformer.config_keys = [*transformer.config_keys, "do_lower_case"]
     backend = transformer.processor.backend_tokenizer
 
     def restore() -> None:
