@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import (
     AlbertConfig,
+    AutoConfig,
     AutoModel,
     AutoTokenizer,
     EsmConfig,
@@ -31,7 +32,8 @@ from tests.batches import gradients_of, largest_difference
 from trainer.check.memory import estimate
 from trainer.data.collate import pack_texts
 from trainer.encoder import Encoder, EncoderSpec
-from trainer.encoder.size import backbone_size
+from trainer.encoder.flops import count_arithmetic
+from trainer.encoder.size import UNCOUNTED, backbone_size
 from trainer.encoder.spec import LoRA
 from trainer.encoder.trainable import blocks, restrict
 
@@ -216,6 +218,16 @@ def test_memory_counts_what_a_compact_vocabulary_trains(
     assert encoder.vocabulary is not None
     memory = estimate(size, len(encoder.vocabulary.weight), num_tokens=100, is_half=False, has_moments=True)
     assert memory.num_trained == sum(p.numel() for p in encoder.backbone.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("count", [backbone_size, count_arithmetic])
+def test_sizes_that_differ_by_layer_are_not_counted(tmp_path: Path, count: Any) -> None:
+    """Gemma 4's local layers have narrower heads than its global ones: an estimate less, no more."""
+    sizes = {"hidden_size": 16, "head_dim": 8, "intermediate_size": 16, "vocab_size": 50, **TWO_LAYERS}
+    config = AutoConfig.for_model("gemma4_text", vocab_size_per_layer_input=50, hidden_size_per_layer_input=8, **sizes)
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UNCOUNTED, match="head_dim"):
+        count(EncoderSpec(str(tmp_path)))
 
 
 def test_adapter_dropout_is_its_own(tiny_encoder: Path) -> None:

@@ -53,6 +53,7 @@ def count_arithmetic(spec: EncoderSpec) -> Arithmetic:
     Raises:
         ValueError: transformers has no such architecture.
         AttributeError: its config has other names for its sizes.
+        RuntimeError: its config says them for each layer apart.
     """
     backbone = meta_backbone(spec)
     pooler = getattr(backbone, "pooler", None)  # no part of the embedding

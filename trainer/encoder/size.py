@@ -14,8 +14,9 @@ from trainer.encoder.spec import EncoderSpec
 from trainer.encoder.trainable import restrict
 
 _GATED_MODEL_TYPES = frozenset({"modernbert", "qwen3"})
-# What counting raises for an architecture that transformers lacks, or whose config has other names for its sizes.
-UNCOUNTED = (ValueError, AttributeError)
+# What counting raises for an architecture that transformers lacks, or whose config has other names for its sizes, or
+# says them for each layer apart.
+UNCOUNTED = (ValueError, AttributeError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ def backbone_size(spec: EncoderSpec) -> BackboneSize:
     Raises:
         ValueError: transformers has no such architecture.
         AttributeError: its config has other names for its sizes.
+        RuntimeError: its config says them for each layer apart.
     """
     model: Any = meta_backbone(spec)
     config = model.config
