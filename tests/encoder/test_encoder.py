@@ -270,6 +270,14 @@ def test_padded_backbones_say_so_once(tiny_encoders: dict[str, Path], caplog: py
     ]
 
 
+@pytest.mark.parametrize("kind", ["bert", "mpnet"])
+def test_a_config_that_asks_for_a_tuple(tiny_encoders: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    path = shutil.copytree(tiny_encoders[kind], tmp_path / kind) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"return_dict": False}))
+    ours, theirs = _embed(_load(tmp_path / kind).eval()), _peer_embed(_peer(tmp_path / kind)).detach()
+    assert_close(ours, theirs, rtol=0.0, atol=1e-5)
+
+
 CODE = """
 from transformers import BertModel
 from transformers.models.bert.modeling_bert import BertSelfAttention

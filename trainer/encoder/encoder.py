@@ -95,8 +95,10 @@ class Encoder(nn.Module):
         # What a compacted vocabulary stands in for, without its rows; hidden from nn.Module.
         self._embedding: tuple[nn.Embedding, ...] = ()
         self._position_offset = position_offset(self.backbone.config)
-        # Decoders would keep keys and values for a next token that never comes.
-        self._options = {"use_cache": False} if getattr(self.backbone.config, "use_cache", False) else {}
+        # Some configs ask for a tuple.
+        self._options = {"return_dict": True}
+        if getattr(self.backbone.config, "use_cache", False):
+            self._options["use_cache"] = False  # decoders would keep keys and values for a next token that never comes
         # Code that came with the model may use the name of a type, and know of no other text in its stream.
         name, is_own = type(self.backbone).__name__, type(self.backbone).__module__.startswith("transformers.models.")
         self.packed = is_own and self.backbone.config.model_type in PACKED_MODEL_TYPES
