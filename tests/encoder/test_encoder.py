@@ -14,7 +14,15 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, LayerNorm, Normalize, Pooling
 from torch import Tensor, nn
 from torch.testing import assert_close
-from transformers import AutoModel, AutoTokenizer, BigBirdConfig
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    BigBirdConfig,
+    ConvBertConfig,
+    FNetConfig,
+    MobileBertConfig,
+    YosoConfig,
+)
 
 from tests.batches import build_batch, gradients_of, largest_difference, norm_of
 from trainer.batch import PackedBatch
@@ -24,6 +32,10 @@ from trainer.encoder.folder import normalizes
 from trainer.encoder.text import load_text_preparation
 
 WHOLE = 16384
+TINY: dict[str, Any] = {
+    **{"vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
+    **{"intermediate_size": 64, "max_position_embeddings": 128, "pad_token_id": 0},
+}
 TEXTS = [  # of very different lengths, one empty, one twice
     "The doctor bought the car at the shop in winter.",
     "In winter, at dusk, the physician purchased a vehicle.",
@@ -276,6 +288,37 @@ def test_a_config_that_asks_for_a_tuple(tiny_encoders: dict[str, Path], tmp_path
     path.write_text(json.dumps(json.loads(path.read_text()) | {"return_dict": False}))
     ours, theirs = _embed(_load(tmp_path / kind).eval()), _peer_embed(_peer(tmp_path / kind)).detach()
     assert_close(ours, theirs, rtol=0.0, atol=1e-5)
+
+
+@pytest.mark.parametrize("max_tokens", [WHOLE, 60], ids=["whole", "chunked"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        ConvBertConfig(head_ratio=2, conv_kernel_size=3, embedding_size=16, **TINY),
+        FNetConfig(**TINY),
+        MobileBertConfig(true_hidden_size=32, intra_bottleneck_size=32, embedding_size=16, **TINY),
+        YosoConfig(**TINY),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_padding_never_reaches_a_text(
+    tiny_encoder: Path, tmp_path: Path, kind: Any, max_tokens: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """These have no mask in all of their layers: sentence-transformers' embeddings depend on the batch."""
+    torch.manual_seed(0)
+    backbone = AutoModel.from_config(kind)
+    with torch.no_grad():
+        backbone.get_input_embeddings().weight.normal_()  # that of the pad piece too
+    backbone.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_encoder).save_pretrained(tmp_path)
+    with caplog.at_level(logging.WARNING, logger="trainer"):
+        encoder = _load(tmp_path, max_tokens, max_length=64).eval()
+    assert f"padding would change the embeddings of a '{kind.model_type}'" in caplog.text
+    peer = _peer(tmp_path)
+    peer.max_seq_length = 64
+    alone = torch.cat([_peer_embed(peer, [text]) for text in TEXTS]).detach()
+    assert float((_peer_embed(peer) - alone).abs().max()) > 1e-3
+    assert_close(_embed(encoder), alone, rtol=0.0, atol=1e-5)
 
 
 CODE = """

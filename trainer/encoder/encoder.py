@@ -39,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 # Backbones whose attention goes through transformers' interface and whose positions, learned or rotary, are told.
 PACKED_MODEL_TYPES = frozenset({"bert", "distilbert", "modernbert", "qwen3", "roberta", "xlm-roberta"})
+# Their convolutions, Fourier transforms and hashes know of no mask: padding would change the text beside it.
+_UNMASKED_MODEL_TYPES = frozenset({"convbert", "fnet", "mobilebert", "yoso"})
 # oneDNN writes kernels for each number of rows of a bf16 product that it meets (0.5 ms and 0.7 MB each, up to 1,024 are
 # kept), so a CPU gets few different ones.
 _TOKEN_STEP = 32
@@ -112,6 +114,13 @@ class Encoder(nn.Module):
                 + " runs padded; packed forward: "
                 + ", ".join(sorted(PACKED_MODEL_TYPES))
                 + ("" if is_own else " of transformers"),
+            )
+        self._pads = self.packed or self.backbone.config.model_type not in _UNMASKED_MODEL_TYPES
+        if not self._pads:
+            gather.warn(
+                logger,
+                f"padding would change the embeddings of a '{self.backbone.config.model_type}', so a forward takes "
+                "texts of one length; sentence-transformers pads, but for encode(..., batch_size=1)",
             )
         use_host_dropout(self.backbone)
         if spec.dropout is not None:
@@ -243,7 +252,8 @@ class Encoder(nn.Module):
             last = bounds[-1]
             # Lengths ascend: a padded forward is as wide as its last segment.
             cost = stops[last] - stops[i] if self.packed else (last - i) * lengths[last - 1]
-            if i < last - 1 and cost > self.max_tokens:
+            is_apart = not self._pads and lengths[i] < lengths[last - 1]
+            if i < last - 1 and (cost > self.max_tokens or is_apart):
                 bounds.append(i + 1)
         bounds.append(0)
         for start, stop in pairwise(reversed(bounds)):
