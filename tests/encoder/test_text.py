@@ -47,6 +47,12 @@ ODD_TEXTS = [
 ]
 
 
+LONGROPE = {
+    **{"rope_type": "longrope", "rope_theta": 10000.0, "factor": 2.0},
+    **{"short_factor": [1.0] * 8, "long_factor": [2.0] * 8},
+}
+
+
 def _rows(path: Path, keys: tuple[str, ...], num: int) -> list[str]:
     with gzip.open(path, "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line, _ in zip(file, range(num), strict=False)]
@@ -422,6 +428,24 @@ def test_relative_positions_have_no_end(tmp_path: Path, tiny_encoder: Path) -> N
     assert _prepare(tmp_path / "biased-False", max_length=100).max_length == 100
     with pytest.raises(ValueError, match=r"max_length is 100, but .* has 64 positions"):
         _prepare(tmp_path / "biased-True", max_length=100)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "length"),
+    [
+        ("big_bird", {"block_size": 4, "num_random_blocks": 1}, 28),
+        ("qwen3", {"rope_parameters": {**LONGROPE, "original_max_position_embeddings": 16}}, 16),
+    ],
+)
+def test_a_length_at_which_texts_of_a_batch_change_each_other(
+    tmp_path: Path, tiny_encoder: Path, model_type: str, settings: dict[str, Any], length: int
+) -> None:
+    shutil.copytree(tiny_encoder, tmp_path / "model")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 16}
+    AutoConfig.for_model(model_type, **sizes, **settings).save_pretrained(tmp_path / "model")
+    assert _prepare(tmp_path / "model", max_length=length).max_length == length
+    with pytest.raises(ValueError, match=rf"is {length + 1}, but a batch with .*; set max_length to {length} or less"):
+        _prepare(tmp_path / "model", max_length=length + 1)
 
 
 def test_no_weights_are_read(tiny_encoder: Path, tmp_path: Path) -> None:

@@ -155,6 +155,17 @@ def position_offset(config: PretrainedConfig) -> int:
     return config.pad_token_id + 1 if config.model_type in _OFFSET_MODEL_TYPES else 0
 
 
+def _batch_free_length(config: PretrainedConfig) -> int | None:
+    """Pieces up to which the longest text of a batch changes nothing for the others; None: of any length."""
+    if config.model_type == "big_bird" and config.attention_type == "block_sparse":
+        return (5 + 2 * config.num_random_blocks) * config.block_size
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(one for one in rope.values() if isinstance(one, dict))]  # for all layers, or by their type
+    return min(
+        (one["original_max_position_embeddings"] for one in kinds if one.get("rope_type") == "longrope"), default=None
+    )
+
+
 def load_text_preparation(spec: EncoderSpec) -> TextPreparation:
     """Read the tokenizer, the length and the prompt of an encoder; no weights.
 
@@ -162,7 +173,8 @@ def load_text_preparation(spec: EncoderSpec) -> TextPreparation:
         ValueError: no such folder or hub id, a damaged file, a checkpoint, a model that begins with no Transformer,
             modules or settings of sentence-transformers that are not supported, code that was not allowed, a tokenizer
             without tokenizer.json or a pad piece, one that pads with a piece the embedding has no row for, or
-            max_length over the positions of the backbone, or with no room for a text.
+            max_length over the positions of the backbone, over the length up to which it embeds a text alone as in any
+            batch, or with no room for a text.
     """
     where: dict[str, Any] = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
     modules = read_modules(spec)
@@ -214,6 +226,13 @@ def load_text_preparation(spec: EncoderSpec) -> TextPreparation:
         raise ValueError(
             f"model.encoder.max_length is {max_length}, but '{spec.backbone}' has {positions} positions; "
             f"set max_length to {positions} or less"
+        )
+    alike = _batch_free_length(config)
+    if alike is not None and max_length > alike:
+        raise ValueError(
+            f"model.encoder.max_length is {max_length}, but a batch with a text of more than {alike} pieces makes "
+            f"'{spec.backbone}' embed all of its texts in another way (block_sparse attention, or longrope positions); "
+            f"set max_length to {alike} or less"
         )
     prompt = spec.prompt
     if prompt is None:
