@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from trainer.files import flush_folder, sha256_of, write_whole
+from trainer.messages import cause_of
 
 FORMAT = 1
 STATE, MANIFEST, BEST = "state.ckpt", "manifest.json", "best.json"
@@ -77,7 +78,7 @@ def write_checkpoint(content: Mapping[str, Any], folder: Path, about: Mapping[st
     except (OSError, RuntimeError) as error:  # torch's own writer turns a full disk into a RuntimeError
         shutil.rmtree(partial, ignore_errors=True)
         free = shutil.disk_usage(parent).free
-        cause = str(error).splitlines()[0]
+        cause = cause_of(error)
         raise ValueError(_no_room(folder, f"{cause}; {needed:,} bytes needed, {free:,} free on {parent}")) from error
 
 
@@ -177,7 +178,7 @@ def read_state(folder: Path, **options: Any) -> dict[str, Any]:
             "take a checkpoint that a fit wrote"
         ) from error
     except (OSError, EOFError, RuntimeError) as error:
-        cause = str(error).splitlines()[0]
+        cause = cause_of(error)
         raise ValueError(f"{folder / STATE} can't be read: {cause}; take another checkpoint of its folder") from error
     if not isinstance(content, dict) or not {"state_dict", "global_step"} <= content.keys():
         raise ValueError(f"{folder / STATE} has no state_dict and global_step; give a checkpoint that a fit wrote")

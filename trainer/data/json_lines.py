@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.json
 
 from trainer.data.blocks import PEEKED, checked_batch, is_plain, no_batch, parsed_blocks
-from trainer.data.rows import Record, Rows, json_records, text_blocks
+from trainer.data.rows import Block, Record, Rows, json_records, text_blocks
 
 if TYPE_CHECKING:
     from trainer.data.sources import Source

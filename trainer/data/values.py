@@ -123,7 +123,9 @@ def label_check(label_map: Mapping[str, float] | None, names: Sequence[str] | No
         if not number.is_integer():
             raise BadValueError(f"is {number:g}, not a whole class number; if it is a degree, name the column score")
         if not 0 <= number <= MAX_LABEL:
-            raise BadValueError(f"is {number:g}, classes are numbered 0, 1, 2, ...")
+            raise BadValueError(
+                f"is {number:g}, classes are numbered 0, 1, 2, ...; a label_map gives others their number"
+            )
         return int(number)
 
     return check

@@ -19,6 +19,7 @@ from trainer.distributed import gather
 from trainer.encoder.folder import OWN_MODULES, read_json, read_modules, read_transformer, refuse_broken_json
 from trainer.encoder.spec import EncoderSpec
 from trainer.encoder.unsupported import refuse_modules, refuse_settings
+from trainer.messages import cause_of
 
 logger = logging.getLogger(__name__)
 
@@ -189,13 +190,13 @@ def load_text_preparation(spec: EncoderSpec) -> TextPreparation:
         config = AutoConfig.from_pretrained(spec.backbone, subfolder=subfolder, **where)
         tokenizer = AutoTokenizer.from_pretrained(spec.backbone, **for_tokenizer | {"subfolder": subfolder} | where)
     except OSError as error:
-        cause = str(error).splitlines()[0]
+        cause = cause_of(error)
         raise ValueError(
             f"model.encoder.backbone '{spec.backbone}' is neither a model folder nor a reachable hub id: {cause}"
         ) from error
     except ValueError as error:  # a config.json without model_type, or of a type that transformers does not know
         refuse_broken_json(spec, "tokenizer.json")  # large, so not read before
-        cause = str(error).splitlines()[0]
+        cause = cause_of(error)
         raise ValueError(f"model.encoder.backbone '{spec.backbone}' can't be read by transformers: {cause}") from error
     if not tokenizer.is_fast:
         raise ValueError(

@@ -13,6 +13,7 @@ from typing import Any, Optional
 
 import yaml
 
+from trainer.messages import cause_of
 from trainer.tracking.direction import direction
 
 METRICS_FILE = "metrics.jsonl"
@@ -68,7 +69,7 @@ def _read(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
     try:
         return dict(parse(path.read_text(encoding="utf-8")) or {}) if path.exists() else {}
     except (yaml.YAMLError, ValueError, TypeError) as error:
-        cause = str(error).splitlines()[0]
+        cause = cause_of(error)
         raise ValueError(f"{path} can't be read: {cause}; mend it, or leave this run out") from error
 
 
