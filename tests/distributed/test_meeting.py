@@ -13,6 +13,22 @@ import pytest
 
 from tests.tiny_recipe import write_tiny_recipe
 
+ORPHAN = """
+import os, subprocess, sys, time
+from types import SimpleNamespace
+from trainer.distributed import meeting
+
+meeting._GRACE_S = 0.1
+first = meeting.Meeting(SimpleNamespace(setup_environment=lambda: None, launcher=None))
+if sys.argv[1:] != ["rank 1"]:
+    rank = subprocess.Popen([sys.executable, __file__, "rank 1"], env={**os.environ, "LOCAL_RANK": "1"})
+    print(rank.pid, flush=True)
+    os.kill(os.getpid(), 9)
+strategy = SimpleNamespace(setup_environment=lambda: time.sleep(60), launcher=None)
+meeting.Meeting(strategy)
+strategy.setup_environment()
+"""
+
 
 def children_of(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
@@ -66,3 +82,19 @@ def test_a_rank_that_waits_for_another_ends_with_the_status_of_the_request(
     assert said.endswith(says)
     assert "Traceback" not in said
     assert "zombies" not in said
+
+
+def test_a_rank_whose_launcher_was_killed_ends(tmp_path: Path) -> None:
+    """Nobody comes to where it waits; by then it may be too late to see its parent change."""
+    script = tmp_path / "orphan.py"
+    script.write_text(ORPHAN)
+    with open(tmp_path / "err", "wb") as stderr:
+        launcher = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=stderr, text=True)
+        out, _ = launcher.communicate(timeout=30)
+    orphan = Path(f"/proc/{out.strip()}/stat")
+    deadline = time.monotonic() + 30
+    while orphan.exists() and orphan.read_text().split()[2] != "Z" and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert time.monotonic() < deadline
+    said = f"error: process {launcher.pid} has ended while the ranks that it started met\n"
+    assert (tmp_path / "err").read_text() == said

@@ -25,6 +25,8 @@ LOST_RANK = re.compile(
 )
 _TICK_S = 0.2
 _GRACE_S = 5.0  # for the main thread to say by itself that a rank is lost
+# In the environment: the process that starts the other ranks of its machine, which inherit it.
+_LAUNCHER = "TRAINER_LAUNCHER_PID"
 
 
 class Meeting:
@@ -40,6 +42,7 @@ class Meeting:
     def __init__(self, strategy: Strategy | FabricStrategy, leave: Callable[[], None] = lambda: None) -> None:
         self._strategy, self._leave, self._join = strategy, leave, strategy.setup_environment
         self._children: list[subprocess.Popen[bytes]] = []
+        self._launcher = int(os.environ.setdefault(_LAUNCHER, str(os.getpid())))
         self._met, self._over = threading.Event(), threading.Event()
         strategy.setup_environment = self._meet  # type: ignore[method-assign]
 
@@ -76,6 +79,7 @@ class Meeting:
                     if number in interruption.EXIT_CODES:
                         self._end_process(interruption.EXIT_CODES[signal.Signals(number)])
             self._look_at_children(met, over)
+            self._look_at_launcher(over)
         os.close(reader)
 
     def _look_at_children(self, met: threading.Event, over: threading.Event) -> None:
@@ -91,6 +95,13 @@ class Meeting:
             how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"has failed with exit code {code}"
             print(f"error: rank {rank} {how} while the ranks started", file=sys.stderr)
             self._end_process(max(code, 1))
+
+    def _look_at_launcher(self, over: threading.Event) -> None:
+        if self._launcher in (os.getpid(), os.getppid()) or over.wait(_GRACE_S):
+            return
+        if os.environ.get("LOCAL_RANK") == "1":  # once
+            print(f"error: process {self._launcher} has ended while the ranks that it started met", file=sys.stderr)
+        self._end_process(1)
 
     def _end_process(self, code: int) -> None:
         for child in self._children:
