@@ -78,14 +78,26 @@ def test_lightnings_ways_to_share_memory_out_are_refused(
         )
 
 
+@pytest.mark.parametrize(
+    ("settings", "instead"),
+    [("stage: 3", "zero3"), ("stage: 1, offload_optimizer: true", "zero1"), ("offload_optimizer: true", "zero2-offload")],
+)
+def test_the_settings_of_such_a_class_choose_the_file(
+    recipe: Path, capsys: pytest.CaptureFixture[str], settings: str, instead: str
+) -> None:
+    name = "lightning.pytorch.strategies.DeepSpeedStrategy"
+    Path("x.yaml").write_text(f"trainer: {{strategy: {{class_path: {name}, init_args: {{{settings}}}}}}}\n")
+    assert refused(capsys, recipe, "--config", "x.yaml").endswith(f"--config configs/hardware/{instead}.yaml")
+
+
 def test_all_such_names_of_lightning_lead_to_a_file_that_exists() -> None:
     theirs = {name for name, entry in StrategyRegistry.items() if issubclass(entry["strategy"], SHARED_OUT)}
     theirs |= {f"lightning.pytorch.strategies.{strategy.__name__}" for strategy in SHARED_OUT}
     assert len(theirs) > 8
     for name in theirs:
-        assert (ROOT / "configs/hardware" / f"{_zero_instead(name)}.yaml").is_file(), name
+        assert (ROOT / "configs/hardware" / f"{_zero_instead(name, {})}.yaml").is_file(), name
     others = {name for name, entry in StrategyRegistry.items() if not issubclass(entry["strategy"], SHARED_OUT)}
-    assert not [name for name in ("auto", "my.FSDPStrategy", *others) if _zero_instead(name)]
+    assert not [name for name in ("auto", "my.FSDPStrategy", *others) if _zero_instead(name, {})]
 
 
 # -- ranks ------------------------------------------------------------------------------------------------

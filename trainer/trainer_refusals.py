@@ -101,8 +101,10 @@ def refuse_values(options: Any, written: Written) -> None:
                 f"is {value}, but whole sets are scored: take 0 (nothing) or 1.0 (all); for fewer rows set max_rows of "
                 "the set in data.validation",
             )
-    strategy = options.strategy if isinstance(options.strategy, str) else options.strategy.class_path
-    if instead := _zero_instead(strategy):
+    strategy, settings = options.strategy, {}
+    if not isinstance(strategy, str):
+        strategy, settings = strategy.class_path, dict(strategy.get("init_args") or {})
+    if instead := _zero_instead(strategy, settings):
         refuse(
             "strategy",
             f"is {strategy}, but here ZeRO shares memory out over the ranks, with checkpoints that DDP reads too: take "
@@ -113,16 +115,22 @@ def refuse_values(options: Any, written: Written) -> None:
         refuse("gradient_clip_val", f"is {limit:g}; it must be above 0, or 0 to clip nothing")
 
 
-def _zero_instead(strategy: str) -> str:
-    """The hardware config that does what a strategy of Lightning's for models shared out does, empty for any other."""
+def _zero_instead(strategy: str, settings: Mapping[str, Any]) -> str:
+    """The hardware config that does what a strategy of Lightning's for models shared out does, empty for any other.
+
+    Args:
+        strategy: a short name or the path of a class.
+        settings: of a class.
+    """
     module, _, name = strategy.lower().rpartition(".")
     if module.partition(".")[0] not in ("", "lightning", "pytorch_lightning"):
         return ""  # of the user's own
     if not name.startswith(("deepspeed", "fsdp", "modelparallel", "model_parallel")):
         return ""
     said = re.search(r"stage_([123])", name)
-    stage = said[1] if said else "2" if name.startswith("deepspeed") else "3"
-    return f"zero{stage}{'-offload' if 'offload' in name and stage != '1' else ''}"
+    stage = said[1] if said else str(settings.get("stage", "2" if name.startswith("deepspeed") else "3"))
+    offload = "offload" in name or any(key.startswith("offload") and value is True for key, value in settings.items())
+    return f"zero{stage}{'-offload' if offload and stage != '1' else ''}"
 
 
 def refuse_nothing_to_evaluate(options: Any, command: str, written: Written) -> None:
