@@ -162,6 +162,15 @@ def test_margins_of_a_teacher(given: str, text: TextPreparation, tmp_path: Path)
     assert again.margins == found[0]
 
 
+def test_rows_that_differ_in_the_scores_of_a_teacher_are_no_duplicates(text: TextPreparation, tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    rows = [{"a": "cat", "b": "ring", "n": "garden", "t": [score, 0.5]} for score in (1.0, 2.0, 2.0)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = {"anchor": "a", "positive": "b", "negative_1": "n", "score_1": "t.0", "score_2": "t.1"}
+    source = Source(str(path), columns)
+    assert source_facts(source, tokenize(source, text, tmp_path), text, tmp_path).num_duplicates == 1
+
+
 def test_they_are_counted_once(
     counted: tuple[SourceFacts, TokenTable, Source, Path], text: TextPreparation, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 MAX_ROWS = 1_000_000
 STREAMED_ROWS = 4096  # the first of a streamed source
-_VERSION = 5  # of the files: raise it when the same source gives other facts
+_VERSION = 6  # of the files: raise it when the same source gives other facts
 CHUNK_ROWS = 50_000  # rows whose texts or ids are in memory at once
 _SCRIPT_TEXTS = 2000
 _BINS = 16
@@ -228,7 +228,9 @@ def _count(
             for i, name in enumerate(table.columns)
         }
         targets = table.targets(places)
-    keys = [*texts.values(), *(pa.array(values).cast(pa.large_string()) for values in targets.values())]
+    candidate_scores = _candidate_scores(table, targets, places)
+    numbers = [*targets.values(), *candidate_scores]
+    keys = [*texts.values(), *(pa.array(values).cast(pa.large_string()) for values in numbers)]
     return SourceFacts(
         num_rows=num_rows,
         num_looked_at=len(places),
@@ -238,7 +240,7 @@ def _count(
         clash_share=_clash_share(list(texts.values())),
         scores=_scores(targets["score"]) if "score" in targets else None,
         labels=_labels(targets["label"]) if "label" in targets else None,
-        margins=_margins(_candidate_scores(table, targets, places), len(table.columns) - 1),
+        margins=_margins(candidate_scores, len(table.columns) - 1),
     )
 
 
