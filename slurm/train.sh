@@ -241,6 +241,10 @@ finish() {
     echo # a progress bar may have left its line open
     echo "train.sh: job $SLURM_JOB_ID on $SLURM_JOB_NODELIST ended with exit code $code$first"
     [[ $command != fit ]] || echo "train.sh: run directory: ${folder:-none yet}; last checkpoint: ${checkpoint:-none}"
+    if [[ $command == fit && $code == 85 && $checkpoint == "$checkpoint_before" ]]; then
+        echo "train.sh: this start took no step; should that repeat, give it more time (sbatch --time): its limit is" \
+            "$(squeue --noheader --jobs "$SLURM_JOB_ID" --format=%l || true), USR1 comes 120 s before or as --signal says"
+    fi
     if [[ $code == 85 ]] && requeue; then return 0; fi
     if [[ $code != [02] && -n $checkpoint ]]; then say_how_to_go_on "$folder"; fi
 }
@@ -259,6 +263,8 @@ if [[ -n $finished && -f $finished/.done ]]; then
         "to train it further remove $finished/.done"
     exit 0
 fi
+
+checkpoint_before=$(last_checkpoint "$(run_directory)")
 
 # The ends of time limits and of jobs: this shell outlives what Slurm sends to the program.
 trap : USR1 TERM INT

@@ -45,6 +45,7 @@ def test_a_preempted_run_is_requeued_and_a_finished_one_is_not_run_again(slurm: 
     assert "ended with exit code 85; the first to fail was rank 0 on n1" in first
     assert f"run directory: {folder}; last checkpoint: {folder}/checkpoints/step-00000022" in first
     assert "goes on" not in first
+    assert "took no step" not in first
     assert second.count("goes on") == 2
     assert "to go on" not in first + second.replace("goes on", ""), "nobody has to do anything"
 
@@ -98,6 +99,17 @@ def test_without_a_requeue_the_way_on_is_said(slurm: Slurm, tmp_path: Path, most
         f"{Path(__file__).parents[2]}/slurm/train.sh runs/pairs/seed=7_job={number}/config.yaml --ckpt_path auto"
     )
     assert "SECRET" not in job.log
+
+
+def test_a_start_without_a_step_shows_the_time_limit(slurm: Slurm, tmp_path: Path) -> None:
+    """Of a job that gets less time than the signal comes before its end each start would be as this one."""
+    job = slurm.run(
+        "--nodes 2 --time 10", ["configs/pairs.yaml"], stand_in(tmp_path, "exit 85"), TRAINER_MAX_REQUEUES="0"
+    )
+    assert (
+        "train.sh: this start took no step; should that repeat, give it more time (sbatch --time): its limit is 10:00, "
+        "USR1 comes 120 s before or as --signal says\n"
+    ) in job.log
 
 
 @pytest.mark.parametrize("folder", ["runs/mine", "~/mine"])
