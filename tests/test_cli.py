@@ -914,7 +914,13 @@ def test_denormal_numbers_are_flushed_on_every_thread(recipe: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_a_full_disk_is_one_sentence(recipe: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("flag", "folder", "named"),
+    [("trainer.default_root_dir", "r", r"small/r/"), ("data.cache_dir", "", r"small/rows/")],
+)
+def test_a_full_disk_is_one_sentence(
+    recipe: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, flag: str, folder: str, named: str
+) -> None:
     """Which file, how much room, what now; a real file system of 32 KiB."""
     small = tmp_path / "small"
     small.mkdir()
@@ -923,10 +929,11 @@ def test_a_full_disk_is_one_sentence(recipe: Path, capsys: pytest.CaptureFixture
         pytest.skip("mounting needs root")
     try:
         (small / "filler").write_bytes(bytes(28 << 10))
-        said = refused(capsys, ["fit", "--config", str(recipe), "--trainer.default_root_dir", str(small / "r")], code=1)
+        said = refused(capsys, ["fit", "--config", str(recipe), f"--{flag}", str(small / folder)], code=1)
     finally:
         subprocess.run(["umount", small], timeout=20, check=True)
-    assert re.search(r"error: \S+: No space left on device \([\d,]+ bytes free in \S+\); make room; a fit", said)
+    place = rf"error: \S+{named}\S+: .*No space left on device \([\d,]+ bytes free in \S+{named.rstrip('/')}\S*\); "
+    assert re.search(place + "make room; a fit", said)
     assert "--ckpt_path auto" in said
 
 

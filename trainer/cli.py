@@ -217,7 +217,9 @@ def _is_said(error: BaseException) -> bool:
 
 def _free(filename: str | None) -> str:
     """How much room there is where a file was to be written; a quota may be narrower."""
-    folder = Path(filename).parent if filename else Path()
+    if not filename:  # it may have been anywhere
+        return ""
+    folder = Path(filename).parent
     return f" ({shutil.disk_usage(folder).free:,} bytes free in {folder})" if folder.is_dir() else ""
 
 

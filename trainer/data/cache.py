@@ -20,7 +20,7 @@ from typing import IO, Any, Literal, get_args
 
 from filelock import FileLock, Timeout
 
-from trainer.files import flush_folder, sha256_of
+from trainer.files import flush_folder, sha256_of, writing
 
 logger = logging.getLogger(__name__)
 
@@ -89,9 +89,10 @@ def build_once(folder: Path, build: Callable[[Path], None], verify: bool = False
             shutil.rmtree(unfinished)
         unfinished.mkdir()
         try:
-            build(unfinished)
-            _seal(unfinished)
-            unfinished.rename(folder)
+            with writing(folder):
+                build(unfinished)
+                _seal(unfinished)
+                unfinished.rename(folder)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
         flush_folder(folder.parent)
