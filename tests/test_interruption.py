@@ -35,6 +35,13 @@ def test_the_first_request_counts(signals: list[str], first: str, status: int) -
     assert (done.stdout, done.returncode) == (f"{first}\n", status), done.stderr
 
 
+def test_a_request_while_python_shuts_down_changes_no_status() -> None:
+    """Python takes its handlers away before it takes its modules apart; a TERM behind a USR1 would undo the 85."""
+    late = "class Late:\n    def __del__(self, kill=os.kill, pid=os.getpid()):\n        kill(pid, 15)\nlate = Late()\n"
+    done = run(NOTE.replace("interruption.stop", f"{late}interruption.stop"), "SIGUSR1")
+    assert (done.stdout, done.returncode) == ("SIGUSR1\n", 85), done.stderr
+
+
 def test_ctrl_c_waits_for_a_step_only_while_there_are_steps() -> None:
     assert "KeyboardInterrupt" in run(NOTE, "SIGINT").stderr
     in_training = NOTE.replace("listen()", "listen(); interruption.training(True)")

@@ -80,7 +80,11 @@ def test_lightnings_ways_to_share_memory_out_are_refused(
 
 @pytest.mark.parametrize(
     ("settings", "instead"),
-    [("stage: 3", "zero3"), ("stage: 1, offload_optimizer: true", "zero1"), ("offload_optimizer: true", "zero2-offload")],
+    [
+        ("stage: 3", "zero3"),
+        ("stage: 1, offload_optimizer: true", "zero1"),
+        ("offload_optimizer: true", "zero2-offload"),
+    ],
 )
 def test_the_settings_of_such_a_class_choose_the_file(
     recipe: Path, capsys: pytest.CaptureFixture[str], settings: str, instead: str

@@ -6,6 +6,7 @@ A signal handler only notes. What happens next is decided at a step boundary tha
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 from collections.abc import Iterator
@@ -31,6 +32,14 @@ def listen() -> None:
     """Note USR1, TERM and INT from here on; before any heavy import, for a signal may come at once."""
     for number in EXIT_CODES:
         signal.signal(number, _note)
+    atexit.register(_ignore)
+
+
+def _ignore() -> None:
+    """All is saved, and the exit status is known; while Python shuts down no handler would note a request, and it would
+    end the process with a status of its own."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _note(number: int, frame: FrameType | None) -> None:
