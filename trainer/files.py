@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Iterator
@@ -9,14 +10,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+_OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Let an error of writing name the file; that of a full disk does not."""
+    """Let an error of writing name the file; that of a full disk does not. Others, as of a network that is read from
+    meanwhile, stay as they are."""
     try:
         yield
     except OSError as error:
-        if error.filename is None and error.errno is not None:
+        if error.filename is None and error.errno in _OF_WRITING:
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 

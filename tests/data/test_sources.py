@@ -387,6 +387,7 @@ def test_missing_files_and_formats_are_one_sentence(tmp_path: Path, monkeypatch:
     path = tmp_path / "nowhere" / "deep" / "x.jsonl"
     assert failure(Source(str(path), PAIR), cache) == f"{path}: there is no folder {tmp_path / 'nowhere'}."
     assert "no file matches this pattern" in failure(Source(str(tmp_path / "*.csv"), PAIR), cache)
+    assert failure(Source("", PAIR), cache) == "path is empty; name a file, a glob, a folder or a data set of the hub"
     for path in ("s3://bucket/pairs.parquet", "gs://bucket/*.jsonl.gz"):
         said = failure(Source(path, PAIR), cache)
         assert said.startswith(f"{path}: an address is read by a source of data.train with streaming: true alone; set")

@@ -47,6 +47,8 @@ def data_files(path: str, split: str) -> list[Path]:
     Raises:
         ValueError: nothing is there, or nothing of a known format.
     """
+    if not path.strip():  # as of a variable of the shell that is not set; it would be the current folder
+        raise ValueError("path is empty; name a file, a glob, a folder or a data set of the hub")
     local = Path(path).expanduser()
     if local.is_dir():
         files = _folder_files(local, split)

@@ -97,9 +97,10 @@ class Meeting:
             self._end_process(max(code, 1))
 
     def _look_at_launcher(self, over: threading.Event) -> None:
-        if self._launcher in (os.getpid(), os.getppid()) or over.wait(_GRACE_S):
+        rank = os.environ.get("LOCAL_RANK", "0")  # 0: of a command that such a process has called, through a shell
+        if rank == "0" or self._launcher in (os.getpid(), os.getppid()) or over.wait(_GRACE_S):
             return
-        if os.environ.get("LOCAL_RANK") == "1":  # once
+        if rank == "1":  # once
             print(f"error: process {self._launcher} has ended while the ranks that it started met", file=sys.stderr)
         self._end_process(1)
 
