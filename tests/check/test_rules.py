@@ -272,6 +272,14 @@ CASES: dict[str, list[tuple[str, str, dict[str, Any], dict[str, Any]]]] = {
             {"facts": replace(CLEAN, clash_share=0.01), "loss": InfoNCE()},
         ),
     ],
+    "right_negatives": [
+        (
+            "warning",
+            "10 of 1,000 rows have their own anchor or positive as a negative: nothing tells the two apart",
+            {"facts": replace(CLEAN, num_right_negatives=10)},
+            {"facts": replace(CLEAN, num_right_negatives=9)},
+        ),
+    ],
     "rows_without_place": [
         (
             "warning",

@@ -171,6 +171,20 @@ def test_rows_that_differ_in_the_scores_of_a_teacher_are_no_duplicates(text: Tex
     assert source_facts(source, tokenize(source, text, tmp_path), text, tmp_path).num_duplicates == 1
 
 
+def test_negatives_that_are_right_are_counted_once_a_row(text: TextPreparation, tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [
+        {"a": "cat", "b": "ring", "n": ["ring", "garden"]},
+        {"a": "cat", "b": "ring", "n": ["garden", "cat"]},
+        {"a": "cat", "b": "ring", "n": ["cat", "ring"]},
+        {"a": "cat", "b": "ring", "n": ["garden"]},
+        {"a": "cat", "b": "ring", "n": ["Ring", "garden"]},
+    ]
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = Source(str(path), {"anchor": "a", "positive": "b", "negatives": "n"})
+    assert source_facts(source, tokenize(source, text, tmp_path), text, tmp_path).num_right_negatives == 3
+
+
 def test_they_are_counted_once(
     counted: tuple[SourceFacts, TokenTable, Source, Path], text: TextPreparation, monkeypatch: pytest.MonkeyPatch
 ) -> None:

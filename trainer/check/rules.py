@@ -32,6 +32,7 @@ RULES = (
     texts.batch_over_rows,
     texts.bad_rows_skipped,
     texts.false_negatives,
+    texts.right_negatives,
     texts.rows_without_place,
     texts.untrained_source,
     texts.unused_columns,

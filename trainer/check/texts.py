@@ -58,6 +58,17 @@ def false_negatives(situation: Situation) -> Iterator[Finding]:
             )  # fmt: skip
 
 
+def right_negatives(situation: Situation) -> Iterator[Finding]:
+    for path, facts, _ in situation.judged():
+        if facts.num_right_negatives >= max(1, _PER_CENT * facts.num_looked_at):
+            yield Finding(
+                "right_negatives", "warning", path,
+                f"{facts.num_right_negatives:,} of {facts.num_looked_at:,} rows have their own anchor or positive as a "
+                "negative: nothing tells the two apart",
+                "leave these rows out, or mine their negatives anew (trainer mine)",
+            )  # fmt: skip
+
+
 def rows_without_place(situation: Situation) -> Iterator[Finding]:
     for (path, facts), (num_rows, told) in zip(situation.each(), situation.left_out, strict=bool(situation.left_out)):
         if num_rows >= _PER_CENT * facts.num_rows:

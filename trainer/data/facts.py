@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 MAX_ROWS = 1_000_000
 STREAMED_ROWS = 4096  # the first of a streamed source
-_VERSION = 6  # of the files: raise it when the same source gives other facts
+_VERSION = 7  # of the files: raise it when the same source gives other facts
 CHUNK_ROWS = 50_000  # rows whose texts or ids are in memory at once
 _SCRIPT_TEXTS = 2000
 _BINS = 16
@@ -144,6 +144,7 @@ class SourceFacts:
             share a text; each such pair in a batch is a false negative of a loss with in-batch negatives.
         scores, labels: None where it has none.
         margins: None where its scores are not those of its candidates.
+        num_right_negatives: rows with a negative that is the text of their anchor or positive.
     """
 
     num_rows: int
@@ -155,6 +156,7 @@ class SourceFacts:
     scores: Optional[ScoreFacts]
     labels: Optional[LabelFacts]
     margins: Optional[MarginFacts] = None
+    num_right_negatives: int = 0
 
 
 def source_facts(
@@ -241,6 +243,7 @@ def _count(
         scores=_scores(targets["score"]) if "score" in targets else None,
         labels=_labels(targets["label"]) if "label" in targets else None,
         margins=_margins(candidate_scores, len(table.columns) - 1),
+        num_right_negatives=_num_right_negatives(texts),
     )
 
 
@@ -333,6 +336,17 @@ def _clash_share(texts: Sequence[pa.Array]) -> float:
     anchor, positive = texts[:2]
     clashes = num_pairs(anchor) + num_pairs(positive) - num_pairs(joined([anchor, positive]))
     return clashes / (num_rows * (num_rows - 1))
+
+
+def _num_right_negatives(texts: Mapping[str, pa.Array]) -> int:
+    negatives = [text for name, text in texts.items() if name.startswith("negative")]
+    same = [
+        pc.fill_null(pc.equal(one, negative), False)
+        for name, one in texts.items()
+        if name in ("anchor", "positive")
+        for negative in negatives
+    ]
+    return int(np.logical_or.reduce([mask.to_numpy(zero_copy_only=False) for mask in same]).sum()) if same else 0
 
 
 def _scores(scores: NDArray[np.float32]) -> ScoreFacts:
