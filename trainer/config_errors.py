@@ -36,13 +36,12 @@ def explain(message: str, groups: Mapping[str, Any], links: Mapping[str, str], w
         links: key -> the key that it always follows.
         written: files and flags of the command.
     """
-    roots = [*written.files, *(_as_node(flag) for flag in written.flags)]
+    roots = _roots(written)
     walk = _Walk(groups, links, roots)
     for root in roots:
         walk.keys(root, groups, "")
     if problems := walk.problems or [said for _, said in walk.nothing]:
-        rest = len(problems) - _MAX_PROBLEMS
-        return "\n".join(problems[:_MAX_PROBLEMS] + ([f"and {rest} more"] if rest > 0 else []))
+        return _listed(problems)
     return _plain(message)
 
 
@@ -74,7 +73,7 @@ def check_written(groups: Mapping[str, Any], links: Mapping[str, str], written: 
 def refuse_nothing(groups: Mapping[str, Any], links: Mapping[str, str], written: Written) -> None:
     """Refuses a key with nothing behind it that needs a value, and that nothing behind sets: the parser takes null for
     any type."""
-    roots = [*written.files, *(_as_node(flag) for flag in written.flags)]
+    roots = _roots(written)
     problems: list[str] = []
     for index, root in enumerate(roots):
         walk = _Walk(groups, links, [root])
@@ -82,7 +81,16 @@ def refuse_nothing(groups: Mapping[str, Any], links: Mapping[str, str], written:
         later = {path for one in roots[index + 1 :] for path, _, _ in walk_keys(one)}
         problems += [said for path, said in walk.nothing if re.sub(r"\[\d+\]", "", path) not in later]
     if problems:
-        raise ConfigError("\n".join(problems[:_MAX_PROBLEMS]))
+        raise ConfigError(_listed(problems))
+
+
+def _roots(written: Written) -> list[yaml.Node]:
+    return [*written.files, *(_as_node(flag) for flag in written.flags)]
+
+
+def _listed(problems: list[str]) -> str:
+    rest = len(problems) - _MAX_PROBLEMS
+    return "\n".join(problems[:_MAX_PROBLEMS] + ([f"and {rest} more"] if rest > 0 else []))
 
 
 def _plain(message: str) -> str:
