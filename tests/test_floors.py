@@ -20,7 +20,7 @@ MODULES = {
 FLOORS = {
     4: """trainer.__main__ trainer.cli trainer.lightning_cli trainer.help_text trainer.run_dir trainer.run_lock
           trainer.checkpoint_path trainer.preflight trainer.prepare trainer.config_errors trainer.config_files
-          trainer.config_migration trainer.config_values
+          trainer.config_classes trainer.config_migration trainer.config_values
           trainer.cache_command trainer.check.command trainer.compare trainer.compare.*
           trainer.demo trainer.demo_data trainer.demo_encoder
           trainer.export trainer.export.* trainer.mine.columns trainer.mine.command trainer.predict.command

@@ -13,13 +13,13 @@ import re
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from importlib import import_module
-from typing import Any, Literal, Optional, Union
+from typing import Any, Literal, Union
 
 import yaml
 
+from trainer.config_classes import find_class, is_group, parameters, subclasses, why_no_class
 from trainer.config_files import ConfigError, Flag, Written, compose_flag, describe, place_of, walk_keys
-from trainer.config_migration import class_here, name_here
+from trainer.config_migration import name_here
 from trainer.config_values import FlagText, fits, is_nothing, must
 
 UNION = "Does not validate against any of the Union"  # how the parser begins to list what each member said
@@ -175,7 +175,7 @@ class _Walk:
         if typing.get_origin(hint) in (Union, types.UnionType):
             hint = _choose(node, hint)
         origin, args = typing.get_origin(hint), typing.get_args(hint)
-        if isinstance(node, yaml.MappingNode) and _is_group(hint):
+        if isinstance(node, yaml.MappingNode) and is_group(hint):
             self.group(node, hint, path)
         elif _is_of_flag(node) and isinstance(node, yaml.MappingNode) and origin is list:  # --data.train.path x
             self.value(node, args[0], path)
@@ -188,7 +188,7 @@ class _Walk:
         elif isinstance(node, yaml.MappingNode) and origin is dict:
             for key, value in node.value:
                 self.value(value, args[1], f"{path}.{key.value}")
-        elif isinstance(node, yaml.ScalarNode) and _is_group(hint) and not dataclasses.is_dataclass(hint):
+        elif isinstance(node, yaml.ScalarNode) and is_group(hint) and not dataclasses.is_dataclass(hint):
             if not node.tag.endswith("null"):
                 self.class_name(node, hint, path)
         elif (cls := _class_meant(node, hint)) and not fits(node, hint):
@@ -199,7 +199,7 @@ class _Walk:
     def is_class_of(self, node: yaml.Node, hint: Any) -> bool:
         """Whether a class of a Union is named: then what is wrong is below it, and the parser says it."""
         name = node.value if isinstance(node, yaml.ScalarNode) else None
-        return name is not None and any(_is_group(one) and _find_class(name, one) for one in typing.get_args(hint))
+        return name is not None and any(is_group(one) and find_class(name, one) for one in typing.get_args(hint))
 
     def group(self, node: yaml.MappingNode, hint: type, path: str) -> None:
         """Keys below a class: its own, or class_path with init_args."""
@@ -223,7 +223,7 @@ class _Walk:
 
     def arguments(self, node: yaml.MappingNode, hint: type, path: str) -> None:
         """What a class takes, without the class: it is named elsewhere, or any subclass may be meant."""
-        names = {name for cls in _subclasses(hint) for name in parameters(cls)[0]}
+        names = {name for cls in subclasses(hint) for name in parameters(cls)[0]}
         known: dict[str, Any] = dict.fromkeys([*_CLASS_KEYS, *names], Any)
         if cls := self.class_at(path, hint):
             taken, closed = parameters(cls)
@@ -241,7 +241,7 @@ class _Walk:
         for root in reversed(self.roots):
             for key, _, value in walk_keys(root):
                 if key in (path, f"{path}.class_path") and isinstance(value, yaml.ScalarNode):
-                    return _find_class(value.value, hint)
+                    return find_class(value.value, hint)
         return None
 
     def whole(self, node: yaml.Node, hint: Any, path: str) -> None:
@@ -258,49 +258,21 @@ class _Walk:
         if not isinstance(node, yaml.ScalarNode) or node.tag != "tag:yaml.org,2002:str":
             self.problems.append(f"{_at(node, path)} must be a class name, found {describe(node)}")
             return None
-        cls = _find_class(node.value, hint)
-        if cls is None and path in self.groups and not _subclasses(hint)[1:]:
+        cls = find_class(node.value, hint)
+        if cls is None and path in self.groups and not subclasses(hint)[1:]:
             keys = ", ".join(list(parameters(hint)[0])[:3])
             off = ": it can't be switched off" if node.value == "null" else ""
             self.problems.append(f"{_at(node, path)} must be keys ({keys}, ...), found '{node.value}'{off}")
         elif cls is None:
-            self.problems.append(f"{_at(node, path)}: {_no_class(node.value, hint)}")
+            self.problems.append(f"{_at(node, path)}: {why_no_class(node.value, hint)}")
         return cls
-
-
-def parameters(cls: type) -> tuple[dict[str, Any], bool]:
-    """Name -> type hint of what a class takes, and whether that is all (no ``**kwargs`` left open)."""
-    hints: dict[str, Any] = {}
-    for base in cls.__mro__[:-1]:
-        if "__init__" not in base.__dict__:
-            continue
-        init = base.__dict__["__init__"]
-        try:
-            resolved = typing.get_type_hints(init)
-        except (NameError, TypeError):
-            resolved = {}
-        signature = list(inspect.signature(init).parameters.values())[1:]
-        for parameter in signature:
-            if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-                hint = resolved.get(parameter.name, Any)
-                hints.setdefault(parameter.name, Optional[hint] if parameter.default is None else hint)
-        if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in signature):
-            return hints, True
-    return hints, not any("__init__" in base.__dict__ for base in cls.__mro__[:-1])
 
 
 def _dotted_keys(groups: Mapping[str, Any], path: str = "") -> Iterator[str]:
     for name, hint in groups.items():
         yield f"{path}{name}"
-        if _is_group(hint) and (not path or dataclasses.is_dataclass(hint)):
+        if is_group(hint) and (not path or dataclasses.is_dataclass(hint)):
             yield from _dotted_keys(parameters(hint)[0], f"{path}{name}.")
-
-
-def _is_group(hint: Any) -> bool:
-    """A class, written as keys or by its name; not a plain value, container or union."""
-    if hint is Any:  # a class since Python 3.11
-        return False
-    return inspect.isclass(hint) and typing.get_origin(hint) is None and hint.__module__ != "builtins"
 
 
 def _is_word_for_keys(node: yaml.Node, hint: Any) -> bool:
@@ -334,17 +306,17 @@ def _choose(node: yaml.Node, union: Any) -> Any:
     fitting = [option for option in typing.get_args(union) if _can_hold(node, option)]
     if not fitting and _is_of_flag(node):  # --data.validation.path x sets a key of what is in the list
         fitting = [option for option in typing.get_args(union) if typing.get_origin(option) is list]
-    groups = [option for option in fitting if _is_group(option)]
+    groups = [option for option in fitting if is_group(option)]
     if isinstance(node, yaml.MappingNode) and len(groups) > 1:
         names = [value.value for key, value in node.value if key.value == "class_path"]
-        fitting = [option for option in groups if names and _find_class(names[0], option)][:1] or groups[:1]
+        fitting = [option for option in groups if names and find_class(names[0], option)][:1] or groups[:1]
     return fitting[0] if len(fitting) == 1 else union
 
 
 def _class_meant(node: yaml.Node, union: Any) -> type | None:
     """The one class of a union of which a word must be the name, for the others take no word."""
     options = typing.get_args(union) if typing.get_origin(union) in (Union, types.UnionType) else ()
-    groups = [option for option in options if _is_group(option) and not dataclasses.is_dataclass(option)]
+    groups = [option for option in options if is_group(option) and not dataclasses.is_dataclass(option)]
     is_word = isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:str"
     takes_words = any(option is str or typing.get_origin(option) is Literal for option in options)
     return groups[0] if is_word and len(groups) == 1 and not takes_words else None
@@ -353,62 +325,7 @@ def _class_meant(node: yaml.Node, union: Any) -> type | None:
 def _can_hold(node: yaml.Node, option: Any) -> bool:
     origin = typing.get_origin(option) or option
     if isinstance(node, yaml.MappingNode):
-        return origin is dict or _is_group(option)
+        return origin is dict or is_group(option)
     if isinstance(node, yaml.SequenceNode):
         return origin in (list, tuple)
     return option is not type(None) or node.tag.endswith("null")
-
-
-def _subclasses(cls: type) -> list[type]:
-    """``cls`` and all classes below it, each once."""
-    found: dict[type, None] = {cls: None}
-    direct: list[type] = cls.__subclasses__()
-    for sub in direct:
-        found |= dict.fromkeys(_subclasses(sub))
-    return list(found)
-
-
-def _find_class(name: str, base: type) -> type | None:
-    """A class below ``base`` by bare name, or by the path that the parser would import."""
-    for cls in _subclasses(base):
-        if name == cls.__name__:
-            return cls
-    found, _ = _imported(name)
-    return found if inspect.isclass(found) and issubclass(found, base) else None
-
-
-def _imported(name: str) -> tuple[Any, str]:
-    """What ``module.attribute`` names, or None and why there is nothing; the parser hides why an import failed."""
-    path, _, attribute = name.rpartition(".")
-    if not path:
-        return None, ""
-    try:
-        module = import_module(path)
-    except Exception as error:  # whatever the user's own module raises
-        parents = [path.rsplit(".", up)[0] for up in range(path.count(".") + 1)]
-        is_away = isinstance(error, ModuleNotFoundError) and error.name in parents
-        said = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
-        return None, f"can't import module {path}: {said}{'; is its folder on PYTHONPATH?' if is_away else ''}"
-    if not hasattr(module, attribute):
-        near = difflib.get_close_matches(attribute, vars(module), n=1)
-        hint = f"; did you mean '{path}.{near[0]}'?" if near else ""
-        return None, f"module {path} has no {attribute}{hint}"
-    return getattr(module, attribute), ""
-
-
-def _no_class(name: str, base: type) -> str:
-    """Why ``name`` is no class below ``base``, and which one may be meant."""
-    classes = [sub for sub in _subclasses(base) if sub is not base and not inspect.isabstract(sub)]
-    internal = ("_", "LazyInstance_")  # jsonargparse makes a class for a default that is an instance
-    names = sorted({sub.__name__ for sub in classes if not sub.__name__.startswith(internal)})
-    module, _, bare = name.rpartition(".")
-    refused = f"'{name}' is no {base.__name__}"
-    elsewhere = class_here(bare, names) if module.partition(".")[0] in ("", "sentence_transformers") else None
-    if elsewhere:
-        return refused + elsewhere
-    if module:
-        _, cause = _imported(name)
-        return cause or f"{refused}; make it a class that inherits from {base.__module__}.{base.__name__}"
-    lower = {one.lower(): one for one in names}
-    near = difflib.get_close_matches(bare.lower(), lower, n=1) if elsewhere is None else []
-    return refused + (f"; did you mean '{lower[near[0]]}'?" if near else f"; there are: {', '.join(names)}")
