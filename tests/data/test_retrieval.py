@@ -18,11 +18,11 @@ import pytest
 import yaml
 
 from tests.stub_hub import stub_hub
+from trainer.data.evalsource import EvalSource
 from trainer.data.leaks import leak_facts
 from trainer.data.retrieval import load_collections
-from trainer.data.sources import EvalSource, Source
-from trainer.encoder import EncoderSpec
-from trainer.evaluation import MSE, STS, InformationRetrieval, Triplet
+from trainer.data.sources import Source
+from trainer.evaluation import InformationRetrieval
 from trainer.evaluation.search import Collection
 
 ROOT = Path(__file__).parents[2]
@@ -160,7 +160,7 @@ def test_suites(tmp_path: Path) -> None:
 HUB = """
 import sys
 from trainer.data.retrieval import load_collections
-from trainer.data.sources import EvalSource
+from trainer.data.evalsource import EvalSource
 from trainer.evaluation import InformationRetrieval
 found = load_collections(EvalSource("org/nano", name="nano", evaluator=InformationRetrieval()), sys.argv[1])
 print({name: (one.query_ids, len(one.documents), one.relevance_Q) for name, one in found.items()})
@@ -254,20 +254,6 @@ def test_wrong_fields(tmp_path: Path, change: dict[str, Any], message: str) -> N
     folder = write_beir(tmp_path / "set")
     with pytest.raises(ValueError, match=message):
         load_one(tmp_path, path=str(folder), **change)
-
-
-def test_other_evaluators_have_no_corpus(tmp_path: Path) -> None:
-    columns = {"anchor": "a", "positive": "b", "score": "c"}
-    with pytest.raises(ValueError, match=r"corpus is for an evaluator that searches \(InformationRetrieval\), STS"):
-        EvalSource("x.jsonl", columns, name="dev", evaluator=STS(), corpus="y.jsonl")
-
-
-def test_a_teacher_for_those_who_compare_with_one() -> None:
-    columns = {"anchor": "a", "positive": "b"}
-    with pytest.raises(ValueError, match="MSE compares with a teacher; name it"):
-        EvalSource("x.jsonl", columns, name="dev", evaluator=MSE())
-    with pytest.raises(ValueError, match="Triplet compares with no teacher; leave teacher out"):
-        EvalSource("x.jsonl", columns, name="dev", evaluator=Triplet(), teacher=EncoderSpec("x"))
 
 
 def test_what_is_no_set_is_said(tmp_path: Path) -> None:

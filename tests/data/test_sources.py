@@ -16,16 +16,14 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
-from torch import Tensor
 
 from trainer.data import blocks, json_lines, loading, rows
+from trainer.data.evalsource import EvalSource
 from trainer.data.files import data_files
 from trainer.data.loading import fingerprint, load, num_skipped
 from trainer.data.rowgroups import group_files
-from trainer.data.sources import EvalSource, Source
+from trainer.data.sources import Source
 from trainer.data.values import BadValueError, check_text
-from trainer.evaluation import STS, InformationRetrieval, Triplet
-from trainer.evaluation.base import Evaluator, Rows
 
 PAIR = {"anchor": "a", "positive": "b"}
 TEXTS = [
@@ -624,43 +622,6 @@ def test_label_map_takes_words_numbers_truth_values_and_class_names(tmp_path: Pa
 def test_a_spec_that_cannot_be_meant_is_refused(spec: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Source("x.jsonl", **spec)
-
-
-def test_eval_source_has_a_name_and_an_evaluator() -> None:
-    assert isinstance(EvalSource("x.jsonl", SCORED, name="dev"), Source)
-    assert isinstance(EvalSource("x.jsonl", SCORED, name="dev").evaluator, STS)
-    assert isinstance(EvalSource("x.jsonl", PAIR, name="dev", evaluator=Triplet()).evaluator, Triplet)
-    with pytest.raises(TypeError, match="name"):
-        EvalSource("x.jsonl", PAIR)
-    with pytest.raises(ValueError, match=r"validation set name '\.\./x'"):
-        EvalSource("x.jsonl", PAIR, name="../x")
-    with pytest.raises(ValueError, match="max_negatives is 7, which counts texts of the list negatives"):
-        EvalSource("x.jsonl", {**PAIR, "negative": "n"}, name="dev", evaluator=Triplet(), max_negatives=7)
-
-
-class Unfinished(Evaluator):
-    """Of a user, who names too little."""
-
-    def score(self, embeddings_ND: Tensor, rows: Rows) -> dict[str, float]:
-        return {}
-
-
-@pytest.mark.parametrize("lacking", ["columns", "text_columns", "primary"])
-def test_an_evaluator_that_names_too_little(lacking: str) -> None:
-    named = {"columns": ("anchor",), "text_columns": ("anchor",), "primary": "mean"}
-    own = type("Own", (Unfinished,), {name: value for name, value in named.items() if name != lacking})
-    message = f"^x.jsonl: Own has no {lacking}; an evaluator names columns, text_columns and its primary metric$"
-    with pytest.raises(ValueError, match=message):
-        EvalSource("x.jsonl", PAIR, name="dev", evaluator=own())
-    EvalSource("x.jsonl", PAIR, name="dev", evaluator=type("Own", (Unfinished,), named)())
-
-
-@pytest.mark.parametrize("evaluator", [STS(), InformationRetrieval()])
-@pytest.mark.parametrize("settings", [{"loss": "mine"}, {"weight": 3.0}, {"rows_per_label": 4}])
-def test_settings_of_a_loss_are_for_training(settings: dict, evaluator: Evaluator) -> None:
-    text = rf"x.jsonl: {next(iter(settings))} is for data.train; nothing is learnt from a validation set: leave it out"
-    with pytest.raises(ValueError, match=text):
-        EvalSource("x.jsonl", {}, name="dev", evaluator=evaluator, **settings)
 
 
 def test_fingerprint_follows_content_and_spec_not_place(tmp_path: Path) -> None:

@@ -27,10 +27,11 @@ from torch._utils import ExceptionWrapper
 from tests.stub_hub import stub_hub
 from trainer.data.batches import StepBatches
 from trainer.data.cache import clean
+from trainer.data.evalsource import EvalSource
 from trainer.data.loading import fingerprint
 from trainer.data.module import PairData
 from trainer.data.parts import SLICE_ROWS
-from trainer.data.sources import EvalSource, Source
+from trainer.data.sources import Source
 from trainer.data.steps import StepLoader, StepSampler
 from trainer.data.streaming import StreamedTable
 from trainer.data.tokens import tokenize

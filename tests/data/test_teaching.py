@@ -21,8 +21,9 @@ from tests.two_ranks import TwoRanks
 from trainer import evaluation
 from trainer.check.report import make_report
 from trainer.data import teaching
+from trainer.data.evalsource import EvalSource
 from trainer.data.module import PairData
-from trainer.data.sources import EvalSource, Source
+from trainer.data.sources import Source
 from trainer.data.teaching import teach
 from trainer.demo_encoder import write_encoder
 from trainer.encoder.spec import EncoderSpec

@@ -29,8 +29,9 @@ from tests.evaluation.test_informationretrieval import write_set
 from tests.tracking.small_run import LiveGroup, make_trainer
 from tests.two_ranks import RankError, TwoRanks, message_of
 from trainer.checkpoint import DirectoryCheckpointIO
+from trainer.data.evalsource import EvalSource
 from trainer.data.module import PairData
-from trainer.data.sources import EvalSource, Source
+from trainer.data.sources import Source
 from trainer.distributed import gather
 from trainer.distributed.exact import check_exact
 from trainer.distributed.strategies import ZeRO, keep_on_first_rank, whole_gradients, whole_weights

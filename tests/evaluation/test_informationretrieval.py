@@ -17,7 +17,7 @@ from sentence_transformers.sentence_transformer.evaluation import InformationRet
 from tests.evaluation.test_sharded import MAX_TOKENS, Recorder
 from tests.two_ranks import TwoRanks
 from trainer.data.collate import TokenSpans
-from trainer.data.sources import EvalSource
+from trainer.data.evalsource import EvalSource
 from trainer.data.validation import open_validation
 from trainer.distributed import gather
 from trainer.encoder import Encoder, EncoderSpec

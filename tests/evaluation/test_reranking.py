@@ -12,8 +12,8 @@ from sentence_transformers.sentence_transformer.evaluation import RerankingEvalu
 from sklearn.metrics import ndcg_score
 
 from tests.evaluation.test_scores import Lookup
+from trainer.data.evalsource import EvalSource
 from trainer.data.loading import load
-from trainer.data.sources import EvalSource
 from trainer.evaluation import Reranking
 
 

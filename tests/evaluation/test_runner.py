@@ -23,7 +23,7 @@ from tests.tracking.small_run import (
     write_rows,
 )
 from tests.two_ranks import TwoRanks
-from trainer.data.sources import EvalSource
+from trainer.data.evalsource import EvalSource
 from trainer.encoder import EncoderSpec
 from trainer.evaluation import MSE, InformationRetrieval
 from trainer.evaluation.runner import Evaluation, is_due

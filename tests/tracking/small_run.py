@@ -11,8 +11,9 @@ from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 
 from trainer.batch import PackedBatch
+from trainer.data.evalsource import EvalSource
 from trainer.data.module import PairData
-from trainer.data.sources import EvalSource, Source
+from trainer.data.sources import Source
 from trainer.distributed import gather
 from trainer.encoder.flops import count_arithmetic
 from trainer.encoder.spec import EncoderSpec

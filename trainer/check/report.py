@@ -14,10 +14,11 @@ from trainer.check.batches import count_false_negatives
 from trainer.check.finding import Finding, Situation, name_of
 from trainer.check.rules import findings, unfit_columns, unfit_validation
 from trainer.check.texts import num_negatives
+from trainer.data.evalsource import EvalSource
 from trainer.data.facts import SourceFacts, source_facts
 from trainer.data.leaks import LeakFacts, leak_facts
 from trainer.data.module import PairData
-from trainer.data.sources import EvalSource, Source
+from trainer.data.sources import Source
 from trainer.distributed.strategies import ZeRO
 from trainer.encoder.folder import normalizes, public_name
 from trainer.encoder.size import UNCOUNTED, backbone_size

@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 
 from trainer.check import labels, texts
 from trainer.check.finding import Finding, Situation
+from trainer.data.evalsource import EvalSource
 from trainer.data.opaque import OpaqueStream
-from trainer.data.sources import EvalSource, Source
+from trainer.data.sources import Source
 from trainer.data.streaming import StreamedTable
 from trainer.data.table import TokenTable
 from trainer.losses import Loss

@@ -10,8 +10,9 @@ from typing import NamedTuple, Optional, Union
 
 from datasets import load_dataset
 
+from trainer.data.evalsource import EvalSource
 from trainer.data.files import data_files, data_format, is_hub_id
-from trainer.data.sources import EvalSource, Source
+from trainer.data.sources import Source
 from trainer.messages import cause_of
 
 

@@ -18,6 +18,7 @@ from trainer.data.batches import StepBatches
 from trainer.data.bylabel import LabelBatches
 from trainer.data.cache import default_cache_dir
 from trainer.data.distinct import DistinctTexts
+from trainer.data.evalsource import EvalSource
 from trainer.data.loading import load
 from trainer.data.opaque import OpaqueBatches, OpaqueStream
 from trainer.data.order import Order
@@ -25,7 +26,7 @@ from trainer.data.parts import Part, steps_per_window
 from trainer.data.refusals import refuse_full, refuse_held_out, refuse_training
 from trainer.data.retrieval import load_collections
 from trainer.data.rowgroups import group_files
-from trainer.data.sources import EvalSource, Source
+from trainer.data.sources import Source
 from trainer.data.steps import StepLoader, StepSampler, limit_steps
 from trainer.data.streaming import GIB, StreamedTable
 from trainer.data.table import TokenTable

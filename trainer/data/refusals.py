@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from trainer.data.sources import EvalSource, Source
+from trainer.data.evalsource import EvalSource
+from trainer.data.sources import Source
 from trainer.encoder.text import TextPreparation
 
 

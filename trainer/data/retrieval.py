@@ -22,11 +22,11 @@ from trainer.data.cache import place_of, use
 from trainer.data.checks import BadRows
 from trainer.data.columns import Column, find_column, is_position
 from trainer.data.derived import draw
+from trainer.data.evalsource import EvalSource
 from trainer.data.files import FORMATS, data_format
 from trainer.data.layouts import HubTable, Part, Parts, find_parts
 from trainer.data.loading import RowsFile, content_hash, file_rows, hub_rows
 from trainer.data.rows import Record, Rows, table_rows, text_blocks
-from trainer.data.sources import EvalSource
 from trainer.data.values import BadValueError, check_id, check_text, to_number
 from trainer.evaluation.search import Collection
 

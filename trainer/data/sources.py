@@ -1,19 +1,13 @@
-"""Data sets as a config names them, and what is refused of that before anything is read."""
+"""Rows of texts as a config names them, and what is refused of that before anything is read."""
 
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from typing import ClassVar, Literal, Optional, Union
-
-from jsonargparse import lazy_instance
 
 from trainer.data.columns import is_position
 from trainer.data.values import rule
-from trainer.encoder.spec import EncoderSpec
-from trainer.evaluation.base import Evaluator
-from trainer.evaluation.search import Search
-from trainer.evaluation.sts import STS
 from trainer.messages import did_you_mean
 
 _TEXT = re.compile(r"text|anchor|positive|negative(_[1-9]\d*)?")
@@ -30,10 +24,6 @@ _THEIRS = {
     ),
     "neg": "negative",
 }
-# What a set that is searched has: of the queries, of the corpus, of the judgements.
-SEARCH_COLUMNS = (
-    "query_id", "query", "document_id", "title", "document", "judged_query", "judged_document", "relevance",
-)  # fmt: skip
 
 
 @dataclass
@@ -134,23 +124,24 @@ class Source:
                     f"{', '.join(self.columns)}: leave score_range out, or map score"
                 )
         self._check_label_map()
-        if self.max_bad_rows < 0:
-            raise ValueError(f"{self.path}: max_bad_rows is {self.max_bad_rows}; it must be 0 or more")
-        if self.max_rows is not None and self.max_rows < 1:
-            raise ValueError(f"{self.path}: max_rows is {self.max_rows}; it must be 1 or more")
+        self._check_least(max_bad_rows=0, max_rows=1)
         if self.rows_per_label is not None:
             self._check_rows_per_label(self.rows_per_label)
         for values in (self.where or {}).values():
             rule(values)
         self._check_derivation()
 
+    def _check_least(self, **least: int) -> None:
+        for name, lowest in least.items():
+            number = getattr(self, name)
+            if number is not None and number < lowest:
+                raise ValueError(f"{self.path}: {name} is {number}; it must be {lowest} or more")
+
     def _check_lists(self) -> None:
-        for plural in _LISTS:
-            single = [name for name in self.columns if name != plural and name.startswith(plural[:-1])]
-            if plural in self.columns and single:
+        for plural in self.lists:
+            if single := [name for name in self.columns if name != plural and name.startswith(plural[:-1])]:
                 raise ValueError(f"{self.path}: columns has {plural} and {single[0]}; name one of the two")
-        if self.max_negatives is not None and self.max_negatives < 1:
-            raise ValueError(f"{self.path}: max_negatives is {self.max_negatives}; it must be 1 or more")
+        self._check_least(max_negatives=1)
         if "negatives" not in self.columns and self.max_negatives not in (None, type(self).max_negatives):
             raise ValueError(
                 f"{self.path}: max_negatives is {self.max_negatives}, which counts texts of the list negatives, and "
@@ -203,19 +194,16 @@ class Source:
                 f"{self.path}: holdout_by names '{self.holdout_by}', which a row with few negatives lacks; there are "
                 f"{', '.join(sure)}"
             )
-        for key, names in (
-            ("holdout_by", [self.holdout_by] if self.holdout_by else []),
-            ("prompts", self.prompts or []),
-            ("max_lengths", self.max_lengths or []),
+        columns = self.text_columns
+        for key, names, known in (
+            ("holdout_by", [self.holdout_by] if self.holdout_by else [], columns),
+            ("prompts", self.prompts or [], (*columns, *self.lists)),
+            ("max_lengths", self.max_lengths or [], (*columns, *self.lists)),
         ):
-            for name in names:
-                if name not in self.text_columns and not (
-                    key != "holdout_by" and name in self.columns and name in _LISTS
-                ):
-                    raise ValueError(
-                        f"{self.path}: {key} names '{name}', which is no text column; there are "
-                        f"{', '.join(self.text_columns)}"
-                    )
+            if unknown := [name for name in names if name not in known]:
+                raise ValueError(
+                    f"{self.path}: {key} names '{unknown[0]}', which is no text column; there are {', '.join(columns)}"
+                )
         if self.holdout_by and not self.holdout:
             raise ValueError(
                 f"{self.path}: holdout_by is set, but holdout is 0, so no row is left out: set holdout, or leave "
@@ -258,6 +246,11 @@ class Source:
         return tuple(sorted((*(name for name in self.columns if _TEXT.fullmatch(name)), *made), key=place))
 
     @property
+    def lists(self) -> list[str]:
+        """The columns that hold lists of texts."""
+        return [name for name in _LISTS if name in self.columns]
+
+    @property
     def candidate_scores(self) -> tuple[str, ...]:
         """The columns score_1, score_2, ... in their order."""
         names = (name for name in self.columns if _CANDIDATE_SCORE.fullmatch(name))
@@ -277,11 +270,9 @@ class Source:
 
     def key_of(self, name: str) -> str:
         """The key of ``columns`` that a canonical column comes from: one of a list for the texts of lists."""
-        if name not in self.columns:
-            for plural in _LISTS:
-                if plural in self.columns and name.startswith(plural[:-1]):
-                    return plural
-        return name
+        if name in self.columns:
+            return name
+        return next((plural for plural in self.lists if name.startswith(plural[:-1])), name)
 
     @property
     def may_lack_texts(self) -> bool:
@@ -326,109 +317,3 @@ class Source:
         if any(map(is_position, asked)):
             return None
         return {part for column in asked for part in (str(column), str(column).split(".")[0])}
-
-
-@dataclass(kw_only=True)
-class EvalSource(Source):
-    """A set to evaluate on. Where its evaluator searches, path is the queries, or a folder or hub data set that holds
-    queries, corpus and qrels of one set or of many; columns names what is not found by its usual name.
-
-    Attributes:
-        name: of the set; its metrics are logged as eval/<name>/<metric>.
-        evaluator: what to measure.
-        corpus: documents to search, where path is a file of queries.
-        qrels: which documents are relevant to which query: a table, or lines of TREC.
-        max_rows: most rows, drawn evenly; of Reranking and of a search most queries, each with all of its candidates.
-        max_negatives: most texts taken of a row's negatives, the first ones; unset: all.
-        corpus_size: search this many documents only, the judged ones among them; for a quick look while training.
-        teacher: of an evaluator that compares with one.
-    """
-
-    columns: dict[str, Union[int, str]] = field(default_factory=dict, kw_only=False)
-    name: str
-    # Lazy, because jsonargparse can write only such a default into config.yaml.
-    evaluator: Evaluator = field(default_factory=lambda: lazy_instance(STS))
-    corpus: Optional[str] = None
-    qrels: Optional[str] = None
-    max_negatives: Optional[int] = None
-    corpus_size: Optional[int] = None
-    teacher: Optional[EncoderSpec] = None
-
-    keeps_holdout: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        kind = type(self.evaluator).__name__
-        if lacking := [name for name in ("columns", "text_columns", "primary") if not hasattr(self.evaluator, name)]:
-            raise ValueError(
-                f"{self.path}: {kind} has no {lacking[0]}; an evaluator names columns, text_columns and its primary "
-                "metric"
-            )
-        lists = [name for name in _LISTS if name in self.columns]
-        if lists and not self.evaluator.takes_lists:
-            raise ValueError(
-                f"{self.path}: {lists[0]} is for data.train and Reranking; {kind} takes one text in a column"
-            )
-        if not re.fullmatch(r"\w[\w.-]*", self.name):
-            raise ValueError(f"validation set name '{self.name}': letters, digits, '.', '_' and '-' are allowed")
-        if self.evaluator.teacher_column is not None and self.teacher is None:
-            raise ValueError(f"{self.path}: {kind} compares with a teacher; name it: teacher: {{backbone: ...}}")
-        if self.evaluator.teacher_column is None and self.teacher is not None:
-            raise ValueError(f"{self.path}: {kind} compares with no teacher; leave teacher out")
-        of_training = (("loss", None), ("weight", 1.0), ("rows_per_label", None))
-        if asked := [name for name, unset in of_training if getattr(self, name) != unset]:
-            raise ValueError(
-                f"{self.path}: {asked[0]} is for data.train; nothing is learnt from a validation set: leave it out"
-            )
-        if self.searches:
-            self._check_search()
-            return
-        super().__post_init__()
-        planned = {"corpus": self.corpus, "qrels": self.qrels, "corpus_size": self.corpus_size}
-        if asked := [name for name, value in planned.items() if value is not None]:
-            raise ValueError(
-                f"{self.path}: {asked[0]} is for an evaluator that searches (InformationRetrieval), {kind} does not"
-            )
-
-    @property
-    def draws_queries(self) -> bool:
-        return self.evaluator.takes_lists and "anchor" in self.columns
-
-    @property
-    def missing_columns(self) -> list[str]:
-        """Those that the evaluator wants and the rows lack; of a search none."""
-        return [] if self.searches else [name for name in self.evaluator.columns if name not in self.canonical_columns]
-
-    @property
-    def searches(self) -> bool:
-        """Whether the set is queries, documents and judgements instead of rows of texts."""
-        return isinstance(self.evaluator, Search)
-
-    def _check_search(self) -> None:
-        for name in self.columns:
-            if name not in SEARCH_COLUMNS:
-                raise ValueError(
-                    f"{self.path}: columns has '{name}', which is none of {', '.join(SEARCH_COLUMNS)}."
-                    f"{did_you_mean(name, SEARCH_COLUMNS)}"
-                )
-        given = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
-        for name in (
-            "score_range", "label_map", "where", "triplets", "holdout", "holdout_by", "streaming", "max_negatives",
-        ):  # fmt: skip
-            if name in given:
-                raise ValueError(f"{self.path}: {name} does not go with an evaluator that searches; leave it out")
-        if (self.corpus is None) != (self.qrels is None):
-            lacking = "corpus" if self.corpus is None else "qrels"
-            raise ValueError(
-                f"{self.path}: {lacking} is missing; name queries (path), corpus and qrels, or a folder of them (path)"
-            )
-        for name, number in (("max_rows", self.max_rows), ("corpus_size", self.corpus_size)):
-            if number is not None and number < 1:
-                raise ValueError(f"{self.path}: {name} is {number}; it must be 1 or more")
-        for name in self.prompts or ():
-            if name not in self.text_columns:
-                raise ValueError(f"{self.path}: prompts names '{name}'; there are {', '.join(self.text_columns)}")
-
-    @property
-    def text_columns(self) -> tuple[str, ...]:
-        """Canonical names of the texts of a row, in their order; of a set that is searched, its two kinds of text."""
-        return Search.text_columns if self.searches else super().text_columns

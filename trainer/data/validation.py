@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
+from trainer.data.evalsource import EvalSource
 from trainer.data.loading import load
 from trainer.data.retrieval import load_collections
-from trainer.data.sources import EvalSource
 from trainer.encoder.spec import EncoderSpec
 from trainer.encoder.text import TextPreparation
 from trainer.evaluation.base import Evaluator, Rows

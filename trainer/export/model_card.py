@@ -21,12 +21,13 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.model_card import SentenceTransformerModelCardData
 from sentence_transformers.util import fullname
 
+from trainer.data.evalsource import EvalSource
 from trainer.data.files import is_hub_id
 from trainer.data.loading import load
 from trainer.data.order import Order
 from trainer.data.parts import Permutation
 from trainer.data.retrieval import load_collections
-from trainer.data.sources import EvalSource, Source
+from trainer.data.sources import Source
 from trainer.encoder import EncoderSpec
 from trainer.encoder.folder import public_name
 from trainer.export.account import against_base, config_block, cost, data_account

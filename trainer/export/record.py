@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trainer.data.evalsource import EvalSource
 from trainer.data.module import PairData
-from trainer.data.sources import EvalSource
 from trainer.encoder import Encoder, EncoderSpec
 from trainer.evaluation.base import Evaluator
 from trainer.module import EmbeddingModule
