@@ -8,13 +8,11 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
 
 from trainer.batch import PackedBatch
 from trainer.distributed import gather
@@ -24,35 +22,12 @@ from trainer.files import write_whole, writing
 from trainer.manifest import read_state
 from trainer.tracking.about import names_of_sources, peak_memory, write_about
 from trainer.tracking.runs import METRICS_FILE, read_row
+from trainer.tracking.sums import StepSums
 from trainer.tracking.wandb import RunLogger
 
 logger = logging.getLogger(__name__)
 
 Listener = Callable[[Mapping[str, float], int], None]
-
-
-@dataclass
-class _Sums:
-    """Sums over the steps since the last log. Tokens, FLOPs, loss and what losses found are this rank's share of the
-    sum over ranks; steps, rows and the norm of the global gradient are the same on every rank."""
-
-    steps: int = 0
-    rows: int = 0
-    tokens: int = 0
-    padded_tokens: int = 0
-    flops: int = 0
-    loss: float | Tensor = 0.0
-    grad_norm: float | Tensor = 0.0
-    found: dict[str, float | Tensor] = field(default_factory=dict)  # of losses, by name
-    found_steps: dict[str, int] = field(default_factory=dict)  # steps whose loss had it
-
-    def as_numbers(self) -> dict[str, Any]:
-        numbers = {name: _number(value) for name, value in vars(self).items() if name != "found"}
-        return {**numbers, "found": {name: _number(value) for name, value in self.found.items()}}
-
-
-def _number(value: Any) -> Any:
-    return value.item() if isinstance(value, Tensor) else value
 
 
 class MetricsLog(Callback):
@@ -94,8 +69,8 @@ class MetricsLog(Callback):
         self.listeners: list[Listener] = []
         self.rows_seen = 0
         self.tokens_seen = 0
-        self._sums = _Sums()
-        self._restored = _Sums()  # steps that another process took: their time is not on our clock
+        self._sums = StepSums()
+        self._restored = StepSums()  # steps that another process took: their time is not on our clock
         self._lr = math.nan
         self._since = 0.0
         self._paused = 0.0
@@ -181,24 +156,10 @@ class MetricsLog(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: PackedBatch, batch_idx: int
     ) -> None:
-        sums = self._sums
-        sums.steps += 1
-        sums.rows += batch.targets.num_global_rows
-        sums.tokens += batch.num_tokens
-        sums.padded_tokens += batch.padded_tokens
-        if self._arithmetic and batch.num_rows:
-            for arithmetic, stream in zip(self._arithmetic, batch.streams, strict=True):
-                sums.flops += arithmetic.step(stream.lengths)
-        # On the device and without reading the value: a read would wait for the step.
-        sums.loss = sums.loss + outputs["loss"].detach().double() / gather.world_size()
-        grad_norm = getattr(pl_module, "last_grad_norm", None)
-        sums.grad_norm = sums.grad_norm + (math.nan if grad_norm is None else grad_norm.detach().double())
-        found = dict(getattr(pl_module, "last_metrics", {}))
+        loss, found = outputs["loss"].detach(), dict(getattr(pl_module, "last_metrics", {}))
         if self._sources:
-            found[f"loss/{self._sources[batch.source]}"] = outputs["loss"].detach()
-        for name, value in found.items():
-            sums.found[name] = sums.found.get(name, 0.0) + value.double() / gather.world_size()
-            sums.found_steps[name] = sums.found_steps.get(name, 0) + 1
+            found[f"loss/{self._sources[batch.source]}"] = loss
+        self._sums.add(batch, self._arithmetic, loss, getattr(pl_module, "last_grad_norm", None), found)
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         is_last = trainer.global_step == getattr(pl_module, "num_training_steps", None)
         if every and (trainer.global_step % every == 0 or is_last):
@@ -228,10 +189,9 @@ class MetricsLog(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.rows_seen, self.tokens_seen = state_dict["rows_seen"], state_dict["tokens_seen"]
         self._wall_s, self._gpu_hours = state_dict["wall_s"], state_dict["gpu_hours"]
-        self._restored = _Sums(**state_dict["sums"])
-        self._sums = _Sums(**state_dict["sums"])
-        if gather.rank() != 0:
-            self._drop_share()
+        self._restored = StepSums(**state_dict["sums"])
+        self._sums = StepSums(**state_dict["sums"])
+        self._sums.leave_to_rank_0()
 
     # -- inside -------------------------------------------------------------------------------------------
 
@@ -246,26 +206,9 @@ class MetricsLog(Callback):
             self._gpu_hours += (now - self._ticked) * gather.world_size() / 3600
             self._ticked = now
 
-    def _drop_share(self) -> None:
-        self._sums.loss, self._sums.tokens, self._sums.padded_tokens, self._sums.flops = 0.0, 0, 0, 0
-        self._sums.found = dict.fromkeys(self._sums.found, 0.0)
-
     def _reduce(self) -> None:
         """Move all shares to rank 0. A run that saves goes on with the same sums as one that resumes."""
-        sums = self._sums
-        if gather.world_size() > 1:
-            assert self._trainer is not None
-            # The same names on every rank, for all take a step with the same loss.
-            share = torch.zeros(4 + len(sums.found), dtype=torch.float64, device=self._trainer.strategy.root_device)
-            shares = [sums.tokens, sums.padded_tokens, sums.flops, sums.loss, *sums.found.values()]
-            for place, value in enumerate(shares):
-                share[place] = value
-            tokens, padded_tokens, flops, loss, *found = gather.reduce_sum(share).tolist()
-            sums.found = dict(zip(sums.found, found, strict=True))
-            sums.tokens, sums.padded_tokens, sums.flops, sums.loss = int(tokens), int(padded_tokens), int(flops), loss
-            if gather.rank() != 0:
-                self._drop_share()
-        self._sums = _Sums(**sums.as_numbers())
+        self._sums.reduce(self._trainer.strategy.root_device if self._trainer else torch.device("cpu"))
 
     def _write(self, trainer: Trainer) -> None:
         position = self.position()
@@ -290,7 +233,7 @@ class MetricsLog(Callback):
             },
             trainer.global_step,
         )
-        self._sums, self._restored = _Sums(), _Sums()
+        self._sums, self._restored = StepSums(), StepSums()
         self._start_clock(trainer)
 
 
