@@ -207,11 +207,6 @@ class TrainerCLI(LightningCLI):
                 self.options[group][key] = os.path.expanduser(folder)
         limits = self.options.trainer
         if limits.max_epochs is None and limits.max_steps == -1:
-            if limits.max_time is not None:
-                raise ConfigError(
-                    f"{self.written.place('trainer.max_time')}: trainer.max_time alone does not say how long the "
-                    "schedule of the learning rate is: give trainer.max_epochs or trainer.max_steps too"
-                )
             limits.max_epochs = 1  # Lightning would take 1000
         try:
             refuse_unknown(split_names(self.options.check.allow))

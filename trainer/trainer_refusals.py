@@ -71,8 +71,8 @@ ABOVE_ZERO: Mapping[str, str] = {
 
 
 def refuse_values(options: Any, written: Written) -> None:
-    """Values of the Trainer that leave no step in a run, in an epoch or between evaluations, evaluate a part of a set,
-    clip below 0, or are not ours to choose.
+    """Values of the Trainer that leave no step in a run, in an epoch or between evaluations, or its length open,
+    evaluate a part of a set, clip below 0, or are not ours to choose.
 
     Args:
         options: key of the Trainer -> value.
@@ -93,6 +93,12 @@ def refuse_values(options: Any, written: Written) -> None:
         value = options[key]
         if value is not None and value < 1 and value != -1:  # 0 would end well, without a model
             refuse(key, f"is {value}; it must be 1 or more, or -1 for no limit: {ABOVE_ZERO['limit_train_batches']}")
+    if options.max_epochs is None and options.max_steps == -1 and options.max_time is not None:
+        refuse(
+            "max_time",
+            "alone does not say how long the schedule of the learning rate is: give trainer.max_epochs or "
+            "trainer.max_steps too",
+        )
     for key in ("limit_val_batches", "limit_test_batches"):
         value = options[key]
         if value not in (None, 0, 1.0) or (value == 1 and isinstance(value, int)):  # 1 is one batch, 1.0 is all
