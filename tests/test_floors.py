@@ -39,7 +39,7 @@ FLOORS = {
           trainer.check.rules trainer.check.texts trainer.data.batches trainer.data.blocks
           trainer.data.bylabel trainer.data.cache trainer.data.checks trainer.data.collate trainer.data.columns
           trainer.data.delimited trainer.data.derived trainer.data.distinct trainer.data.evalsource
-          trainer.data.facts trainer.data.files
+          trainer.data.columnfacts trainer.data.facts trainer.data.files
           trainer.data.hashes trainer.data.json_lines trainer.data.layouts trainer.data.leaks trainer.data.loading
           trainer.data.opaque trainer.data.order trainer.data.parts trainer.data.permutation trainer.data.progress
           trainer.data.refusals trainer.data.retrieval trainer.data.rowgroups trainer.data.rows trainer.data.sources

@@ -10,7 +10,8 @@ import yaml
 
 from trainer.check.finding import Finding, Situation
 from trainer.check.rules import RULES, findings, refuse_unknown
-from trainer.data.facts import ColumnFacts, LabelFacts, MarginFacts, ScoreFacts, SourceFacts
+from trainer.data.columnfacts import ColumnFacts
+from trainer.data.facts import LabelFacts, MarginFacts, ScoreFacts, SourceFacts
 from trainer.data.leaks import LeakFacts
 from trainer.losses import (
     BatchHardTriplet,

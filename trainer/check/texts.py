@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from trainer.check.finding import Finding, Prompts, Situation, name_of
-from trainer.data.facts import ColumnFacts, SourceFacts
+from trainer.data.columnfacts import ColumnFacts
+from trainer.data.facts import SourceFacts
 from trainer.losses import Loss
 
 # Seen with right tokenizers (stsb, jsts, tanaka): below 2 % and 1.05; with wrong ones (amharic, korsts): 88 % and 1.8.

@@ -13,8 +13,9 @@ import pyarrow.compute as pc
 from datasets import Dataset
 from numpy.typing import NDArray
 
+from trainer.data.columnfacts import CHUNK_ROWS
 from trainer.data.evalsource import EvalSource
-from trainer.data.facts import CHUNK_ROWS, cached_facts, facts_key, joined
+from trainer.data.facts import cached_facts, facts_key, joined
 from trainer.data.loading import as_read, fingerprint, load
 from trainer.data.retrieval import collections_fingerprint, load_collections
 from trainer.data.sources import Source
