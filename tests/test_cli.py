@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import json
-import logging
 import os
 import platform
 import re
@@ -884,18 +882,6 @@ def test_a_logger_in_the_place_of_tracking_is_said(recipe: Path, capsys: pytest.
     assert "takes the place of tracking" not in capsys.readouterr().out
 
 
-def test_the_regular_end_is_not_told_by_a_setting_the_user_never_made(recipe: Path) -> None:
-    """Epochs were asked for: Lightning would say that max_steps=3 was reached."""
-    said = logging.StreamHandler(io.StringIO())
-    logging.getLogger("lightning.pytorch").addHandler(said)
-    try:
-        assert main(["fit", "--config", str(recipe), "--trainer.max_epochs", "1"]) == 0
-    finally:
-        logging.getLogger("lightning.pytorch").removeHandler(said)
-    assert "GPU available" in said.stream.getvalue()
-    assert "stopped" not in said.stream.getvalue()
-
-
 def test_auto_starts_fresh_where_there_is_no_checkpoint(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Also for a job that Slurm has requeued before its first checkpoint: nobody types the flag there."""
     assert main(["fit", "--config", str(recipe), "--ckpt_path", "auto", "--trainer.max_steps", "1"]) == 0
@@ -1270,16 +1256,3 @@ def test_only_the_failing_rank_speaks(recipe: Path) -> None:
     errors = re.findall(r"^error.*", done.stderr, re.MULTILINE)
     assert len([line for line in errors if line.startswith("error: nowhere.csv")]) == 1
     assert all("nowhere.csv" in line or "another rank has ended" in line for line in errors)
-
-
-def test_a_callback_with_an_enum_as_default(tiny_encoder: Path) -> None:
-    """Lightning's Timer: its interval is one. The config that the run writes builds the same callback."""
-    recipe = write_tiny_recipe(Path(), tiny_encoder, max_steps=1, default_root_dir="run")
-    timer = '[{"class_path": "Timer", "init_args": {"duration": "00:01:00:00"}}]'
-    assert main(["fit", "--config", str(recipe), "--trainer.callbacks", timer]) == 0
-    (written,) = yaml.safe_load(Path("run/config.yaml").read_text())["trainer"]["callbacks"]
-    assert written["init_args"] == {"duration": "00:01:00:00", "interval": "step", "verbose": True}
-    args = ["--config", "run/config.yaml", "--trainer.default_root_dir", "again"]
-    again = run(["fit", *args], read_command(args), execute=False)
-    (timer_again,) = (one for one in again.trainer.callbacks if type(one).__name__ == "Timer")
-    assert (timer_again._duration, timer_again._interval) == (3600, "step")

@@ -4,22 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import enum
-import functools
-import logging
-import operator
 import os
-import sys
-import typing
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 import yaml
-from jsonargparse import Namespace, _typehints, set_parsing_settings
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -40,6 +31,7 @@ from trainer.distributed.watch import Watch
 from trainer.encoder.spec import EncoderSpec
 from trainer.evaluation.runner import Evaluation
 from trainer.identity import Resume, differences, identity, refuse_differences, split_names
+from trainer.library_settings import quieten, settle_parsing
 from trainer.manifest import best, newest, read_manifest
 from trainer.module import EmbeddingModule
 from trainer.run_dir import is_first_rank, name_run, write_config
@@ -57,32 +49,6 @@ from trainer.trainer_refusals import (
     refuse_spawned,
     refuse_values,
 )
-
-# No value is built where any value fits. Naming a deny list, be it empty, turns jsonargparse's own one (os, subprocess,
-# pickle, importlib, ...) from a warning into a refusal.
-set_parsing_settings(instantiate_subclass_spec_in_any=False, import_path_denylist=[])
-
-
-def _discard_settings(_: Any, before: Any, now: Any) -> None:
-    """Nothing of a class that is replaced is left: a scale of 20 is tuned for InfoNCE, and not for SigLIP.
-
-    jsonargparse keeps what both classes have an argument for.
-    """
-    if before and before.get("init_args") and (old := before["class_path"]):  # no path: keys without a class
-        new = now["class_path"]
-        if old != new and _typehints.import_object(old) is not _typehints.import_object(new):
-            before["init_args"] = Namespace()
-
-
-_typehints.discard_init_args_on_class_path_change = _discard_settings
-# typing gives out an equal union that was asked for before: after an import of sentence_transformers Lightning's say
-# float | int, jsonargparse tries in this order, and 1 batch would be 1.0, all of them.
-_hints = Trainer.__init__.__annotations__
-for _name, _types in [(name, typing.get_args(hint)) for name, hint in _hints.items()]:
-    if _types[:2] == (float, int):
-        _hints[_name] = functools.reduce(operator.or_, _types[2:], int | float)
-# Defaults of some callbacks are members of an enum (the interval of Lightning's Timer), which PyYAML refuses to write.
-yaml.SafeDumper.add_multi_representer(enum.Enum, lambda dumper, member: dumper.represent_data(member.value))
 
 GROUPS: Mapping[str, type] = {
     "model": EmbeddingModule,
@@ -126,6 +92,7 @@ class TrainerCLI(LightningCLI):
     """
 
     def __init__(self, args: list[str], written: Written, execute: bool = True) -> None:
+        settle_parsing()
         self.written = written
         self.execute = execute
         quiet = {"exit_on_error": False, "allow_abbrev": False}  # a short form would hide a misspelt flag
@@ -402,25 +369,8 @@ class Parts(TrainerCLI):
 
 def run(args: list[str], written: Written, execute: bool = True) -> TrainerCLI:
     """Builds and runs ``args``; with ``execute`` False it only builds."""
-    _quieten()
+    quieten()
     # On a CPU: moments of rare pieces decay into denormal numbers, with which AdamW takes five times as long. Threads
     # take over what the one that starts them has set, so this stands before the first parallel loop.
     torch.set_flush_denormal(True)
     return TrainerCLI(args, written, execute)
-
-
-def _quieten() -> None:
-    """Leaves out what libraries say that the user cannot act on."""
-    warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
-    warnings.filterwarnings("ignore", message=".*`srun` command is available.*")
-    logging.getLogger("DeepSpeed").addFilter(_is_wanted)  # accelerate imports it for a model card
-    for handler in logging.getLogger("lightning.pytorch").handlers:
-        handler.addFilter(_is_wanted)  # twice is once
-    if not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()
-
-
-def _is_wanted(record: logging.LogRecord) -> bool:
-    # "stopped: `max_" tells of the regular end, by max_steps, which the user may never have set.
-    noise = ("litlogger", "TPU available", "`weights_only` was not", "Setting accelerator to CPU", "stopped: `max_")
-    return not any(part in record.getMessage() for part in noise)
