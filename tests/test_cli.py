@@ -404,8 +404,20 @@ BAD_FLAGS = {
     "--checkpoint null": "flag --checkpoint must be keys (save_every_steps, keep, monitor, ...), found 'null': it "
     "can't be switched off",
     "--watch 60": "flag --watch must be keys (timeout_s, ...), found '60'",
-    "--trainer.devices many": "the trainer can't be built from these settings: `devices` selected with "
-    "`CPUAccelerator` should be an int > 0.",
+    **{
+        f"--trainer.devices {value}": f"flag --trainer.devices: trainer.devices is '{said or value}'; it must be the "
+        "number on each node, 1 or more, or auto"
+        for value, said in (("many", ""), ("0", ""), ("-1", ""), ("[0,1]", "[0, 1]"), ("1.5", ""))
+    },
+    "--trainer.accelerator gpu --trainer.devices 1,x": "flag --trainer.devices: trainer.devices is '1,x'; it must be "
+    "the number on each node, 1 or more, or auto, -1 for all, or the ids of GPUs in a list",
+    "--trainer.accelerator blah": "flag --trainer.accelerator: trainer.accelerator is 'blah'; take one of auto, cpu, "
+    "gpu, cuda, mps",
+    "--trainer.num_nodes 0": "flag --trainer.num_nodes: trainer.num_nodes is 0; it must be 1 or more",
+    '--trainer.max_time {"hours":-1}': "flag --trainer.max_time: this gives the training -3600 seconds; it must be "
+    "more than 0",
+    "--trainer.check_val_every_n_epoch 0": "flag --trainer.check_val_every_n_epoch: trainer.check_val_every_n_epoch "
+    "is 0; it must be above 0: to never evaluate, set trainer.limit_val_batches: 0",
     "--trainer.logger CSVLogger": "trainer.logger: Problem with given class_path "
     "'lightning.pytorch.loggers.CSVLogger': the following arguments are required: save_dir",
     "--data.train nope.jsonl": "flag --data.train must be a list (keys (path, columns, score_range, ...) each), found "

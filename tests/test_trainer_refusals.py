@@ -190,6 +190,43 @@ def test_ranks_whose_hosts_have_disks_of_their_own_do_not_go_on_apart(recipe: Pa
     assert "Traceback" not in said[0] + said[1]
 
 
+# -- check ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--trainer.accelerator blah",
+        "--trainer.devices many",
+        "--trainer.strategy blah",
+        "--trainer.precision 16-true",
+        "--trainer.profiler blah",
+        "--trainer.max_time 00:00:00:00",
+        "--trainer.callbacks+=LearningRateFinder",
+        "--trainer.gradient_clip_algorithm blah",
+    ],
+)
+def test_check_refuses_what_fit_would(recipe: Path, flags: str, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(capsys, recipe, *flags.split())
+    assert main(["check", "--config", str(recipe), *flags.split()]) == 2
+    assert capsys.readouterr().err.strip() == said
+
+
+@pytest.mark.parametrize("place", ["ddp", "zero3-offload"])
+def test_a_run_on_gpus_is_checked_where_there_is_none(
+    recipe: Path, place: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a task of another job too: the run does not start here."""
+    for name, value in {**TASK, "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2", "SLURM_PROCID": "0"}.items():
+        monkeypatch.setenv(name, value)
+    words = ["--config", str(ROOT / f"configs/hardware/{place}.yaml"), "--trainer.num_nodes", "2"]
+    for devices, ranks in {"auto": 2, "-1": 2, "2": 4, "0,1": 4, "[0, 1]": 4}.items():
+        assert main(["check", "--config", str(recipe), *words, "--trainer.devices", devices]) == 0
+        said = capsys.readouterr()
+        assert f"on {ranks} ranks" in said.out
+        assert said.err == ""
+
+
 # -- folders ----------------------------------------------------------------------------------------------
 
 

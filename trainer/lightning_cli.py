@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 import os
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 import yaml
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from trainer import interruption
@@ -43,6 +46,7 @@ from trainer.tracking.results import RESULTS_NAME, TEST_NAME, checkpoint_in, pri
 from trainer.tracking.wandb import RunLogger, Tracking, make_logger
 from trainer.trainer_refusals import (
     refuse_callbacks,
+    refuse_no_time,
     refuse_nothing_to_evaluate,
     refuse_ranks_apart,
     refuse_remote,
@@ -206,31 +210,40 @@ class TrainerCLI(LightningCLI):
                 if one[key] is not None:
                     print(f"note: {one.name}: {one[key]:,} {what} at most ({key}); all: --data.validation.{key} null")
 
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+    def build_trainer(self, cluster: Callable[[], list[Any]], **place: Any) -> Trainer:
+        """Lightning's Trainer, or what it refuses.
+
+        Args:
+            cluster: plugins that say who numbers the ranks.
+            place: what the Trainer takes in place of what the config says.
+        """
         theirs = self._get(self.config_init, "trainer").callbacks or []  # before Lightning counts the progress bars
         watched = self.options.checkpoint
         lower = watched.monitor if watched.mode == "min" else None
-        place = self.written.place("trainer.callbacks")
-        refuse_callbacks(theirs if isinstance(theirs, list) else [theirs], place, lower)
+        written = self.written.place("trainer.callbacks")
+        refuse_callbacks(theirs if isinstance(theirs, list) else [theirs], written, lower)
         plugins = self._get(self.config_init, "trainer").plugins or []
         self.checkpoint_io = DirectoryCheckpointIO()
-        kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), self.checkpoint_io]
+        plugins = [*(plugins if isinstance(plugins, list) else [plugins]), self.checkpoint_io]
         if self._get(self.config_init, "trainer").enable_progress_bar is False:  # Lightning refuses it beside a bar
             ours = self.trainer_defaults["callbacks"]
             self.trainer_defaults["callbacks"] = [one for one in ours if not isinstance(one, Progress)]
         try:
-            kwargs["plugins"] += numbering()
-            trainer = super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(plugins=plugins + cluster(), **place)
         except (TypeError, ValueError, MisconfigurationException) as error:
             raise ConfigError(f"the trainer can't be built from these settings: {error}") from error
         refuse_spawned(trainer, self.written.place("trainer.strategy"))
-        refuse_ranks_apart(trainer)
+        refuse_no_time(trainer, self.written.place("trainer.max_time"))
         if (precision := str(trainer.precision)) not in PRECISIONS:
-            place = self.written.place("trainer.precision")
             raise ConfigError(
-                f"{place}: trainer.precision is {precision}, but weights stay in float32: take one of "
-                f"{', '.join(PRECISIONS)}"
+                f"{self.written.place('trainer.precision')}: trainer.precision is {precision}, but weights stay in "
+                f"float32: take one of {', '.join(PRECISIONS)}"
             )
+        return trainer
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        trainer = self.build_trainer(numbering, **kwargs)
+        refuse_ranks_apart(trainer)
         # Its handler of TERM talks to the other ranks from inside a signal: one rank that gets it waits for ever.
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
@@ -361,10 +374,20 @@ class TrainerCLI(LightningCLI):
 
 
 class Parts(TrainerCLI):
-    """Model and data of a command, without a trainer: that one wants the devices of a compute node."""
+    """Model and data of a command, on a login node: the trainer is there for what it refuses, and stands on one CPU,
+    for its own place is a compute node."""
 
-    def instantiate_trainer(self, **kwargs: Any) -> Any:
-        return None
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        log = logging.getLogger("lightning.pytorch")
+        level = log.level
+        log.setLevel(logging.WARNING)  # what it says of devices is not about those of the run
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                place = {"accelerator": "cpu", "devices": 1, "num_nodes": 1}
+                return self.build_trainer(lambda: [LightningEnvironment()], **place, **kwargs)
+        finally:
+            log.setLevel(level)
 
 
 def run(args: list[str], written: Written, execute: bool = True) -> TrainerCLI:

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import (
     LearningRateFinder,
     ProgressBar,
     StochasticWeightAveraging,
+    Timer,
     WeightAveraging,
 )
 from lightning.pytorch.plugins.environments import SLURMEnvironment
@@ -66,8 +67,11 @@ FIXED: Mapping[str, tuple[Any, str]] = {
 # trainer key -> what does what its zero seems to ask for
 ABOVE_ZERO: Mapping[str, str] = {
     "limit_train_batches": "to evaluate without training, run trainer validate",
-    "val_check_interval": "to never evaluate, set trainer.limit_val_batches: 0",
+    **dict.fromkeys(
+        ("val_check_interval", "check_val_every_n_epoch"), "to never evaluate, set trainer.limit_val_batches: 0"
+    ),
 }
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 
 
 def refuse_values(options: Any, written: Written) -> None:
@@ -89,6 +93,13 @@ def refuse_values(options: Any, written: Written) -> None:
         value = options[key]
         if isinstance(value, (int, float)) and not value > 0:
             refuse(key, f"is {value}; it must be above 0: {instead}")
+    if isinstance(options.accelerator, str) and options.accelerator not in ACCELERATORS:
+        refuse("accelerator", f"is '{options.accelerator}'; take one of {', '.join(ACCELERATORS)}")
+    if not _are_devices(options.devices, options.accelerator):
+        ids = "" if options.accelerator == "cpu" else ", -1 for all, or the ids of GPUs in a list"
+        refuse("devices", f"is '{options.devices}'; it must be the number on each node, 1 or more, or auto{ids}")
+    if options.num_nodes < 1:
+        refuse("num_nodes", f"is {options.num_nodes}; it must be 1 or more")
     for key in ("max_epochs", "max_steps"):
         value = options[key]
         if value is not None and value < 1 and value != -1:  # 0 would end well, without a model
@@ -119,6 +130,15 @@ def refuse_values(options: Any, written: Written) -> None:
     limit = options.gradient_clip_val
     if limit is not None and not limit >= 0.0:  # NaN compares as false
         refuse("gradient_clip_val", f"is {limit:g}; it must be above 0, or 0 to clip nothing")
+
+
+def _are_devices(devices: int | str | Sequence[int], accelerator: Any) -> bool:
+    """Whether Lightning finds a number in it, or ids of GPUs; not whether they are there."""
+    if not isinstance(devices, int | str):
+        ids = [str(one) for one in devices]
+        return accelerator != "cpu" and all(map(str.isdigit, ids)) and 0 < len(ids) == len(set(ids))
+    is_list = accelerator != "cpu" and re.fullmatch(r"-1|\d+ *,[\d, ]*", str(devices).strip())
+    return bool(is_list or re.fullmatch(r"auto|0*[1-9]\d*", str(devices).strip()))
 
 
 def _zero_instead(strategy: str, settings: Mapping[str, Any]) -> str:
@@ -181,6 +201,14 @@ def refuse_spawned(trainer: Trainer, place: str | None) -> None:
         raise ConfigError(
             f"{place}: this trainer.strategy forks or spawns its ranks, but here a rank is a command: take ddp"
         )
+
+
+def refuse_no_time(trainer: Trainer, place: str | None) -> None:
+    """A run that is over before its first step would end well, without a model."""
+    for timer in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(timer, Timer) and (left := timer.time_remaining()) is not None and left <= 0:
+            key = place or "trainer.callbacks"
+            raise ConfigError(f"{key}: this gives the training {left:g} seconds; it must be more than 0")
 
 
 def refuse_remote(run_dir: str | os.PathLike[str], place: str | None) -> None:
