@@ -3,6 +3,7 @@
 import gzip
 import json
 import logging
+import math
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -130,6 +131,19 @@ def set_up_on_rank(source: Source, spec: EncoderSpec, cache: str) -> str:
 def test_a_batch_without_rows_is_refused(batch_size: int) -> None:
     with pytest.raises(ValueError, match=f"data.batch_size is {batch_size}; it must be 1 or more"):
         PairData([], EncoderSpec("x"), batch_size=batch_size)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"stream_cache_gib": -1.0}, "data.stream_cache_gib is -1; it must be 0 or more, and finite"),
+        ({"stream_cache_gib": math.nan}, "data.stream_cache_gib is nan; it must be 0 or more, and finite"),
+        ({"num_workers": -1}, "data.num_workers is -1; it must be 0 or more"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=f"^{said}$"):
+        PairData([], EncoderSpec("x"), **options)
 
 
 def test_what_round_robin_leaves_out_is_said(

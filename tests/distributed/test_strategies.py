@@ -363,6 +363,11 @@ def test_what_zero_cannot_share_out_is_refused(ranks: TwoRanks, folder: Path) ->
     assert said == ["loss.scale has no length, so ZeRO can't share it out: make it of shape (1,)"] * 2
 
 
+def test_less_than_no_parameters_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^trainer.strategy: ZeRO live_parameters is -1; it must be 0 or more$"):
+        ZeRO(3, live_parameters=-1)
+
+
 def test_ranks_with_few_chunks_wait_for_those_with_more(results_of: Any, folder: Path) -> None:
     """Under DDP the ranks run as many forwards as they have chunks; under stage 3 a forward is a collective."""
     run = Run(str(folder), loss="InfoNCE")

@@ -6,6 +6,7 @@ These tests start processes of their own, because what is tested is how processe
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -197,9 +198,11 @@ def test_a_single_process_that_hangs(runs: Runs) -> None:
     assert re.search(r'fault_at.py", line \d+ in on_train_batch_start', (runs.run_dir / "hang-rank0.txt").read_text())
 
 
-def test_timeout_out_of_range() -> None:
-    with pytest.raises(ValueError, match=r"watch.timeout_s is 0; it must be above 0"):
-        Watch(0)
+@pytest.mark.parametrize("timeout_s", [0.0, math.nan, math.inf])
+def test_timeout_out_of_range(timeout_s: float) -> None:
+    """No time is more than NaN: a run that hangs would hang on."""
+    with pytest.raises(ValueError, match=f"^watch.timeout_s is {timeout_s:g}; it must be above 0, and finite$"):
+        Watch(timeout_s)
 
 
 # -- numbers and memory -----------------------------------------------------------------------------------

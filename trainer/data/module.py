@@ -1,6 +1,7 @@
 """The data module: sources, token tables, order and loaders of a run."""
 
 import logging
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -82,6 +83,10 @@ class PairData(LightningDataModule):
             raise ValueError(f"data.batch_size is {batch_size}; it must be 1 or more")
         if max_rows is not None and max_rows < 1:
             raise ValueError(f"data.max_rows is {max_rows}; it must be 1 or more, or left out for all rows")
+        if not 0.0 <= stream_cache_gib < math.inf:
+            raise ValueError(f"data.stream_cache_gib is {stream_cache_gib:g}; it must be 0 or more, and finite")
+        if num_workers < 0:
+            raise ValueError(f"data.num_workers is {num_workers}; it must be 0 or more")
         self.train_sources = train
         self.validation_sources = validation or []
         self.encoder_spec = encoder

@@ -38,6 +38,8 @@ class ZeRO(DDPStrategy):
 
     def __init__(self, stage: Literal[1, 2, 3] = 2, offload: bool = False, live_parameters: int = 30_000_000) -> None:
         super().__init__()
+        if live_parameters < 0:
+            raise ValueError(f"trainer.strategy: ZeRO live_parameters is {live_parameters}; it must be 0 or more")
         self.stage = stage
         self.offload = offload
         self.live_parameters = live_parameters

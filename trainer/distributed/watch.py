@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import math
 import os
 import socket
 import subprocess
@@ -47,8 +48,8 @@ class Watch(Callback):
     """
 
     def __init__(self, timeout_s: float = 300.0) -> None:
-        if timeout_s <= 0:
-            raise ValueError(f"watch.timeout_s is {timeout_s}; it must be above 0")
+        if not 0.0 < timeout_s < math.inf:
+            raise ValueError(f"watch.timeout_s is {timeout_s:g}; it must be above 0, and finite")
         self.timeout_s = timeout_s
         self.meeting: Meeting | None = None  # looks after the ranks until then
         self._collapse = Collapse()

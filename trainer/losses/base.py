@@ -34,6 +34,12 @@ SENTENCE_BERT = """@inproceedings{reimers-2019-sentence-bert,
 NEEDS = ("scores", "candidate_scores", "labels", "teacher")
 
 
+def refuse_infinite(name: str, value: float) -> None:
+    """Raises ValueError unless ``value`` is a finite number."""
+    if not math.isfinite(value):
+        raise ValueError(f"{name} is {value:g}; it must be a finite number")
+
+
 def refuse_not_positive(name: str, value: float, or_zero: bool = False) -> None:
     """Raises ValueError unless ``value`` is finite and above 0, or 0 where that means something."""
     # Written so that NaN, which compares as false, is refused.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trainer.batch import Targets
-from trainer.losses.base import Loss, refuse_not_positive
+from trainer.losses.base import Loss, refuse_infinite, refuse_not_positive
 from trainer.losses.inbatch import InBatch, Judge
 from trainer.losses.logsumexp import MAX_WHOLE
 from trainer.losses.similarity import similarity_matrix
@@ -60,6 +60,7 @@ class GISTEmbed(Loss):
     ) -> None:
         super().__init__()
         refuse_not_positive("GISTEmbed scale", scale)
+        refuse_infinite("GISTEmbed margin", margin)
         self.scale = scale
         self.margin_strategy = margin_strategy
         self.margin = margin

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from trainer.batch import Targets
 from trainer.distributed.gather import gather_columns, gather_rows
-from trainer.losses.base import Loss
+from trainer.losses.base import Loss, refuse_not_positive
 from trainer.losses.similarity import similarity_matrix
 
 
@@ -45,6 +45,8 @@ class GlobalOrthogonalRegularization(Loss):
         aggregation: Literal["mean", "sum"] = "mean",
     ) -> None:
         super().__init__()
+        for name, weight in (("mean_weight", mean_weight), ("second_moment_weight", second_moment_weight)):
+            refuse_not_positive(f"GlobalOrthogonalRegularization {name}", weight, or_zero=True)
         if not mean_weight and not second_moment_weight:
             raise ValueError("GlobalOrthogonalRegularization has two weights of 0; give one of them another value")
         self.mean_weight = mean_weight

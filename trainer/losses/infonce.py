@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trainer.batch import Targets
-from trainer.losses.base import Loss, refuse_not_positive
+from trainer.losses.base import Loss, refuse_infinite, refuse_not_positive
 from trainer.losses.inbatch import Candidates, InBatch
 from trainer.losses.logsumexp import MAX_WHOLE
 from trainer.losses.similarity import Similarity
@@ -77,6 +77,7 @@ class InfoNCE(Loss):
                 f"InfoNCE partition per_direction: {' and '.join(without)} have no positive to find; set partition to "
                 "joint, or leave them out"
             )
+        refuse_infinite("InfoNCE hardness_strength", hardness_strength)
         if (hardness is None) != (hardness_strength == 0.0) or hardness_strength < 0.0:
             raise ValueError(
                 f"InfoNCE hardness is {hardness} and hardness_strength {hardness_strength:g}: set both, the strength "

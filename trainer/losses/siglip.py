@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from trainer.batch import Targets
-from trainer.losses.base import Loss, refuse_not_positive
+from trainer.losses.base import Loss, refuse_infinite, refuse_not_positive
 from trainer.losses.inbatch import Candidates, InBatch
 from trainer.losses.logsumexp import MAX_WHOLE
 from trainer.losses.similarity import similarity_matrix
@@ -44,6 +44,7 @@ class SigLIP(Loss):
     def __init__(self, scale: float = 10.0, bias: float = -10.0, mask_false_negatives: bool = True) -> None:
         super().__init__()
         refuse_not_positive("SigLIP scale", scale)  # its logarithm is trained
+        refuse_infinite("SigLIP bias", bias)
         self.scale = scale
         self.bias = bias
         self.mask_false_negatives = mask_false_negatives
