@@ -10,8 +10,10 @@ from types import SimpleNamespace
 
 import fsspec
 import pytest
+from datasets import load_dataset
 
 from trainer.data import opaque
+from trainer.data.hashes import NO_TEXT
 from trainer.data.loading import fingerprint, load
 from trainer.data.module import PairData
 from trainer.data.opaque import OpaqueBatches, OpaqueStream, Reader
@@ -200,6 +202,26 @@ def test_a_stream_of_json_lines_has_the_rows_of_loading_it(text: TextPreparation
         assert [ids[place].tolist() for place in order] == text(loaded[name][:])
     assert targets["score"][order].tolist() == loaded["score"][:] == [1.0, 0.5, 0.25]
     assert targets["label"][order].tolist() == loaded["label"][:] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("key", ["hard", "m\u00fchsam", "in.side"])
+def test_a_column_may_come_behind_the_first_rows(key: str, text: TextPreparation, tmp_path: Path) -> None:
+    """A key that is null is left out by many who write JSON lines; `datasets` finds it wherever it comes."""
+    name, _, inner = key.partition(".")
+    rows: list[dict[str, object]] = [{"a": "hello", "b": "x"} for _ in range(110)]
+    rows.append({"a": "hello", "b": "x", name: {inner: ["the cat"]} if inner else ["the cat"]})
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    columns = {"anchor": "a", "positive": "b", "negatives": key}
+    source = Source(str(tmp_path / "x.jsonl"), columns, max_negatives=1)
+    rows_of_datasets = load_dataset("json", data_files=source.path, split="train", cache_dir=str(tmp_path / "hf"))
+    there = [cell is not None for cell in rows_of_datasets[name]]
+    assert sum(there) == 1
+    loaded = load(source, tmp_path / "cache")["negative_1"][:]
+    assert [one is not None for one in loaded] == there
+    _, _, hashes, numbers = Reader(OpaqueStream(replace(source, streaming=True), text, 0), 0, 1).take(len(rows))
+    assert (hashes[numbers.argsort(), 2] != NO_TEXT).tolist() == there
+    with pytest.raises(ValueError, match=r"no column 'else'.*found: a, b"):
+        load(replace(source, columns={**columns, "negatives": "else"}), tmp_path / "cache")
 
 
 @pytest.mark.parametrize(("name", "content"), [("x.jsonl", ""), ("x.csv", ""), ("x.tsv", "a\tb\n")])

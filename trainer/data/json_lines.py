@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pyarrow.json
 
 from trainer.data.blocks import PEEKED, checked_batch, is_plain, no_batch, parsed_blocks
+from trainer.data.columns import is_position
 from trainer.data.rows import Block, Record, Rows, json_records, text_blocks
 
 if TYPE_CHECKING:
@@ -29,7 +31,7 @@ def read_json_lines(
         source: what is asked for; without it every line is read by itself.
         accept: gets checked rows: large_string texts, then float32 score and int64 label.
     """
-    columns, head, blocks = _begin(path)
+    columns, head, blocks = _begin(path, source)
     types = source and _types(source, head)
 
     def parse(lines: bytes) -> pa.RecordBatch | None:
@@ -46,18 +48,22 @@ def read_json_lines(
     return Rows(str(path), ":", columns, records())
 
 
-def stream_json_lines(url: str) -> Rows:
+def stream_json_lines(url: str, source: Source) -> Rows:
     """The rows of a file from front to back, as ``read_json_lines`` numbers and reads them; little of it is held.
 
     Args:
         url: path of JSON lines, or its address with a protocol, also gzipped.
+        source: what is asked for.
     """
-    columns, head, blocks = _begin(url)
+    columns, head, blocks = _begin(url, source)
     return Rows(url, ":", columns, chain(head, chain.from_iterable(json_records(url, block) for block in blocks)))
 
 
-def _begin(path: Path | str) -> tuple[list[str], list[Record], Iterator[Block]]:
-    """The columns, the first rows, which say what columns there are (there is no header), and the blocks behind."""
+def _begin(path: Path | str, source: Source | None) -> tuple[list[str], list[Record], Iterator[Block]]:
+    """The columns, the first rows, which say what columns there are (there is no header), and the blocks behind.
+
+    A column that is asked for may be null, and so left out, in all of the first rows: it is looked for behind them.
+    """
     blocks = text_blocks(path)
     head: list[Record] = []
     for block in blocks:
@@ -65,7 +71,25 @@ def _begin(path: Path | str) -> tuple[list[str], list[Record], Iterator[Block]]:
         if len(head) >= PEEKED:
             break
     columns = list(dict.fromkeys(key for _, row in head[:PEEKED] if isinstance(row, dict) for key in row))
-    return columns, head, blocks
+    asked = [*source.columns.values(), *(source.where or {})] if source else []
+    names = [str(name) for name in asked if not is_position(name)]
+    lacking = {name.split(".")[0] for name in names if name not in columns} - set(columns)
+    return columns + (_late_columns(path, lacking) if lacking and columns else []), head, blocks
+
+
+def _late_columns(path: Path | str, wanted: set[str]) -> list[str]:
+    """Those of the columns ``wanted`` that some row of the file has."""
+    found: list[str] = []
+    for block in text_blocks(path):
+        lacking = wanted.difference(found)
+        if not lacking:
+            break
+        # A look at the bytes, for a misspelt name is in none of them, and is to be told soon.
+        written = [json.dumps(name, ensure_ascii=escaped) for name in lacking for escaped in (False, True)]
+        if any(name.encode() in block.lines for name in written):
+            rows = (row for _, row in json_records(path, block) if isinstance(row, dict))
+            found += dict.fromkeys(key for row in rows for key in row if key in lacking)
+    return found
 
 
 def _types(source: Source, head: list[Record]) -> pa.Schema | None:

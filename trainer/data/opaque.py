@@ -96,7 +96,7 @@ class OpaqueStream:
                     source.path, name=source.subset, split=source.split, revision=source.revision, streaming=True
                 )
             else:
-                rows = IterableDataset.from_generator(_text_rows, gen_kwargs={"urls": urls})
+                rows = IterableDataset.from_generator(_text_rows, gen_kwargs={"urls": urls, "source": source})
         except StopIteration:  # of the reader of JSON lines, which looks for the first row of all files
             raise StreamError(f"{source.path}: there is no row") from None
         except Exception as error:  # the hub, the network, the format: each has its own type
@@ -105,10 +105,10 @@ class OpaqueStream:
         return rows if self.max_rows is None else rows.take(self.max_rows)
 
 
-def _text_rows(urls: list[str]) -> Iterator[dict[str, Any]]:
+def _text_rows(urls: list[str], source: Source) -> Iterator[dict[str, Any]]:
     for url in urls:
         try:
-            rows = stream_json_lines(url) if data_format(Path(url)) in JSON_LINES else stream_delimited(url)
+            rows = stream_json_lines(url, source) if data_format(Path(url)) in JSON_LINES else stream_delimited(url)
             for record in rows.records:
                 yield {_FILE: url, _COLUMNS: rows.columns, _RECORD: record}
         except ValueError as error:
