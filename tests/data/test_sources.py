@@ -1,10 +1,12 @@
 """Whatever the format, the same rows come out; whatever is wrong with a row is named with its place."""
 
 import gzip
+import io
 import json
 import multiprocessing
 import re
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -232,7 +234,9 @@ def test_a_bad_line_is_named_or_skipped(kind: str, suffix: str, tmp_path: Path) 
         ('a,b\n1,2\n3,"4\n5,6\n7,"8"\n', 3, "a quote is not closed", ["1", "5", "7"]),
         ('a,b\n1,2\n3,"4\n5,6\n', 3, "a quote is not closed", ["1", "5"]),
         ('a,b\n"1\n2",2\n3,4,5\n6,7\n', 4, "3 cells, the header has 2", ["1\n2", "6"]),
-        ("a,b\n1,2\n3\n6,7\n", 3, "1 cells, the header has 2", ["1", "6"]),
+        ("a,b\n1,2\n3\n6,7\n", 3, "1 cells, the header has 2\n", ["1", "6"]),
+        ("a,b\n1,2\n3,4\r5\n6,7\n", 3, "a carriage return stands outside quotes", ["1", "6"]),
+        ('a,b\n1,2\n3,"4\\"5"\n6,7\n', 3, "one inside quotes is not doubled", ["1", "6"]),
         ("a,b\n1,2\n3,\n6,7\n", 3, "column 'b' is empty", ["1", "6"]),
         (f"a,b\n1,2\n3,{'x' * 1_000_001}\n6,7\n", 3, "a text is over 1,000,000 characters", ["1", "6"]),
         ("a,b\n1,2\n3,caf\udce9\n6,7\n", 3, "column 'b' is not valid UTF-8", ["1", "6"]),
@@ -246,6 +250,21 @@ def test_a_bad_csv_row_costs_no_other_row(text: str, line: int, cause: str, kept
     assert cause in message
     assert "1 bad row;" in message
     assert load(Source(str(path), PAIR, on_bad_row="skip"), tmp_path / "c")["anchor"][:] == kept
+
+
+def test_a_line_break_in_a_tsv_is_named_with_its_remedy(tmp_path: Path) -> None:
+    pd.DataFrame({"a": ["1", "2"], "b": ["over\ntwo lines", "y"]}).to_csv(tmp_path / "x.tsv", sep="\t", index=False)
+    message = failure(Source(str(tmp_path / "x.tsv"), PAIR), tmp_path / "c")
+    assert "x.tsv:3: 1 cells, the header has 2; a row of a TSV is one line: write texts with line breaks as" in message
+
+
+def test_a_time_that_python_lacks_is_a_bad_row(tmp_path: Path) -> None:
+    """A column by its place: all columns are read."""
+    times = pa.array([0, 1 << 62, None], pa.timestamp("us"))
+    pq.write_table(pa.table({"a": ["1", "2", "3"], "b": ["x", "y", "z"], "t": times}), tmp_path / "x.parquet")
+    source = Source(str(tmp_path / "x.parquet"), {"anchor": 0, "positive": 1})
+    assert "x.parquet: row 2: holds a value that can't be read (date value out" in failure(source, tmp_path / "c")
+    assert load(replace(source, on_bad_row="skip"), tmp_path / "c")["anchor"][:] == ["1", "3"]
 
 
 def test_a_bad_parquet_row_is_named_by_its_number(tmp_path: Path) -> None:
@@ -446,9 +465,32 @@ def test_a_line_without_end_is_refused_before_memory_is_full(tmp_path: Path) -> 
     assert failure(Source(path, PAIR), tmp_path / "c").startswith(f"{path}:2: a line over 16,777,216 bytes")
 
 
-def test_other_encodings_and_shapes_of_json_are_named(tmp_path: Path) -> None:
-    (tmp_path / "x.jsonl").write_text('{"a": "1", "b": "2"}\n', encoding="utf-16")
-    assert "is UTF-16, not UTF-8" in failure(Source(str(tmp_path / "x.jsonl"), PAIR), tmp_path / "c")
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
+def test_a_file_that_is_no_text_of_lines_is_named_with_its_remedy(suffix: str, tmp_path: Path) -> None:
+    separator = "\t" if suffix == ".tsv" else ","
+    text = '{"a": "x", "b": "y"}\n' * 2 if suffix == ".jsonl" else f"a{separator}b\nx{separator}y\n"
+    packed = io.BytesIO()
+    pd.DataFrame({"a": ["x"], "b": ["y"]}).to_parquet(packed)
+    for content, cause in (
+        (text.encode("utf-16"), "is UTF-16, not UTF-8; convert it with `iconv -f UTF-16 -t UTF-8`"),
+        (text.encode("utf-16-le"), "is UTF-16, not UTF-8; convert it with `iconv -f UTF-16LE -t UTF-8`"),
+        (text.encode("utf-16-be"), "is UTF-16, not UTF-8; convert it with `iconv -f UTF-16BE -t UTF-8`"),
+        (
+            text.replace("\n", "\r").encode(),
+            r"its lines end with a carriage return alone; convert it with `tr '\r' '\n'`",
+        ),
+        (gzip.compress(text.encode()), "holds what a .gz file holds; rename it so that its name ends in .gz"),
+        (packed.getvalue(), "holds what a .parquet file holds; rename it so that its name ends in .parquet"),
+    ):
+        path = tmp_path / f"x{suffix}"
+        path.write_bytes(content)
+        assert failure(Source(str(path), PAIR, on_bad_row="skip"), tmp_path / "c") == f"{path}: {cause}"
+
+
+def test_other_shapes_of_json_are_named(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text(json.dumps(good(), indent=1) + "\n" + json.dumps(good(), indent=1))
+    message = failure(Source(str(tmp_path / "x.jsonl"), PAIR), tmp_path / "c")
+    assert "x.jsonl: has a JSON object over many lines, not one per line; convert it with `jq -c .`, or" in message
     for text in (
         json.dumps([good(), good()], indent=1),
         json.dumps([good(), good()]),

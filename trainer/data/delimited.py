@@ -61,12 +61,12 @@ def read_delimited(
         return _parse(lines, source, header, columns, delimiter) if source and columns else None
 
     def records() -> Iterator[Record]:
-        yield from (_record(header, *one) for one in head)
+        yield from (_record(path, header, *one) for one in head)
         parsed = parsed_blocks(path, blocks, parse)
         following = (block for block, _ in parsed)  # for a record that goes on behind its block
         for block, batch in parsed:
             if batch is None:
-                yield from (_record(header, *one) for one in cells_of(block, following))
+                yield from (_record(path, header, *one) for one in cells_of(block, following))
             else:
                 accept(batch)
 
@@ -84,7 +84,7 @@ def stream_delimited(url: str) -> Rows:
     """
     header, head, blocks = _begin(url)
     behind = chain.from_iterable(_cells_of(url)(block, blocks) for block in blocks)
-    return Rows(url, ":", header, (_record(header, *one) for one in chain(head, behind)))
+    return Rows(url, ":", header, (_record(url, header, *one) for one in chain(head, behind)))
 
 
 def warn_of_headers(source: Source, urls: Sequence[str]) -> None:
@@ -138,11 +138,13 @@ def _header(path: Path | str, cells: list[str] | str) -> list[str]:
     return header
 
 
-def _record(header: list[str], number: int, cells: list[str] | str) -> Record:
+def _record(path: Path | str, header: list[str], number: int, cells: list[str] | str) -> Record:
     if isinstance(cells, str):
         return number, cells
     if len(cells) != len(header):
-        return number, f"{len(cells)} cells, the header has {len(header)}"
+        is_cut = len(cells) < len(header) and data_format(Path(path)) == ".tsv"
+        hint = "; a row of a TSV is one line: write texts with line breaks as CSV or JSON lines" if is_cut else ""
+        return number, f"{len(cells)} cells, the header has {len(header)}{hint}"
     return number, dict(zip(header, cells, strict=True))
 
 
@@ -179,7 +181,7 @@ def _csv_cells(block: Block, following: Iterator[Block]) -> Iterator[_Cells]:
             except StopIteration:
                 return
             except csv.Error as error:
-                cells = f"a quote is not closed or a text is over {MAX_TEXT_CHARS:,} characters ({error})"
+                cells = _cause(error)
                 waiting.extendleft(reversed(taken[1:]))
                 del taken[1:]
                 reader = csv.reader(feed(), strict=True)
@@ -188,6 +190,15 @@ def _csv_cells(block: Block, following: Iterator[Block]) -> Iterator[_Cells]:
             number += len(taken)
     finally:
         csv.field_size_limit(limit)
+
+
+def _cause(error: csv.Error) -> str:
+    """Why a record can't be split, from the words of the reader."""
+    if "new-line" in str(error):
+        return "a carriage return stands outside quotes; put its text in quotes, or take it out"
+    if "field limit" in str(error):
+        return f"a quote is not closed or a text is over {MAX_TEXT_CHARS:,} characters"
+    return f"a quote is not closed, or one inside quotes is not doubled ({error})"
 
 
 def _tsv_cells(block: Block, following: Iterator[Block]) -> Iterator[_Cells]:

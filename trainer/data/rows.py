@@ -116,7 +116,7 @@ def text_blocks(path: Path | str) -> Iterator[Block]:
         path: of a file, or its address with a protocol.
 
     Raises:
-        ValueError: it is no UTF-8 text, or the gzip data are damaged.
+        ValueError: it is no UTF-8 text with line feeds, or the gzip data are damaged.
     """
     number, held, damage = 1, b"", None
     with _opened(path) as raw, gzip.open(raw) if Path(path).suffix == ".gz" else nullcontext(raw) as file:
@@ -133,8 +133,8 @@ def text_blocks(path: Path | str) -> Iterator[Block]:
                 missing -= len(chunk)
             block = b"".join(parts)
             if number == 1 and not held:
-                if block.startswith((b"\xff\xfe", b"\xfe\xff")):
-                    raise ValueError(f"{path}: is UTF-16, not UTF-8; convert it with `iconv -f UTF-16 -t UTF-8`")
+                if why := _no_text(block):
+                    raise ValueError(f"{path}: {why}")
                 block = block.removeprefix(b"\xef\xbb\xbf")
             cut = len(block) if ended else block.rfind(b"\n") + 1
             if cut:
@@ -149,6 +149,20 @@ def text_blocks(path: Path | str) -> Iterator[Block]:
                 raise ValueError(f"{path}:{number}: a line over {_MAX_LINE_BYTES:,} bytes; is it text?")
     # Never skipped as one bad row: nobody knows how many rows are behind it.
     raise ValueError(f"{path}:{number}: gzip data cut short or damaged ({damage}); fetch the file again") from damage
+
+
+def _no_text(start: bytes) -> str:
+    """Why a file that starts so can't be read as UTF-8 lines, and what to do; empty where it may be."""
+    for magic, suffix in ((b"\x1f\x8b", ".gz"), (b"PAR1", ".parquet"), (b"ARROW1", ".arrow")):
+        if start.startswith(magic):
+            return f"holds what a {suffix} file holds; rename it so that its name ends in {suffix}"
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "is UTF-16, not UTF-8; convert it with `iconv -f UTF-16 -t UTF-8`"
+    if b"\0" in start[:2] and start[:2].strip(b"\0"):  # without the mark at its start, but with an ASCII character
+        return f"is UTF-16, not UTF-8; convert it with `iconv -f UTF-16{'BE' if start[0] == 0 else 'LE'} -t UTF-8`"
+    if b"\r" in start.rstrip() and b"\n" not in start:
+        return "its lines end with a carriage return alone; convert it with `tr '\\r' '\\n'`"
+    return ""
 
 
 def _one_document(path: Path | str) -> ValueError:
@@ -167,8 +181,13 @@ def json_records(path: Path | str, block: Block) -> Iterator[Record]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            if number == 1 and line.strip() in ("[", "{"):
+            if number == 1 and line.strip() == "[":
                 raise _one_document(path) from error
+            if number == 1 and line.strip() == "{":
+                raise ValueError(
+                    f"{path}: has a JSON object over many lines, not one per line; convert it with `jq -c .`, or with "
+                    "`jq -c '.KEY[]'` where it lists the rows under a key"
+                ) from error
             cause = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
             yield number, f"invalid JSON: {cause}"
             continue
@@ -249,7 +268,7 @@ def _table_records(batches: Iterable[pa.RecordBatch | pa.Table]) -> Iterator[Rec
             part = batch.slice(start, 1000)
             try:
                 rows = part.to_pylist()
-            except UnicodeDecodeError:
+            except (ValueError, OverflowError):  # among them bytes that are not UTF-8, and times before the year 1
                 rows = [_decode(part.slice(i, 1)) for i in range(part.num_rows)]
             for row in rows:
                 number += 1
@@ -261,3 +280,5 @@ def _decode(row: pa.RecordBatch | pa.Table) -> dict[str, Any] | str:
         return row.to_pylist()[0]
     except UnicodeDecodeError as error:
         return f"not valid UTF-8 ({error.reason})"
+    except (ValueError, OverflowError) as error:
+        return f"holds a value that can't be read ({error})"
