@@ -389,7 +389,15 @@ def test_rules_that_leave_nothing_are_an_error(
     assert "no anchor has got enough negatives" in said.err
     assert "--max-score removed " in said.out
     assert (tmp_path / "out.jsonl").read_text() == "before"
-    assert (tmp_path / "out.jsonl.work" / "anchor" / "shard-00000.npy").exists()
+    work = tmp_path / "out.jsonl.work"
+    assert (work / "anchor" / "shard-00000.npy").exists()
+
+    write(tmp_path / "pairs.jsonl", read(folder / "pairs.jsonl")[:40])
+    assert run(tmp_path, tmp_path / "out.jsonl", "--model", str(tiny_encoder)) == 1
+    error = capsys.readouterr().err
+    assert f"{work / 'anchor'} holds the embeddings of another run: data was " in error
+    assert error.endswith(f"; remove {work}, or give another --out\n")
+    assert run(tmp_path, tmp_path / "other.jsonl", "--model", str(tiny_encoder)) == 0
 
 
 def test_too_few_documents_are_not_the_rules_fault(

@@ -103,7 +103,9 @@ def _embed_column(
     settings = Settings(options.precision, max_tokens=options.max_tokens)
     dimension = encoder.embedding_dimension
     shards = Shards(folder, "npy", len(column.rows), _SHARD_ROWS, dimension, "float32", has_ids=False)
-    begin(shards, encoder, spec, settings, {"data": column.fingerprint})
+    # All of it, for the other columns there are of that run too.
+    remedy = f"remove {folder.parent}, or give another --out"
+    begin(shards, encoder, spec, settings, {"data": column.fingerprint}, remedy)
     embed(encoder, column.rows, column.column, shards, settings, device)
 
 

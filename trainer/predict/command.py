@@ -228,9 +228,14 @@ def read_settings(options: argparse.Namespace, encoder: Encoder) -> Settings:
 
 
 def begin(
-    shards: Shards, encoder: Encoder, spec: EncoderSpec, settings: Settings, about_rows: Mapping[str, Any]
+    shards: Shards,
+    encoder: Encoder,
+    spec: EncoderSpec,
+    settings: Settings,
+    about_rows: Mapping[str, Any],
+    remedy: str = "",
 ) -> None:
-    """Shards to write, in a folder that nobody else writes into; or to go on with."""
+    """Shards to write, in a folder that nobody else writes into; or to go on with. ``remedy`` as of `start_shards`."""
     from trainer.predict.embed import about_towers, fingerprint
     from trainer.predict.shards import start_shards
     from trainer.run_lock import take_lock
@@ -244,7 +249,7 @@ def begin(
             "normalize": settings.normalize,
             **about_towers(spec),
         }
-        start_shards(shards, {**about_rows, **about_model})
+        start_shards(shards, {**about_rows, **about_model}, remedy)
         if said := take_lock(shards.folder, os.environ):
             print(f"note: {said}")
         shards.sweep()

@@ -150,12 +150,13 @@ def _read(path: Path, dimension: int) -> NDArray[np.floating]:
     return column.flatten().to_numpy(zero_copy_only=False).reshape(-1, dimension)
 
 
-def start_shards(shards: Shards, facts: Mapping[str, Any]) -> None:
+def start_shards(shards: Shards, facts: Mapping[str, Any], remedy: str = "") -> None:
     """Make the folder, or go on in one that the same run has begun.
 
     Args:
         shards: to be written.
         facts: all that decides the embeddings, plain values.
+        remedy: where the folder is of another run, if the user did not name it.
 
     Raises:
         ValueError: the folder holds something else; what differs is named.
@@ -165,9 +166,8 @@ def start_shards(shards: Shards, facts: Mapping[str, Any]) -> None:
         _, saved = _read_manifest(shards.folder)
         if different := differences(saved, mine):
             listed = "; ".join(f"{key} was {was}, now {now}" for key, (was, now) in different.items())
-            raise ValueError(
-                f"{shards.folder} holds the embeddings of another run: {listed}; give another folder, or remove it"
-            )
+            remedy = remedy or "give another folder, or remove it"
+            raise ValueError(f"{shards.folder} holds the embeddings of another run: {listed}; {remedy}")
     elif shards.folder.is_dir() and any(shards.folder.iterdir()):
         raise ValueError(f"{shards.folder} holds other files and no {MANIFEST}; give an empty or a new folder")
     else:
