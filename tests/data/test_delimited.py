@@ -96,6 +96,16 @@ def test_blocks_give_the_rows_and_the_places_that_records_give(
     assert 2480 < len(by_blocks) < 2500 + len(ODD)
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_blocks_of_blank_lines_hold_no_row(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "_BLOCK_BYTES", 1500)
+    lines = [f"text {n},other {n}\n" for n in range(300)]
+    text = "".join(["a,b\n", *lines[:200], "\n" * 4000, *lines[200:], "\n" * 4000])
+    path = write(tmp_path / f"x{suffix}", text if suffix == ".csv" else text.replace(",", "\t"))
+    found = load(Source(path, {"anchor": "a", "positive": "b"}), tmp_path / "c")
+    assert found["anchor"][:] == [f"text {n}" for n in range(300)]
+
+
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_ends_of_lines_inside_quotes_stay_as_they_are(end: str, tmp_path: Path) -> None:
     """Whatever ends the records, and over the end of a block."""

@@ -261,7 +261,7 @@ def _parse(
         }
     except pa.ArrowInvalid:
         return None
-    return checked_batch(source, cells)
+    return checked_batch(source, cells) if len(table) else None  # blank lines
 
 
 def _is_regular(lines: bytes, delimiter: str) -> bool:
