@@ -85,6 +85,19 @@ def test_a_folder_of_beir_loads_as_it_is(tmp_path: Path) -> None:
         load_one(tmp_path, path=str(folder), split="tset")
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_document_may_have_no_title(reverse: bool, tmp_path: Path) -> None:
+    """Whichever documents come first: as a title that is null, and as BEIR's own loader reads it."""
+    folder = write_beir(tmp_path / "scifact")
+    titled = [{"_id": f"t{i}", "title": f"Title {i}", "text": "a text"} for i in range(120)]
+    bare = [{"_id": row["_id"], "text": row["text"]} for row in CORPUS]
+    bare += [{"_id": f"b{i}", "text": "bare"} for i in range(120)]
+    write_lines(folder / "corpus.jsonl", [*titled, *bare] if reverse else [*bare, *titled])
+    found = load_one(tmp_path, path=str(folder))
+    documents = dict(zip(found.document_ids, found.documents, strict=True))
+    assert (documents["t119"], documents["d0"], documents["b0"]) == ("Title 119 a text", CORPUS[0]["text"], "bare")
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [

@@ -23,14 +23,14 @@ from trainer.data.checks import BadRows
 from trainer.data.columns import Column, find_column, is_position
 from trainer.data.derived import draw
 from trainer.data.evalsource import EvalSource
-from trainer.data.files import FORMATS, data_format
+from trainer.data.files import FORMATS, JSON_LINES, data_format
 from trainer.data.layouts import HubTable, Part, Parts, find_parts
 from trainer.data.loading import RowsFile, content_hash, file_rows, hub_rows
 from trainer.data.rows import Record, Rows, table_rows, text_blocks
 from trainer.data.values import BadValueError, check_id, check_text, to_number
 from trainer.evaluation.search import Collection
 
-_VERSION = 3  # of the cached sets: raise it when the same files and spec give other ones
+_VERSION = 4  # of the cached sets: raise it when the same files and spec give other ones
 # Names that a column usually has; the first that is there is taken.
 _USUAL: dict[str, tuple[str, ...]] = {
     "query_id": ("_id", "id", "query_id", "query-id", "qid"),
@@ -245,6 +245,8 @@ def _column(source: EvalSource, rows: Rows, name: str) -> Optional[Column]:
     for usual in _USUAL[name]:
         if usual in rows.columns:
             return Column(usual)
+    if name == "title" and data_format(Path(rows.name)) in JSON_LINES:
+        return Column(name)  # each row names what it has, and the first ones may have no title
     if name in _OPTIONAL:
         return None
     if not rows.columns:
@@ -258,7 +260,10 @@ def _cells(row: dict[str, Any] | str, columns: dict[str, Optional[Column]]) -> d
     if isinstance(row, str):
         raise BadValueError(row)
     try:
-        return {name: None if column is None else column.cell(row) for name, column in columns.items()}
+        return {
+            name: None if column is None or (name == "title" and column.name not in row) else column.cell(row)
+            for name, column in columns.items()
+        }
     except LookupError as error:
         raise BadValueError(f"column {error} is missing") from error
 
