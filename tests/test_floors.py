@@ -54,7 +54,7 @@ FLOORS = {
           trainer.mine trainer.mine.pairs trainer.mine.select trainer.predict trainer.predict.ids
           trainer.predict.shards""",
     1: """trainer trainer.batch trainer.data trainer.distributed trainer.distributed.gather
-          trainer.files trainer.host_memory trainer.interruption trainer.messages""",
+          trainer.files trainer.host_memory trainer.interruption trainer.messages trainer.output""",
 }
 
 

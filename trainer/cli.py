@@ -15,6 +15,7 @@ from pathlib import Path
 
 from trainer import interruption
 from trainer.config_files import ConfigError, read_command
+from trainer.output import outlast_readers
 from trainer.run_dir import is_first_of_node, is_first_rank, rank_name
 from trainer.tracking.redact import redact_credentials
 
@@ -24,6 +25,7 @@ COMMANDS = (
 )
 
 _STOPPABLE = ("fit", "predict", "mine")  # what they have done is kept, and the same command goes on
+_UNREAD = "nobody reads standard output any more: its lines are dropped, the work goes on\n"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,8 +36,11 @@ def main(argv: list[str] | None = None) -> int:
     ``--debug`` or ``TRAINER_DEBUG=1`` shows the traceback of every failure.
     """
     args = list(sys.argv[1:] if argv is None else argv)
-    if argv is None and args[:1] and args[0] in _STOPPABLE:
-        interruption.listen()
+    if argv is None:
+        stoppable = args[:1] and args[0] in _STOPPABLE
+        outlast_readers(_UNREAD if stoppable and is_first_rank(os.environ) else "")
+        if stoppable:
+            interruption.listen()
     debug = "--debug" in args or os.environ.get("TRAINER_DEBUG") == "1"
     # The loss of a rank is said in one sentence, which 30 lines of C++ would hide.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

@@ -10,7 +10,7 @@ import atexit
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 # Signal -> exit status. 85 asks whoever started the run to start it again (slurm/train.sh requeues); the others are
@@ -50,7 +50,8 @@ def _note(number: int, frame: FrameType | None) -> None:
     if number == signal.SIGINT:
         if again or not _training:  # someone waits at the keyboard, and there is no step to finish
             raise KeyboardInterrupt
-        os.write(2, b"\nstopping after this step and a checkpoint; Ctrl-C once more stops at once\n")
+        with suppress(OSError):  # nobody may read it: Ctrl-C ends a `tee` behind this process too
+            os.write(2, b"\nstopping after this step and a checkpoint; Ctrl-C once more stops at once\n")
 
 
 def received() -> signal.Signals | None:
