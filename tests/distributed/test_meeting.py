@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -25,6 +26,22 @@ if sys.argv[1:] != ["rank 1"]:
     print(rank.pid, flush=True)
     os.kill(os.getpid(), 9)
 strategy = SimpleNamespace(setup_environment=lambda: time.sleep(60), launcher=None)
+meeting.Meeting(strategy)
+strategy.setup_environment()
+"""
+
+
+ALONE = """
+import os, sys
+from types import SimpleNamespace
+import torch.distributed as dist
+from datetime import timedelta
+from trainer.distributed import meeting
+
+meeting._NOTICE_S = 1.0
+rank = int(sys.argv[1])
+join = lambda: dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(seconds=3))
+strategy = SimpleNamespace(setup_environment=join, launcher=None, global_rank=rank, world_size=2)
 meeting.Meeting(strategy)
 strategy.setup_environment()
 """
@@ -98,3 +115,34 @@ def test_a_rank_whose_launcher_was_killed_ends(tmp_path: Path) -> None:
     assert time.monotonic() < deadline
     said = f"error: process {launcher.pid} has ended while the ranks that it started met\n"
     assert (tmp_path / "err").read_text() == said
+
+
+@pytest.mark.parametrize(("rank", "waits"), [(0, "for others of 2 ranks at"), (1, "for rank 0: nobody answers at")])
+def test_a_rank_that_was_started_alone_says_for_whom_it_waits(tmp_path: Path, rank: int, waits: str) -> None:
+    """By hand, or on a node that can't reach the first: nobody else would see that a rank is missing."""
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        port = held.getsockname()[1]
+    script = tmp_path / "alone.py"
+    script.write_text(ALONE)
+    environ = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, script, str(rank)]
+    said = subprocess.run(command, env=environ, stderr=subprocess.PIPE, text=True, timeout=60, check=False).stderr
+    place = f"127.0.0.1:{port} (MASTER_ADDR, MASTER_PORT)"
+    assert f"rank {rank} on host {socket.gethostname()} still waits {waits} {place} after 1 s; do all ranks run" in said
+    assert f"ValueError: the ranks did not meet at {place}: " in said
+
+
+def test_a_port_that_is_in_use_is_one_sentence(tiny_encoder: Path, tmp_path: Path) -> None:
+    recipe = write_tiny_recipe(tmp_path, tiny_encoder)
+    command = [sys.executable, "-m", "trainer", "fit", "--config", str(recipe), "--trainer.devices", "2"]
+    with socket.create_server(("0.0.0.0", 0)) as taken:
+        port = taken.getsockname()[1]
+        ours = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        environ = {**os.environ, **ours}
+        done = subprocess.run(
+            command, env=environ, cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False
+        )
+    assert done.returncode == 1
+    said = done.stderr.splitlines()[-1]
+    assert said.startswith(f"error: the ranks did not meet at 127.0.0.1:{port} (MASTER_ADDR, MASTER_PORT): ")
+    assert said.endswith("; another process has that port: start all ranks with another MASTER_PORT")

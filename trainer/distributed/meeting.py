@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from torch.distributed import DistError
 
 from trainer import interruption
+from trainer.messages import cause_of
 
 if TYPE_CHECKING:  # a command that trains nothing does without the rest of Lightning
     from lightning.fabric.strategies import Strategy as FabricStrategy
@@ -24,7 +30,9 @@ LOST_RANK = re.compile(
     "(Watchdog|NCCL).*(timeout|timed out)"
 )
 _TICK_S = 0.2
+_NOTICE_S = 60.0  # until a wait is told of
 _GRACE_S = 5.0  # for the main thread to say by itself that a rank is lost
+_SAME_PLACE = "do all ranks run, with the same place, and can each host reach it?"
 # In the environment: the process that starts the other ranks of its machine, which inherit it.
 _LAUNCHER = "TRAINER_LAUNCHER_PID"
 
@@ -62,6 +70,11 @@ class Meeting:
         threading.Thread(target=self._look, args=(reader, self._met, self._over), name="meeting", daemon=True).start()
         try:
             self._join()
+        except DistError as error:
+            self._over.set()
+            if LOST_RANK.search(str(error)):
+                raise
+            raise ValueError(f"the ranks did not meet at {_place()}: {cause_of(error)}; {_remedy(error)}") from error
         except BaseException:
             self._over.set()
             raise
@@ -71,7 +84,11 @@ class Meeting:
             os.close(writer)
 
     def _look(self, reader: int, met: threading.Event, over: threading.Event) -> None:
+        notice_at = time.monotonic() + _NOTICE_S
         while not over.is_set():
+            if time.monotonic() > notice_at and not met.is_set():
+                notice_at = math.inf
+                self._tell_of_wait()
             if met.is_set():
                 over.wait(_TICK_S)
             elif select.select([reader], [], [], _TICK_S)[0]:
@@ -81,6 +98,18 @@ class Meeting:
             self._look_at_children(met, over)
             self._look_at_launcher(over)
         os.close(reader)
+
+    def _tell_of_wait(self) -> None:
+        """A rank whose first one is not there, or the first one, which misses others; another waits for the same."""
+        strategy: Any = self._strategy  # of several ranks: its base class has no number of them
+        rank, host = strategy.global_rank, socket.gethostname()
+        if rank == 0:
+            text = f"rank 0 on host {host} still waits for others of {strategy.world_size} ranks at {_place()}"
+        elif _is_answered():
+            return
+        else:
+            text = f"rank {rank} on host {host} still waits for rank 0: nobody answers at {_place()}"
+        print(f"{text} after {_NOTICE_S:g} s; {_SAME_PLACE}", file=sys.stderr, flush=True)
 
     def _look_at_children(self, met: threading.Event, over: threading.Event) -> None:
         for rank, child in enumerate(self._children, 1):
@@ -111,6 +140,24 @@ class Meeting:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _place() -> str:
+    return f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} (MASTER_ADDR, MASTER_PORT)"
+
+
+def _is_answered() -> bool:
+    try:
+        socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=5.0).close()
+    except OSError:
+        return False
+    return True
+
+
+def _remedy(error: DistError) -> str:
+    if "EADDRINUSE" in str(error):
+        return "another process has that port: start all ranks with another MASTER_PORT"
+    return _SAME_PLACE
 
 
 def silence_observer() -> None:
