@@ -20,7 +20,9 @@ from transformers import (
     BigBirdConfig,
     ConvBertConfig,
     FNetConfig,
+    MixtralConfig,
     MobileBertConfig,
+    OPTConfig,
     YosoConfig,
 )
 
@@ -447,6 +449,26 @@ def test_dropout_of_the_folder_is_kept_unless_set(tiny_encoder: Path) -> None:
         for rate in (None, 0.0, 0.3)
     }
     assert rates == {None: {0.1}, 0.0: {0.0}, 0.3: {0.3}}
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        OPTConfig(layerdrop=0.5, ffn_dim=64, word_embed_proj_dim=32, **TINY),
+        MixtralConfig(router_jitter_noise=0.3, num_key_value_heads=4, num_local_experts=4, **TINY),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_dropout_of_0_ends_all_other_noise(tiny_encoder: Path, tmp_path: Path, kind: Any) -> None:
+    """Dropped layers, and what is multiplied to the input of a router; another rate leaves them as they are."""
+    AutoModel.from_config(kind).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_encoder).save_pretrained(tmp_path)
+    encoder = _load(tmp_path, dropout=1e-9, max_length=64).train()  # too rare to be met
+    torch.manual_seed(0)
+    draws = [_embed(encoder) for _ in range(8)]
+    assert not all(torch.equal(draws[0], one) for one in draws)
+    encoder.set_dropout(0.0)
+    assert torch.equal(_embed(encoder), _embed(encoder.eval()))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

@@ -44,6 +44,9 @@ _UNMASKED_MODEL_TYPES = frozenset({"convbert", "fnet", "mobilebert", "yoso"})
 # oneDNN writes kernels for each number of rows of a bf16 product that it meets (0.5 ms and 0.7 MB each, up to 1,024 are
 # kept), so a CPU gets few different ones.
 _TOKEN_STEP = 32
+# Left out of a training step at random, or noise added to it, beside dropout: whole layers (BART, OPT), what a router
+# of experts reads (Mixtral, Switch).
+_OTHER_NOISE = frozenset({"layerdrop", "jitter_noise", "input_jitter_noise"})
 
 
 class Encoder(nn.Module):
@@ -148,7 +151,7 @@ class Encoder(nn.Module):
         return all(module.include_prompt for module in self.head if isinstance(module, Pooling))
 
     def set_dropout(self, rate: float) -> None:
-        """Set every dropout of the encoder, attention included."""
+        """Set every dropout of the encoder, attention included; a rate of 0 ends ``_OTHER_NOISE`` too."""
         for module in list(self.modules()):
             if isinstance(module, nn.Dropout):
                 module.p = rate
@@ -160,11 +163,18 @@ class Encoder(nn.Module):
             for name, value in list(vars(module).items()):
                 if "dropout" in name and isinstance(value, float):
                     setattr(module, name, rate)
+                elif name in _OTHER_NOISE and not rate:
+                    setattr(module, name, 0.0)
             # BigBird's attention is made anew at the first short text, by its config; the backbone's is exported.
             if hasattr(module, "set_attention_type") and hasattr(module, "config") and module is not self.backbone:
                 own: Any = copy.deepcopy(module.config)
                 own.attention_probs_dropout_prob = rate
                 module.config = own
+
+    @property
+    def drops_layers(self) -> bool:
+        """Whether a forward in training may leave out whole layers (LayerDrop)."""
+        return any(getattr(module, "layerdrop", 0.0) for module in self.backbone.modules())
 
     @property
     def parts(self) -> dict[str, Encoder]:

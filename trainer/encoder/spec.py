@@ -41,7 +41,8 @@ class EncoderSpec:
         normalize: scale embeddings to length 1.
         prompt: put before every text; unset: the folder's default prompt.
         compact_vocabulary: train only the embedding rows that training texts use (exact; auto), or all (off).
-        dropout: overrides every dropout rate of the backbone; unset: its own.
+        dropout: overrides every dropout rate of the backbone; 0 ends dropped layers and noise of routers too; unset:
+            its own.
         freeze: leave the embeddings and this many of the first layers as they are; 0: the embeddings alone; unset:
             train all.
         checkpoint_layers: keep what goes into each layer, and compute the rest again in the backward: less memory where
