@@ -98,6 +98,18 @@ def refuse_compiled(specs: Sequence[EncoderSpec]) -> None:
         )
 
 
+def refuse_layerdrop(encoders: Iterable[Encoder]) -> None:
+    """Raises ValueError where ranks may leave out different layers, whose gradients ZeRO sums in the order of their
+    coming."""
+    for encoder in encoders:
+        if encoder.drops_layers:
+            raise ValueError(
+                f"'{encoder.backbone.config.model_type}' drops whole layers in training (layerdrop in config.json), "
+                "other ones on each rank, which ZeRO can't train: set model.encoder.dropout to 0, or take DDP "
+                "(configs/hardware/ddp.yaml)"
+            )
+
+
 def refuse_idle_heads(losses: Sequence[Loss]) -> None:
     """Raises ValueError where a step takes the weights of one of several losses that are built: under ZeRO stage 3
     every step has to take the same ones."""

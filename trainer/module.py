@@ -18,7 +18,7 @@ from trainer.data.permutation import mix
 from trainer.data.sources import Source
 from trainer.data.teaching import teach
 from trainer.distributed import gather
-from trainer.distributed.strategies import ZeRO
+from trainer.distributed.strategies import ZeRO, expect_idle_weights
 from trainer.encoder import Encoder, EncoderSpec
 from trainer.encoder.towers import Towers, load_encoder
 from trainer.evaluation.classification import Classification
@@ -33,6 +33,7 @@ from trainer.model_refusals import (
     refuse_compiled,
     refuse_idle,
     refuse_idle_heads,
+    refuse_layerdrop,
     refuse_missing_teacher,
     refuse_names,
     refuse_prompts,
@@ -220,6 +221,10 @@ class EmbeddingModule(LightningModule):
             loss.build(self.encoder.embedding_dimension)
         if lockstep:
             refuse_idle_heads(self.all_losses)
+        if isinstance(strategy, ZeRO):
+            refuse_layerdrop(self.encoder.parts.values())
+        elif not all(part.packed for part in self.encoder.parts.values()):
+            expect_idle_weights(strategy)
         for part in self.encoder.parts.values():
             part.lockstep = lockstep
         self.train()  # transformers loads in evaluation mode, in which dropout is off

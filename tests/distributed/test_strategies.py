@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
+from transformers import AutoTokenizer, BartConfig, BartModel
 
 from tests.batches import norm_of, relative_error
 from tests.evaluation.test_informationretrieval import write_set
@@ -67,7 +68,7 @@ class Run:
     learning_rate: float = 1e-3
     decay: float = 0.1
     steps: int = STEPS
-    dropout: float = 0.0
+    dropout: float | None = 0.0
     precision: str = "32-true"
     freeze: int | None = None
     lora: int = 0
@@ -134,7 +135,7 @@ class Scores(Evaluation):
 def build(run: Run, callbacks: list[Callback], **options: Any) -> tuple[EmbeddingModule, PairData, Trainer]:
     columns = {name: name for name in ("anchor", "positive")}
     wanted = {"CosineSimilarity": {"score": "score"}, "Softmax": {"label": "label"}}.get(run.loss, {})
-    lora = LoRA(r=run.lora, dropout=run.dropout) if run.lora else None
+    lora = LoRA(r=run.lora, dropout=run.dropout or 0.0) if run.lora else None
     spec = EncoderSpec(f"{run.folder}/encoder", dropout=run.dropout, freeze=run.freeze, lora=lora)
     spec.compact_vocabulary = run.compact  # type: ignore[assignment]
     spec.compile_layers = run.compiled
@@ -366,6 +367,40 @@ def test_what_zero_cannot_share_out_is_refused(ranks: TwoRanks, folder: Path) ->
 def test_less_than_no_parameters_are_refused() -> None:
     with pytest.raises(ValueError, match=r"^trainer.strategy: ZeRO live_parameters is -1; it must be 0 or more$"):
         ZeRO(3, live_parameters=-1)
+
+
+def dropping_layers(folder: Path, of: Path, **rates: float) -> Run:
+    """A run of a BART that leaves out layers in training and has no other dropout, on the rows and pieces ``of``."""
+    sizes = {"d_model": 32, "vocab_size": 400, "max_position_embeddings": 200, "pad_token_id": 0, "bos_token_id": 2}
+    for side in ("encoder", "decoder"):
+        sizes |= {f"{side}_layers": 2, f"{side}_attention_heads": 4, f"{side}_ffn_dim": 32}
+    folder.mkdir()
+    torch.manual_seed(0)
+    BartModel(BartConfig(dropout=0.0, **sizes, **rates)).save_pretrained(folder / "encoder")
+    AutoTokenizer.from_pretrained(of / "encoder").save_pretrained(folder / "encoder")
+    for name in ("rows.jsonl", "dev.jsonl"):
+        (folder / name).symlink_to(of / name)
+    return Run(str(folder), dropout=None, steps=4)
+
+
+def test_weights_that_a_step_leaves_out(ranks: TwoRanks, folder: Path, tmp_path: Path) -> None:
+    """Under DDP as in one process: they have no gradient and do not decay. ZeRO sums gradients in the order in which
+    they come, and refuses ranks that may leave out different layers."""
+    always = dropping_layers(tmp_path / "always", folder, encoder_layerdrop=1.0)
+    alone, (first, second) = train(always), ranks(train, always)
+    idle = {name for name in alone.weights if ".encoder.layers." in name}
+    assert idle
+    assert not idle & (alone.gradients.keys() | first.gradients.keys())
+    assert weight_error(first, alone) < 1e-5
+    assert all(torch.equal(alone.weights[name], first.weights[name]) for name in idle)
+    often = dropping_layers(tmp_path / "often", folder, encoder_layerdrop=0.5, decoder_layerdrop=0.5)
+    first, second = ranks(train, often)
+    assert first.norms == second.norms
+    assert len(first.norms) == often.steps
+    said = ranks(message_of, train, replace(often, stage=2))
+    assert all("'bart' drops whole layers in training (layerdrop" in one and "dropout to 0" in one for one in said)
+    alone, (first, _) = train(replace(often, dropout=0.0)), ranks(train, replace(often, dropout=0.0, stage=2))
+    assert weight_error(first, alone) < 1e-5
 
 
 def test_ranks_with_few_chunks_wait_for_those_with_more(results_of: Any, folder: Path) -> None:

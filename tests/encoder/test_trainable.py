@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedConfig,
     RoFormerConfig,
     T5Config,
+    VisualBertConfig,
     XLNetConfig,
 )
 
@@ -153,6 +154,7 @@ def test_with_all_layers_frozen_nothing_is_trained(tiny_encoders: dict[str, Path
         RoFormerConfig(vocab_size=50, hidden_size=16, intermediate_size=16, **TWO_LAYERS),
         LukeConfig(vocab_size=50, hidden_size=16, intermediate_size=16, entity_vocab_size=5, **TWO_LAYERS),
         EsmConfig(vocab_size=50, hidden_size=16, intermediate_size=16, pad_token_id=0, mask_token_id=1, **TWO_LAYERS),
+        VisualBertConfig(vocab_size=50, hidden_size=16, intermediate_size=16, visual_embedding_dim=8, **TWO_LAYERS),
     ],
     ids=lambda config: config.model_type,
 )

@@ -264,6 +264,15 @@ class ZeRO(DDPStrategy):
         return shared.fp32_partitioned_groups_flat if self.stage == 3 else shared.single_partition_of_fp32_groups
 
 
+def expect_idle_weights(strategy: Strategy) -> None:
+    """Let a step of DDP leave out weights: layers that are dropped, parts of a backbone that no text reaches. They keep
+    no gradient where no rank has one, as in one process. To be called before the module is wrapped."""
+    if isinstance(strategy, DDPStrategy) and "find_unused_parameters" not in strategy._ddp_kwargs:
+        strategy._ddp_kwargs["find_unused_parameters"] = True
+        # Most backbones leave out nothing; looking for it takes a walk over the graph and one small reduction a step.
+        warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified", category=UserWarning)
+
+
 def whole_weights(strategy: Strategy) -> Iterable[tuple[str, Tensor]]:
     """Name and value of all that the module's ``state_dict`` holds, under any strategy. A collective."""
     assert strategy.lightning_module is not None

@@ -11,13 +11,15 @@ from transformers import PreTrainedModel
 from trainer.encoder.spec import EncoderSpec, LoRA
 
 _ADAPTER = "default"
-# Parts that no forward of ours takes: Longformer's global attention, XLNet's masked pieces and kinds of segments,
-# LUKE's entities, what ESM predicts contacts by.
+# Parts that no forward of ours takes: Longformer's global attention, XLNet's masked pieces and kinds of segments
+# (which its tokenizer may tell apart: they stay as they are), LUKE's entities, what ESM predicts contacts by,
+# VisualBERT's images.
 _UNUSED = {
     *("query_global", "key_global", "value_global"),
     *("mask_emb", "r_s_bias", "seg_embed"),
     *("entity_embeddings", "w2e_query", "e2w_query", "e2e_query"),
     "contact_head",
+    *("visual_projection", "visual_position_embeddings", "visual_token_type_embeddings"),
 }
 # Ends the names of the classes whose table transformers computes and looks up without a gradient (RoFormer, Marian).
 _COMPUTED = "SinusoidalPositionalEmbedding"
