@@ -12,6 +12,7 @@ import pytest
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, LayerNorm, Normalize, Pooling
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import (
@@ -20,9 +21,12 @@ from transformers import (
     BigBirdConfig,
     ConvBertConfig,
     FNetConfig,
+    GPT2Config,
     MixtralConfig,
     MobileBertConfig,
     OPTConfig,
+    PreTrainedConfig,
+    XLNetConfig,
     YosoConfig,
 )
 
@@ -361,6 +365,52 @@ def test_code_of_its_own_runs_padded(tiny_encoder: Path, tmp_path: Path, caplog:
     theirs = _peer_embed(peer).detach()
     assert_close(_embed(encoder), theirs, rtol=0.0, atol=1e-5)
     assert float((theirs - _peer_embed(_peer(tiny_encoder)).detach()).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("kind", "last"),
+    [
+        (GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=400, n_positions=128), 0),
+        (XLNetConfig(d_model=32, d_inner=64, n_layer=2, n_head=4, vocab_size=400), 2),
+    ],
+    ids=["gpt2", "xlnet"],
+)
+def test_kinds_of_pieces_as_the_tokenizer_gives_them(
+    tiny_encoder: Path, tmp_path: Path, kind: PreTrainedConfig, last: int
+) -> None:
+    """GPT-2 adds the row of the kind to each piece, also in training with a compact table; XLNet's last piece is of a
+    kind of its own."""
+    torch.manual_seed(0)
+    backbone = AutoModel.from_config(kind)
+    for name, parameter in backbone.named_parameters():
+        if "seg_embed" in name or "r_s_bias" in name:
+            nn.init.normal_(parameter)
+    backbone.save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_encoder)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"$A [SEP] [CLS]:{last}",
+        special_tokens=[(one, tokenizer.get_vocab()[one]) for one in ("[SEP]", "[CLS]")],
+    )
+    tokenizer.save_pretrained(tmp_path)
+
+    def save(names: list[str]) -> None:
+        path = tmp_path / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"model_input_names": names}))
+
+    save(["input_ids", "attention_mask"])
+    without = _peer_embed(_peer(tmp_path)).detach()
+    save(["input_ids", "token_type_ids", "attention_mask"])
+    encoder, peer = _load(tmp_path, max_length=64), _peer(tmp_path)
+    encoder.compact_vocabulary(torch.unique(_pack(encoder, TEXTS).input_ids_T))
+    assert_close(_embed(encoder.eval()), _peer_embed(peer).detach(), rtol=0.0, atol=1e-5)
+    assert float((_embed(encoder) - without).abs().max()) > 1e-3
+    encoder.train().embed(_pack(encoder, TEXTS)).sin().sum().backward()
+    _peer_embed(peer).sin().sum().backward()
+    vocabulary = encoder.vocabulary
+    assert vocabulary is not None
+    assert vocabulary.weight.grad is not None
+    full = peer[0].model.get_input_embeddings().weight.grad
+    assert_close(vocabulary.weight.grad, full[vocabulary.used_ids], rtol=1e-4, atol=1e-5)
 
 
 def test_a_plain_transformers_folder_is_pooled_by_mean(tiny_encoder: Path, tmp_path: Path) -> None:

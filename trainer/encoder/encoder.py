@@ -10,6 +10,7 @@ import logging
 import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from inspect import signature
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -118,6 +119,9 @@ class Encoder(nn.Module):
                 + ", ".join(sorted(PACKED_MODEL_TYPES))
                 + ("" if is_own else " of transformers"),
             )
+        # Some make a vector more of it for each piece (GPT-2), or attend by it (XLNet).
+        takes_kinds = "token_type_ids" in signature(self.backbone.forward).parameters
+        self._kinds = self.text.kinds if takes_kinds and not self.packed else None
         self._pads = self.packed or self.backbone.config.model_type not in _UNMASKED_MODEL_TYPES
         if not self._pads:
             gather.warn(
@@ -212,7 +216,9 @@ class Encoder(nn.Module):
             embedding.weight = nn.Parameter(full.new_empty(0), requires_grad=False)  # the compact one has the rows
         special = torch.tensor(self.text.tokenizer.all_special_ids, dtype=torch.int64)
         special = special[special < len(full)]  # a tokenizer may have more, which no text holds
-        used_ids = torch.unique(torch.cat([used_ids.to("cpu", torch.int64), special]))
+        # GPT-2 looks the kinds of pieces up in this table too.
+        kinds = torch.tensor([] if self._kinds is None else [0, *self._kinds.values()], dtype=torch.int64)
+        used_ids = torch.unique(torch.cat([used_ids.to("cpu", torch.int64), special, kinds]))
         self.backbone.set_input_embeddings(CompactEmbedding(full, used_ids.to(full.device), padding_id, scale))
 
     # -- what is not trained ------------------------------------------------------------------------------
@@ -315,9 +321,12 @@ class Encoder(nn.Module):
         pad = self.text.tokenizer.pad_token_id
         input_ids = torch.full((mask.numel(),), pad, dtype=torch.int64, device=device)
         input_ids = input_ids.index_copy(0, real, input_ids_T).view(mask.shape)
-        hidden = self.backbone(
-            input_ids=input_ids, attention_mask=mask.to(device=device, dtype=torch.int64), **self._options
-        ).last_hidden_state
+        inputs = {"input_ids": input_ids, "attention_mask": mask.to(device=device, dtype=torch.int64)}
+        if self._kinds is not None:
+            inputs["token_type_ids"] = kinds = torch.zeros_like(input_ids)
+            for piece, kind in self._kinds.items():
+                kinds.masked_fill_(input_ids == piece, kind)
+        hidden = self.backbone(**inputs, **self._options).last_hidden_state
         return hidden.flatten(0, 1).index_select(0, real)
 
     # -- export -------------------------------------------------------------------------------------------

@@ -128,6 +128,15 @@ class TextPreparation:
         return replace(self, prompt="")([""])[0] or [self.tokenizer.pad_token_id]
 
     @cached_property
+    def kinds(self) -> dict[int, int] | None:
+        """Special piece to its token_type_id, where it is not 0 as that of text; None where the tokenizer is set to
+        return none of them."""
+        if "token_type_ids" not in self.tokenizer.model_input_names:
+            return None
+        one = self.tokenizer("a")
+        return {piece: kind for piece, kind in zip(one["input_ids"], one["token_type_ids"], strict=True) if kind}
+
+    @cached_property
     def fingerprint(self) -> str:
         """Changes whenever the ids of some text could change."""
         backend = json.loads(self.tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
