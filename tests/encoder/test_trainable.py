@@ -18,10 +18,13 @@ from transformers import (
     AutoModel,
     AutoTokenizer,
     EsmConfig,
+    FalconConfig,
     GPT2Config,
+    Llama4TextConfig,
     LongformerConfig,
     LukeConfig,
     M2M100Config,
+    PhimoeConfig,
     PreTrainedConfig,
     RoFormerConfig,
     T5Config,
@@ -40,6 +43,7 @@ from trainer.encoder.trainable import blocks, restrict
 
 TEXTS = ["The doctor bought the car at the shop.", "a", "In winter, at dusk, the physician purchased a vehicle."]
 TWO_LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 2}
+SMALL = {"vocab_size": 400, "hidden_size": 16, "intermediate_size": 16, "pad_token_id": 0, **TWO_LAYERS}
 KINDS = ("bert", "mpnet", "distilbert", "modernbert", "qwen3")
 
 
@@ -168,6 +172,31 @@ def test_what_is_trained_gets_a_gradient(tmp_path: Path, config: PreTrainedConfi
     hidden.sin().sum().backward()
     without = [name for name, one in backbone.named_parameters() if one.requires_grad and one.grad is None]
     assert without == []
+
+
+@pytest.mark.parametrize(
+    ("config", "left_out"),
+    [
+        (Llama4TextConfig(intermediate_size_mlp=16, num_key_value_heads=2, num_local_experts=4, **SMALL), "router"),
+        (PhimoeConfig(num_key_value_heads=2, num_local_experts=4, **SMALL), "router"),
+        (FalconConfig(**SMALL), None),
+    ],
+    ids=lambda config: config.model_type if isinstance(config, PreTrainedConfig) else "",
+)
+def test_adapters_stand_at_layers_that_are_linear(
+    tiny_encoder: Path, tmp_path: Path, config: PreTrainedConfig, left_out: str | None
+) -> None:
+    """Not where a class of linear layers gives a router's choice; and the sum of the two is what was trained."""
+    encoder = _load(_save(tmp_path, tiny_encoder, config), max_length=64, lora=LoRA(r=2))
+    adapted = {name.split(".lora_")[0].rpartition(".")[2] for name in _trained(encoder)}
+    assert adapted
+    assert left_out not in adapted
+    encoder.eval()
+    _step(encoder)
+    with torch.no_grad(), encoder.as_sentence_transformer() as model:
+        theirs = model.encode(TEXTS, convert_to_tensor=True)
+    with torch.no_grad():
+        assert_close(_embed(encoder), theirs, rtol=0.0, atol=1e-5)
 
 
 def test_adapters_of_layers_without_linear_ones() -> None:

@@ -68,6 +68,13 @@ def _is_unused(name: str) -> bool:
     return not _UNUSED.isdisjoint(name.split("."))
 
 
+def _is_linear(module: nn.Module) -> bool:
+    """Whether it gives W x + b. Some classes of linear layers make more of it: a router's choice (Llama 4, PhiMoE), a
+    product for each group (DeepSeek-V4); Falcon's only adds b in a step of its own."""
+    own = type(module)
+    return isinstance(module, nn.Linear) and (own.forward is nn.Linear.forward or own.__name__ == "FalconLinear")
+
+
 def _freeze(backbone: PreTrainedModel, num_layers: int, head: nn.Module | None) -> None:
     layers = blocks(backbone)
     if not 0 <= num_layers <= len(layers):
@@ -95,7 +102,7 @@ def _add_adapters(backbone: PreTrainedModel, lora: LoRA, num_frozen: int) -> Non
     linear = {
         name: name.rpartition(".")[2]
         for name, module in backbone.named_modules()
-        if isinstance(module, nn.Linear) and id(module) in inside and not _is_unused(name)
+        if _is_linear(module) and id(module) in inside and not _is_unused(name)
     }
     if not linear:
         raise ValueError(
