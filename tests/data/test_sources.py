@@ -22,10 +22,12 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from trainer.data import blocks, json_lines, loading, rows
 from trainer.data.evalsource import EvalSource
 from trainer.data.files import data_files
+from trainer.data.layouts import find_parts
 from trainer.data.loading import fingerprint, load, num_skipped
 from trainer.data.rowgroups import group_files
 from trainer.data.sources import Source
 from trainer.data.values import BadValueError, check_text
+from trainer.evaluation.informationretrieval import InformationRetrieval
 
 PAIR = {"anchor": "a", "positive": "b"}
 TEXTS = [
@@ -405,6 +407,11 @@ def test_missing_files_and_formats_are_one_sentence(tmp_path: Path, monkeypatch:
     assert failure(Source(str(path), PAIR), cache) == f"{path}: there is no folder {tmp_path / 'nowhere'}."
     assert "no file matches this pattern" in failure(Source(str(tmp_path / "*.csv"), PAIR), cache)
     assert failure(Source("", PAIR), cache) == "path is empty; name a file, a glob, a folder or a data set of the hub"
+    monkeypatch.chdir(tmp_path)  # a path of nothing would be this folder
+    search = {"columns": {}, "name": "s", "evaluator": InformationRetrieval()}
+    for key, paths in {"path": {"path": " "}, "qrels": {"path": "q", "corpus": "c", "qrels": ""}}.items():
+        with pytest.raises(ValueError, match=f"^s: {key} is empty; name a file, a glob, a folder or a data set of"):
+            find_parts(EvalSource(**search, **paths))
     for path in ("s3://bucket/pairs.parquet", "gs://bucket/*.jsonl.gz"):
         said = failure(Source(path, PAIR), cache)
         assert said.startswith(f"{path}: an address is read by a source of data.train with streaming: true alone; set")

@@ -37,6 +37,12 @@ def is_hub_id(path: str) -> bool:
     return str(local.parent) == "." or not local.parent.exists()
 
 
+def refuse_empty(path: str, key: str = "path") -> None:
+    """Raises ValueError for a path as of a variable of the shell that is not set: it would be the current folder."""
+    if not path.strip():
+        raise ValueError(f"{key} is empty; name a file, a glob, a folder or a data set of the hub")
+
+
 def data_files(path: str, split: str) -> list[Path]:
     """The files that ``path`` names, in the order of their names.
 
@@ -47,8 +53,7 @@ def data_files(path: str, split: str) -> list[Path]:
     Raises:
         ValueError: nothing is there, or nothing of a known format.
     """
-    if not path.strip():  # as of a variable of the shell that is not set; it would be the current folder
-        raise ValueError("path is empty; name a file, a glob, a folder or a data set of the hub")
+    refuse_empty(path)
     local = Path(path).expanduser()
     if local.is_dir():
         files = _folder_files(local, split)

@@ -11,7 +11,7 @@ from typing import NamedTuple, Optional, Union
 from datasets import load_dataset
 
 from trainer.data.evalsource import EvalSource
-from trainer.data.files import data_files, data_format, is_hub_id
+from trainer.data.files import data_files, data_format, is_hub_id, refuse_empty
 from trainer.data.sources import Source
 from trainer.messages import cause_of
 
@@ -49,6 +49,9 @@ def find_parts(source: EvalSource) -> list[Parts]:
     Raises:
         ValueError: a file, or a whole set, is not there.
     """
+    for key, path in (("path", source.path), ("corpus", source.corpus), ("qrels", source.qrels)):
+        if path is not None:
+            refuse_empty(path, f"{source.name}: {key}")
     if source.corpus is not None and source.qrels is not None:
         split = source.split
         queries, corpus = data_files(source.path, split), data_files(source.corpus, split)
