@@ -351,6 +351,12 @@ CASES: dict[str, list[tuple[str, str, dict[str, Any], dict[str, Any]]]] = {
             {"facts": column(unknown_share=0.04)},
         ),
         ("warning", "does not know 10% of the pieces", {"facts": column(unknown_share=0.1)}, {}),
+        (
+            "warning",
+            "does not know 10% of the pieces in 'anchor' (Latin): the model",
+            {"facts": replace(CLEAN, columns=[replace(COLUMN, unknown_share=s) for s in (0.1, 0.004)])},
+            {},
+        ),
     ],
     "fragmented_texts": [
         (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from trainer.check.finding import Finding, Prompts, Situation, name_of
 from trainer.data.columnfacts import ColumnFacts
@@ -152,7 +152,8 @@ def unknown_pieces(situation: Situation) -> Iterator[Finding]:
     for path, facts in situation.each():
         most = max(column.unknown_share for column in facts.columns)
         if most >= SOME_UNKNOWN:
-            shares = _listed(facts, lambda column: f"{column.unknown_share:.0%} of the pieces")
+            told = [column for column in facts.columns if column.unknown_share >= 0.005]  # else it would say 0%
+            shares = _listed(told, lambda column: f"{column.unknown_share:.0%} of the pieces")
             yield Finding(
                 "unknown_pieces", "error" if most >= MOSTLY_UNKNOWN else "warning", path,
                 f"the tokenizer of '{situation.backbone}' does not know {shares}: the model can't read them",
@@ -191,7 +192,7 @@ def fragmented_texts(situation: Situation) -> Iterator[Finding]:
     for path, facts in situation.each():
         known = max(column.unknown_share for column in facts.columns) < SOME_UNKNOWN
         if known and max(column.pieces_per_character for column in facts.columns) >= FRAGMENTED:
-            shares = _listed(facts, lambda column: f"{column.pieces_per_character:.1f} pieces a character")
+            shares = _listed(facts.columns, lambda column: f"{column.pieces_per_character:.1f} pieces a character")
             yield Finding(
                 "fragmented_texts", "warning", path,
                 f"the tokenizer of '{situation.backbone}' breaks the texts into {shares}: it was not made for this "
@@ -200,10 +201,10 @@ def fragmented_texts(situation: Situation) -> Iterator[Finding]:
             )  # fmt: skip
 
 
-def _listed(facts: SourceFacts, tell: Callable[[ColumnFacts], str]) -> str:
+def _listed(columns: Sequence[ColumnFacts], tell: Callable[[ColumnFacts], str]) -> str:
     """``tell`` of each column with its name and scripts."""
-    scripts = [", ".join(list(column.scripts)[:3]) or "no letters" for column in facts.columns]
-    told = [f"{tell(c)} in '{c.name}' ({s})" for c, s in zip(facts.columns, scripts, strict=True)]
+    scripts = [", ".join(list(column.scripts)[:3]) or "no letters" for column in columns]
+    told = [f"{tell(c)} in '{c.name}' ({s})" for c, s in zip(columns, scripts, strict=True)]
     return " and ".join(told)
 
 
