@@ -63,6 +63,14 @@ def test_tasks_without_their_number_on_a_node_are_refused(monkeypatch: pytest.Mo
         numbering()
 
 
+@pytest.mark.parametrize("name", ["SLURM_NTASKS", "SLURM_NNODES"])
+def test_an_empty_number_of_tasks_is_one_sentence(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in (*STEP.split(), f"{name}="):
+        monkeypatch.setenv(*variable.split("=", 1))
+    with pytest.raises(ValueError, match=f"^{name} is '' in the environment of a task of Slurm; it must be a number: "):
+        numbering()
+
+
 @pytest.mark.parametrize(
     ("number", "of_first", "status", "says"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -110,9 +111,16 @@ def slurm_shape(environ: Mapping[str, str], devices: int | None, nodes: int | No
     """Tasks per node and nodes of the Slurm step that this process is a task of.
 
     Raises:
-        ValueError: the flags say something else, or tasks lie unevenly on the nodes.
+        ValueError: the flags say something else, tasks lie unevenly on the nodes, or their number is not known.
     """
-    tasks, num_nodes = int(environ["SLURM_NTASKS"]), int(environ.get("SLURM_NNODES", "1"))
+    counts = {"SLURM_NTASKS": environ.get("SLURM_NTASKS", ""), "SLURM_NNODES": environ.get("SLURM_NNODES", "1")}
+    for name, count in counts.items():
+        if not re.fullmatch(r"0*[1-9]\d*", count):
+            raise ValueError(
+                f"{name} is '{count}' in the environment of a task of Slurm; it must be a number: start this with "
+                "srun, which sets it, or unset SLURM_PROCID"
+            )
+    tasks, num_nodes = map(int, counts.values())
     if tasks % num_nodes or (tasks > 1 and "SLURM_NTASKS_PER_NODE" not in environ):
         raise ValueError(f"Slurm has started {tasks} tasks on {num_nodes} nodes; ask for them with --ntasks-per-node")
     found = tasks // num_nodes, num_nodes
