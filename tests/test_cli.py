@@ -347,6 +347,7 @@ BAD_FLAGS = {
     "--learning-rate 1e-4": "flag --learning-rate: unknown key 'learning-rate'; did you mean 'model.learning_rate'?",
     "--model.per-device-eval-batch-size 8": "flag --model.per-device-eval-batch-size: unknown key "
     "'model.per-device-eval-batch-size'; here it is model.max_tokens (in tokens, of training and evaluation)",
+    "--allow x": "flag --allow: unknown key 'allow'; did you mean 'resume.allow' or 'check.allow'?",
     "--batch_size 3": "flag --batch_size: unknown key 'batch_size'; did you mean 'data.batch_size'?",
     "--model.learning_rate fast": "flag --model.learning_rate must be a number, found 'fast'",
     "--model.learning_rate": "flag --model.learning_rate must be a number, found nothing",

@@ -163,9 +163,10 @@ class _Walk:
         follows = tuple(f"{name}." for name in self.links)
         free = [name for name in _dotted_keys(self.groups) if not f"{name}.".startswith(follows)]
         same = [name for name in free if name.endswith(f".{key}")]
-        found = near + same if path else same + near
-        if found:
-            return f"; did you mean '{found[0]}'?"
+        if same and not (path and near):
+            return f"; did you mean {' or '.join(repr(name) for name in same)}?"
+        if near:
+            return f"; did you mean '{near[0]}'?"
         names = [name for name in known if name not in ("config", "print_config")]
         return f"; keys here: {', '.join(names[:12])}{', ...' if len(names) > 12 else ''}"
 
