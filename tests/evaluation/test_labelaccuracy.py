@@ -72,7 +72,8 @@ def test_labels_that_the_head_does_not_have(
     """Rows of such a label could never be right; all ranks stop together."""
     data = make_rows(demo_texts[:50], 12)
     rows = data.add_column("label", [first + i % 3 for i in range(12)]).to_dict()
-    message = f"the 12 rows have labels {said}, the head has 3 classes, 0 to 2. Set label_map of this validation set"
+    of_head = "the head has 3 classes, 0 to 2. Set label_map of this validation set"
+    message = f"nli: LabelAccuracy: the 12 rows have labels {said}, {of_head}"
     with pytest.raises(ValueError, match=message):
         run(tiny_encoder, rows)
     assert all(message in said for said in two_ranks(message_of, run, tiny_encoder, rows))

@@ -58,7 +58,10 @@ def _scorer(
 
     def score_logits() -> dict[str, float]:
         refuse_not_finite(num_not_finite(embeddings_UD), len(embeddings_UD))
-        return evaluator.score_logits(logits_BL, rows)
+        try:
+            return evaluator.score_logits(logits_BL, rows)
+        except ValueError as error:  # of labels that the head does not have
+            raise ValueError(f"{one.name}: {error}") from error
 
     return score_logits, (embeddings_UD, text_N)
 
