@@ -14,7 +14,7 @@ import pytest
 from filelock import FileLock
 
 from trainer.cli import main
-from trainer.data.cache import build_once, clean, entries, use
+from trainer.data.cache import build_once, clean, default_cache_dir, entries, use
 
 ROOT = Path(__file__).parents[1]
 HOLD = """
@@ -67,6 +67,15 @@ def test_the_cache_may_lie_in_the_home_folder(
     _make(tmp_path / "cache", "a")
     assert main(["cache", "ls", "--data.cache_dir=~/cache"]) == 0
     assert f"(1 folder) in {tmp_path / 'cache'}" in capsys.readouterr().out
+
+
+def test_a_cache_that_cannot_be_written_names_its_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a home folder that is read-only; a file stands in its way here, for root may write everywhere."""
+    (tmp_path / ".cache").touch()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("TRAINER_CACHE")
+    with pytest.raises(ValueError, match=r"Not a directory; .* TRAINER_CACHE, or data.cache_dir of the config, names"):
+        _make(default_cache_dir(), "a")
 
 
 def test_clean_takes_leftovers_then_what_is_old_then_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,8 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, get_args
@@ -53,8 +54,7 @@ def use(folder: Path, build: Callable[[Path], None], verify: bool = False) -> No
 def keep_open(folder: Path, report: Mapping[str, Any]) -> None:
     """``use`` of a folder that grows while it is in use: it is made where it is missing, with ``report`` alone."""
     while not _hold(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):  # whoever removes it holds this one
+        with _locked(folder):  # whoever removes it holds this one
             folder.mkdir(exist_ok=True)
             unfinished = folder / f"{_REPORT}{_UNFINISHED}"
             if not (folder / _REPORT).exists():
@@ -75,8 +75,7 @@ def build_once(folder: Path, build: Callable[[Path], None], verify: bool = False
     # Before the lock, so that a cache may lie on a read-only disk.
     if folder.exists() and not (verify and damage(folder)):
         return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
+    with _locked(folder):
         unfinished = folder.with_name(folder.name + _UNFINISHED)
         # We hold the lock, so whoever left this was killed.
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -96,6 +95,24 @@ def build_once(folder: Path, build: Callable[[Path], None], verify: bool = False
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
         flush_folder(folder.parent)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Alone with a folder of the cache, which need not be there yet."""
+    lock = FileLock(f"{folder}.lock")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        raise ValueError(
+            f"{error.filename or folder.parent}: {error.strerror}; the environment variable TRAINER_CACHE, or "
+            "data.cache_dir of the config, names another place for the cache"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def damage(folder: Path) -> str | None:
