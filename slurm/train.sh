@@ -218,6 +218,14 @@ requeue() {
     return 1
 }
 
+# After the failure of a node, a preemption or a scontrol requeue by hand Slurm does it itself, and has counted it by now.
+is_requeued() {
+    local restarts
+    restarts=$(scontrol show job -o "$SLURM_JOB_ID" 2>/dev/null |
+        sed -n "s/^JobId=$SLURM_JOB_ID .* Restarts=\([0-9]*\) .*/\1/p") || true
+    ((${restarts:-0} > ${SLURM_RESTART_COUNT:-0}))
+}
+
 # The command with which somebody goes on. The config of the run directory is all of it, and holds no secrets.
 say_how_to_go_on() {
     local script=$0 job place=(--nodes="$nodes" --ntasks-per-node="$tasks")
@@ -244,6 +252,10 @@ finish() {
     if [[ $command == fit && $code == 85 && $checkpoint == "$checkpoint_before" ]]; then
         echo "train.sh: this start took no step; should that repeat, give it more time (sbatch --time): its limit is" \
             "$(squeue --noheader --jobs "$SLURM_JOB_ID" --format=%l || true), USR1 comes 120 s before or as --signal says"
+    fi
+    if is_requeued; then
+        echo "train.sh: Slurm has put job $SLURM_JOB_ID back into the queue itself: it goes on by itself, don't submit it again"
+        return 0
     fi
     if [[ $code == 85 ]] && requeue; then return 0; fi
     if [[ $code != [02] && -n $checkpoint ]]; then say_how_to_go_on "$folder"; fi

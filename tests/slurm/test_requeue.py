@@ -73,6 +73,18 @@ def test_a_request_while_rank_1_still_starts_is_requeued_at_once(slurm: Slurm, t
     assert not list(slurm.folder.glob(f"runs/*/*job={number}/run.lock"))
 
 
+def test_a_requeue_by_slurm_itself_asks_nobody_to_submit_again(slurm: Slurm, tmp_path: Path) -> None:
+    """As after the loss of a node: a second job would find the run directory in use."""
+    number = slurm.submit("--nodes 2", ["configs/pairs.yaml"], stand_in(tmp_path, PROGRAM))
+    wait_for(slurm, number, "ready", count=2)
+    slurm.output(["scontrol", "requeue", number])
+    slurm.start_again(number)
+    job = slurm.finished(number)
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "1"), job.log
+    assert job.log.count(f"Slurm has put job {number} back into the queue itself") == 1
+    assert "to go on" not in job.log
+
+
 @pytest.mark.parametrize(
     ("most", "reason"),
     [
