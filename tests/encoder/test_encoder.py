@@ -521,6 +521,14 @@ def test_dropout_of_0_ends_all_other_noise(tiny_encoder: Path, tmp_path: Path, k
     assert torch.equal(_embed(encoder), _embed(encoder.eval()))
 
 
+def test_a_rate_that_the_folder_writes_as_an_integer(tiny_encoders: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(tiny_encoders["qwen3"], tmp_path / "qwen3")
+    path = tmp_path / "qwen3" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"attention_dropout": 0}))
+    encoder = _load(tmp_path / "qwen3", dropout=0.3).train()
+    assert not torch.equal(_embed(encoder), _embed(encoder))
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_dropout_stays_as_it_was_set_when_bigbird_changes_its_attention(
     tiny_encoder: Path, tmp_path: Path, dropout: float

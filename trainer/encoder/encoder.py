@@ -165,7 +165,7 @@ class Encoder(nn.Module):
                     setattr(module, name, HostDropout(rate))
             # Some attentions keep their rate as a plain number.
             for name, value in list(vars(module).items()):
-                if "dropout" in name and isinstance(value, float):
+                if "dropout" in name and isinstance(value, (int, float)) and not isinstance(value, bool):
                     setattr(module, name, rate)
                 elif name in _OTHER_NOISE and not rate:
                     setattr(module, name, 0.0)
