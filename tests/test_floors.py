@@ -19,7 +19,7 @@ MODULES = {
 # 4 the roof, 3 Lightning, 2 pure things, 1 the ground. A folder's __init__ stands on the floor of its files.
 FLOORS = {
     4: """trainer.__main__ trainer.cli trainer.lightning_cli trainer.help_text trainer.run_dir trainer.run_lock
-          trainer.library_settings
+          trainer.third_party
           trainer.checkpoint_path trainer.preflight trainer.prepare trainer.config_errors trainer.config_files
           trainer.config_classes trainer.config_migration trainer.config_values
           trainer.cache_command trainer.check.command trainer.compare trainer.compare.*

@@ -34,11 +34,11 @@ from trainer.distributed.watch import Watch
 from trainer.encoder.spec import EncoderSpec
 from trainer.evaluation.runner import Evaluation
 from trainer.identity import Resume, differences, identity, refuse_differences, split_names
-from trainer.library_settings import quieten, settle_parsing
 from trainer.manifest import best, newest, read_manifest
 from trainer.module import EmbeddingModule
 from trainer.run_dir import is_first_rank, name_run, write_config
 from trainer.run_lock import release_lock, take_lock
+from trainer.third_party import quieten, settle_parsing
 from trainer.tracking.metrics import MetricsLog, run_id_in
 from trainer.tracking.progress import Progress
 from trainer.tracking.redact import redact
