@@ -25,9 +25,9 @@ from trainer.evaluation.classification import Classification
 from trainer.finite import FiniteSteps
 from trainer.host_memory import keep_freed_pages
 from trainer.losses import Loss
-from trainer.losses.base import refuse_incomplete, refuse_not_positive
+from trainer.losses.base import refuse_incomplete
 from trainer.memory import explained_memory
-from trainer.messages import did_you_mean
+from trainer.messages import did_you_mean, refuse_not_positive
 from trainer.model_refusals import (
     refuse_all_frozen,
     refuse_compiled,

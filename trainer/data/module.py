@@ -1,7 +1,6 @@
 """The data module: sources, token tables, order and loaders of a run."""
 
 import logging
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -40,6 +39,7 @@ from trainer.encoder.spec import EncoderSpec
 from trainer.encoder.text import TextPreparation
 from trainer.encoder.towers import load_texts
 from trainer.interruption import stop_if_asked
+from trainer.messages import refuse_not_positive
 
 logger = logging.getLogger(__name__)
 
@@ -83,8 +83,7 @@ class PairData(LightningDataModule):
             raise ValueError(f"data.batch_size is {batch_size}; it must be 1 or more")
         if max_rows is not None and max_rows < 1:
             raise ValueError(f"data.max_rows is {max_rows}; it must be 1 or more, or left out for all rows")
-        if not 0.0 <= stream_cache_gib < math.inf:
-            raise ValueError(f"data.stream_cache_gib is {stream_cache_gib:g}; it must be 0 or more, and finite")
+        refuse_not_positive("data.stream_cache_gib", stream_cache_gib, or_zero=True)
         if num_workers < 0:
             raise ValueError(f"data.num_workers is {num_workers}; it must be 0 or more")
         self.train_sources = train

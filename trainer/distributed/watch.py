@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import faulthandler
-import math
 import os
 import socket
 import subprocess
@@ -23,6 +22,7 @@ from trainer.distributed import gather
 from trainer.distributed.heartbeat import BEAT_S, SILENT_S, Heartbeats
 from trainer.distributed.meeting import LOST_RANK, Meeting
 from trainer.manifest import newest
+from trainer.messages import refuse_not_positive
 from trainer.tracking.collapse import Collapse
 from trainer.tracking.metrics import MetricsLog
 from trainer.tracking.spikes import LossSpikes
@@ -48,8 +48,7 @@ class Watch(Callback):
     """
 
     def __init__(self, timeout_s: float = 300.0) -> None:
-        if not 0.0 < timeout_s < math.inf:
-            raise ValueError(f"watch.timeout_s is {timeout_s:g}; it must be above 0, and finite")
+        refuse_not_positive("watch.timeout_s", timeout_s)
         self.timeout_s = timeout_s
         self.meeting: Meeting | None = None  # looks after the ranks until then
         self._collapse = Collapse()

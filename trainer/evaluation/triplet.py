@@ -1,10 +1,9 @@
 """Triplet accuracy: is the anchor nearer to its positive than to its negative?"""
 
-import math
-
 from torch import Tensor
 
 from trainer.evaluation.base import SIMILARITIES, Evaluator, Rows
+from trainer.messages import refuse_not_positive
 
 
 class Triplet(Evaluator):
@@ -22,8 +21,7 @@ class Triplet(Evaluator):
     primary = "cosine_accuracy"
 
     def __init__(self, margin: float = 0.0) -> None:
-        if not 0.0 <= margin < math.inf:
-            raise ValueError(f"Triplet evaluator: margin is {margin:g}; it must be 0 or more, and finite")
+        refuse_not_positive("Triplet evaluator: margin", margin, or_zero=True)
         self.margin = margin
 
     def score(self, embeddings_ND: Tensor, rows: Rows) -> dict[str, float]:

@@ -11,7 +11,6 @@ Shape suffixes: B rows of this rank, b rows of the global batch, N candidates, D
 from __future__ import annotations
 
 import inspect
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -32,19 +31,6 @@ SENTENCE_BERT = """@inproceedings{reimers-2019-sentence-bert,
 
 # What a loss may want of a batch besides row ids.
 NEEDS = ("scores", "candidate_scores", "labels", "teacher")
-
-
-def refuse_infinite(name: str, value: float) -> None:
-    """Raises ValueError unless ``value`` is a finite number."""
-    if not math.isfinite(value):
-        raise ValueError(f"{name} is {value:g}; it must be a finite number")
-
-
-def refuse_not_positive(name: str, value: float, or_zero: bool = False) -> None:
-    """Raises ValueError unless ``value`` is finite and above 0, or 0 where that means something."""
-    # Written so that NaN, which compares as false, is refused.
-    if not (0.0 < value < math.inf or (or_zero and value == 0.0)):
-        raise ValueError(f"{name} is {value:g}; it must be {'0 or more' if or_zero else 'above 0'}, and finite")
 
 
 class Loss(nn.Module, ABC):

@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 from trainer.batch import Targets
 from trainer.distributed.gather import gather_rows
-from trainer.losses.base import Loss, refuse_not_positive
+from trainer.losses.base import Loss
 from trainer.losses.similarity import distance_limit, distance_matrix
+from trainer.messages import refuse_not_positive
 
 
 class BatchTriplet(Loss):

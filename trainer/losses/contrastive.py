@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trainer.batch import Targets
-from trainer.losses.base import Loss, refuse_not_positive
+from trainer.losses.base import Loss
 from trainer.losses.similarity import Distance, distance_limit, pairwise_distance
+from trainer.messages import refuse_not_positive
 
 
 class Contrastive(Loss):

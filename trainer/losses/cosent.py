@@ -9,8 +9,9 @@ from torch import Tensor
 
 from trainer.batch import Targets
 from trainer.distributed.gather import gather_rows
-from trainer.losses.base import Loss, refuse_not_positive
+from trainer.losses.base import Loss
 from trainer.losses.similarity import pairwise_cosine
+from trainer.messages import refuse_not_positive
 
 
 class CoSENT(Loss):

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from trainer.batch import Targets
-from trainer.losses.base import Loss, refuse_not_positive
+from trainer.losses.base import Loss
 from trainer.losses.marginmse import candidate_scores
 from trainer.losses.similarity import Similarity, pairwise_similarity
+from trainer.messages import refuse_not_positive
 
 
 class DistillKLDiv(Loss):

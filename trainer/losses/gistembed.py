@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from trainer.batch import Targets
-from trainer.losses.base import Loss, refuse_infinite, refuse_not_positive
+from trainer.losses.base import Loss
 from trainer.losses.inbatch import InBatch, Judge
 from trainer.losses.logsumexp import MAX_WHOLE
 from trainer.losses.similarity import similarity_matrix
+from trainer.messages import refuse_infinite, refuse_not_positive
 
 # A sum over the rows and a product of matrices round apart, by up to 5e-7 at lengths of 32 to 4,096: without it about
 # half of the texts that the guide embeds like the positive would be left out, others in other tiles.

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from trainer.batch import Targets
-from trainer.losses.base import Loss, refuse_infinite, refuse_not_positive
+from trainer.losses.base import Loss
 from trainer.losses.inbatch import Candidates, InBatch
 from trainer.losses.logsumexp import MAX_WHOLE
 from trainer.losses.similarity import Similarity
+from trainer.messages import refuse_infinite, refuse_not_positive
 
 Direction = Literal["query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"]
 Hardness = Literal["in_batch_negatives", "hard_negatives", "all_negatives"]

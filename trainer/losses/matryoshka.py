@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from trainer.batch import Targets
 from trainer.distributed import gather
-from trainer.losses.base import Loss, refuse_not_positive
+from trainer.losses.base import Loss
+from trainer.messages import refuse_not_positive
 
 logger = logging.getLogger(__name__)
 

@@ -11,10 +11,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from trainer.batch import Targets
-from trainer.losses.base import Loss, refuse_infinite, refuse_not_positive
+from trainer.losses.base import Loss
 from trainer.losses.inbatch import Candidates, InBatch
 from trainer.losses.logsumexp import MAX_WHOLE
 from trainer.losses.similarity import similarity_matrix
+from trainer.messages import refuse_infinite, refuse_not_positive
 
 
 class SigLIP(Loss):

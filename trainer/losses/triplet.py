@@ -8,9 +8,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trainer.batch import Targets
-from trainer.losses.base import Loss, refuse_not_positive
+from trainer.losses.base import Loss
 from trainer.losses.batchtriplet import BatchTriplet
 from trainer.losses.similarity import Distance, distance_limit, pairwise_distance
+from trainer.messages import refuse_not_positive
 
 
 class Triplet(Loss):

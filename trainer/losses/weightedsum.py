@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from trainer.batch import Targets
-from trainer.losses.base import Loss, refuse_not_positive
+from trainer.losses.base import Loss
+from trainer.messages import refuse_not_positive
 
 
 class WeightedSum(Loss):
