@@ -13,6 +13,7 @@ import os, signal, sys
 from trainer import interruption
 heavy = {"torch", "lightning", "yaml"} & sys.modules.keys()
 assert not heavy, heavy
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever these tests run under
 interruption.listen()
 for name in sys.argv[1:]:
     os.kill(os.getpid(), signal.Signals[name])
@@ -28,7 +29,12 @@ def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     ("signals", "first", "status"),
-    [(["SIGUSR1"], "SIGUSR1", 85), (["SIGTERM"], "SIGTERM", 143), (["SIGUSR1", "SIGTERM", "SIGUSR1"], "SIGUSR1", 85)],
+    [
+        (["SIGUSR1"], "SIGUSR1", 85),
+        (["SIGTERM"], "SIGTERM", 143),
+        (["SIGHUP", "SIGTERM"], "SIGHUP", 129),
+        (["SIGUSR1", "SIGTERM", "SIGUSR1"], "SIGUSR1", 85),
+    ],
 )
 def test_the_first_request_counts(signals: list[str], first: str, status: int) -> None:
     done = run(NOTE, *signals)
@@ -40,6 +46,11 @@ def test_a_request_while_python_shuts_down_changes_no_status() -> None:
     late = "class Late:\n    def __del__(self, kill=os.kill, pid=os.getpid()):\n        kill(pid, 15)\nlate = Late()\n"
     done = run(NOTE.replace("interruption.stop", f"{late}interruption.stop"), "SIGUSR1")
     assert (done.stdout, done.returncode) == ("SIGUSR1\n", 85), done.stderr
+
+
+def test_a_closed_terminal_is_nothing_to_nohup() -> None:
+    done = run(NOTE.replace("SIG_DFL", "SIG_IGN"), "SIGHUP", "SIGTERM")
+    assert (done.stdout, done.returncode) == ("SIGTERM\n", 143), done.stderr
 
 
 def test_ctrl_c_waits_for_a_step_only_while_there_are_steps() -> None:
@@ -56,6 +67,7 @@ def test_codes_are_what_a_shell_shows() -> None:
         signal.SIGUSR1: 85,
         signal.SIGTERM: 128 + signal.SIGTERM,
         signal.SIGINT: 128 + signal.SIGINT,
+        signal.SIGHUP: 128 + signal.SIGHUP,
     }
 
 

@@ -15,7 +15,7 @@ from types import FrameType
 
 # Signal -> exit status. 85 asks whoever started the run to start it again (slurm/train.sh requeues); the others are
 # what a shell shows for a process that the signal ended.
-EXIT_CODES = {signal.SIGUSR1: 85, signal.SIGTERM: 143, signal.SIGINT: 130}
+EXIT_CODES = {signal.SIGUSR1: 85, signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGHUP: 129}
 _received: signal.Signals | None = None
 _training = False
 
@@ -29,17 +29,18 @@ class Interrupted(SystemExit):
 
 
 def listen() -> None:
-    """Note USR1, TERM and INT from here on; before any heavy import, for a signal may come at once."""
+    """Note USR1, TERM, INT and HUP from here on; before any heavy import, for a signal may come at once."""
     for number in EXIT_CODES:
-        signal.signal(number, _note)
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # what nohup is for
+            signal.signal(number, _note)
     atexit.register(_ignore)
 
 
 def _ignore() -> None:
     """All is saved, and the exit status is known; while Python shuts down no handler would note a request, and it would
     end the process with a status of its own."""
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in EXIT_CODES.keys() - {signal.SIGINT}:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _note(number: int, frame: FrameType | None) -> None:

@@ -44,10 +44,12 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-def start(recipe: Path, run_dir: Path, *flags: str, **environ: str) -> subprocess.Popen[str]:
+def start(recipe: Path, run_dir: Path, *flags: str, terminal: str = "", **environ: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environ}
     command = [sys.executable, "-m", "trainer", "fit", "--config", str(recipe)]
     command += ["--trainer.default_root_dir", str(run_dir), *flags]
+    if terminal:  # the first that a session opens is its own
+        command = ["sh", "-c", f'exec "$@" <{terminal} >{terminal} 2>&1', "sh", *command]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
     )
@@ -155,6 +157,18 @@ def test_one_rank_of_two_is_asked(recipe: Path, tmp_path: Path, rank: int, worke
     assert code == 143, output
     step = max(steps(tmp_path))
     assert output.count(f"stopped by SIGTERM at step {step}") == 1
+
+
+@pytest.mark.slow
+def test_a_terminal_that_is_closed(recipe: Path, tmp_path: Path) -> None:
+    """The kernel sends HUP to both ranks, and nothing that they print goes anywhere: they save all the same."""
+    ours, theirs = os.openpty()
+    long = ("--trainer.max_epochs", "100", "--check.allow", "few_rows_many_epochs")
+    process = start(recipe, tmp_path, *TWO, *long, *slow_at(7), terminal=os.ttyname(theirs))
+    when_waiting(tmp_path, lambda: os.close(ours))
+    assert process.wait(timeout=100) == 129
+    assert max(steps(tmp_path)) >= 8
+    assert not (tmp_path / "run.lock").exists()
 
 
 def child_of(pid: int) -> int:

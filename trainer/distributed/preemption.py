@@ -19,7 +19,7 @@ _SIGNALS = list(EXIT_CODES)  # a rank sends the place of its signal in here, plu
 
 
 class Preemption(Checkpoint):  # Lightning runs callbacks of this kind last: behind `Checkpoints`
-    """Saves and leaves with status 85, 143 or 130 when any rank got USR1, TERM or INT.
+    """Saves and leaves with status 85, 143, 130 or 129 when any rank got USR1, TERM, INT or HUP.
 
     The ranks agree every k steps, about twice a second: a maximum over ranks is started at one round and read at the
     next, when it has long been there, so no step waits for it. k itself comes out of the same reduction, as the fewest
