@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from trainer.checkpoint_path import find_checkpoint
 from trainer.config_files import ConfigError
 from trainer.manifest import STATE, mark_best, write_checkpoint
+from trainer.run_lock import release_lock, take_lock
 
 FIRST, SECOND_RANK, SLURM = {}, {"LOCAL_RANK": "1"}, {"SLURM_JOB_ID": "7"}
 
@@ -108,6 +110,10 @@ def test_a_fresh_fit_wants_a_fresh_directory(run_dir: Path, tmp_path: Path, caps
     assert find_checkpoint(None, "fit", run_dir, SECOND_RANK) is None, "the first rank has begun to write there"
     assert find_checkpoint(None, "fit", tmp_path / "fresh", FIRST) is None
     assert find_checkpoint("auto", "fit", tmp_path / "fresh", FIRST) is None
+    take_lock(run_dir, FIRST)  # a run that has not ended is not to be gone on with
+    with pytest.raises(ConfigError, match=f"{run_dir} is in use by process {os.getpid()} on .*; wait for it"):
+        find_checkpoint(None, "fit", run_dir, FIRST)
+    release_lock(run_dir, FIRST)
     # Its flags, which make the name of a run, were others: a fit that is to go on does not start anew.
     other = f"; {run_dir} has one: --trainer.default_root_dir {run_dir}"
     with pytest.raises(ConfigError) as refusal:

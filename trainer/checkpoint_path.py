@@ -43,7 +43,7 @@ def find_checkpoint(
         if "SLURM_JOB_ID" in environ:
             wanted = "auto"
         elif is_first:  # only here: to the ranks it starts, the directory is in use
-            refuse_used(run_dir)
+            refuse_used(run_dir, environ)
     if wanted is None:
         return None
     if wanted == "auto":
@@ -63,7 +63,7 @@ def find_checkpoint(
         raise ConfigError(f"--ckpt_path {name}: {reason}; auto takes the newest valid one of {run_dir}")
     is_fork = command == "fit" and wanted != "best" and not is_of(run_dir, path)
     if is_fork and is_first and not _is_left_of_fork(run_dir, read_manifest(path)["step"]):
-        refuse_used(run_dir)
+        refuse_used(run_dir, environ)
     if is_first and wanted == "best":
         print(f"checkpoint: {path}")
     return str(path)

@@ -14,6 +14,7 @@ import yaml
 from trainer.config_files import ConfigError, Flag, walk_keys
 from trainer.files import write_whole
 from trainer.identity import is_part
+from trainer.run_lock import refuse_held
 from trainer.tracking.redact import redact_arguments
 from trainer.tracking.runs import METRICS_FILE
 
@@ -116,9 +117,10 @@ def holds_run(folder: Path) -> bool:
     return (folder / METRICS_FILE).exists() or (checkpoints.is_dir() and any(checkpoints.iterdir()))
 
 
-def refuse_used(folder: Path) -> None:
-    """Raises ConfigError where a fresh fit would mix two runs in one folder."""
+def refuse_used(folder: Path, environ: Mapping[str, str]) -> None:
+    """Raises ConfigError where a fresh fit would mix two runs in one folder; names the process of one that goes on."""
     if holds_run(folder):
+        refuse_held(folder, environ)
         raise ConfigError(
             f"{folder} already holds a run; go on with it: --ckpt_path auto"
             f" · or start anew beside it: --trainer.default_root_dir {folder}-2"

@@ -55,9 +55,7 @@ def take_lock(run_dir: Path, environ: Mapping[str, str]) -> str | None:
                 continue  # it went away meanwhile
             if holder == mine:
                 return None
-            verdict = _is_alive(holder, mine)
-            if verdict is not False:
-                raise ConfigError(_refusal(run_dir, lock, holder, known=verdict is True)) from None
+            _refuse_alive(run_dir, holder, mine)
             aside = run_dir / f".{FILE_NAME}.dead.{os.getpid()}"
             try:
                 os.replace(lock, aside)  # of two who try, one succeeds
@@ -72,6 +70,12 @@ def take_lock(run_dir: Path, environ: Mapping[str, str]) -> str | None:
             return said
         finally:
             own.unlink(missing_ok=True)
+
+
+def refuse_held(run_dir: Path, environ: Mapping[str, str]) -> None:
+    """Raises ConfigError where `take_lock` would; takes nothing."""
+    if (holder := _read(run_dir / FILE_NAME)) is not None:
+        _refuse_alive(run_dir, holder, _describe(environ))
 
 
 def release_lock(run_dir: Path, environ: Mapping[str, str]) -> None:
@@ -166,10 +170,13 @@ def _who(holder: Mapping[str, Any]) -> str:
     return f"process {holder['pid']} on {holder['host']}{job}"
 
 
-def _refusal(run_dir: Path, lock: Path, holder: Mapping[str, Any], known: bool) -> str:
+def _refuse_alive(run_dir: Path, holder: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+    verdict = _is_alive(holder, mine)
+    if verdict is False:
+        return
     remedy = (
         f"wait for it, or give another --trainer.default_root_dir {run_dir}-2"
-        if known
-        else f"nobody here can tell whether it still runs: if it has ended, remove {lock}"
+        if verdict
+        else f"nobody here can tell whether it still runs: if it has ended, remove {run_dir / FILE_NAME}"
     )
-    return f"{run_dir} is in use by {_who(holder)}; {remedy}"
+    raise ConfigError(f"{run_dir} is in use by {_who(holder)}; {remedy}")
