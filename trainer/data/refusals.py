@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 
 from trainer.data.evalsource import EvalSource
 from trainer.data.sources import Source
 from trainer.encoder.text import TextPreparation
+from trainer.messages import refuse_not_positive
 
 
 def refuse_training(source: Source, no_duplicates: bool, mixing: str, has_documents: bool) -> None:
@@ -35,8 +35,7 @@ def refuse_training(source: Source, no_duplicates: bool, mixing: str, has_docume
             f"{source.path}: data.no_duplicates does not go with rows_per_label: a batch is put together in "
             "one of the two ways; leave one out"
         )
-    if not (math.isfinite(source.weight) and source.weight > 0):
-        raise ValueError(f"{source.path}: weight is {source.weight:g}; it must be above 0")
+    refuse_not_positive(f"{source.path}: weight", source.weight)
     if mixing != "weighted" and source.weight != 1.0:
         raise ValueError(
             f"{source.path}: weight is {source.weight:g}, which counts under data.mixing weighted alone, and "
