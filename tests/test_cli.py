@@ -400,6 +400,28 @@ BAD_FLAGS = {
     "above 0, or 0 to clip nothing",
     "--trainer.gradient_clip_val .nan": "flag --trainer.gradient_clip_val: trainer.gradient_clip_val is nan; it must "
     "be above 0, or 0 to clip nothing",
+    "--seed_everything=-1": "flag --seed_everything: seed_everything is -1; it must be 0 to 4294967295",
+    "--seed_everything 4294967296": "flag --seed_everything: seed_everything is 4294967296; it must be 0 to 4294967295",
+    "--trainer.barebones true": "flag --trainer.barebones: trainer.barebones stays false: it takes away the "
+    "checkpoints, which a run exports its model from, and the log",
+    **{
+        f"--trainer.{key}={value}": f"flag --trainer.{key}: trainer.{key} is {value}; it must be {value + 1} or more"
+        for key, value in (("log_every_n_steps", -1), ("min_steps", -1), ("min_epochs", -1))
+    },
+    "--trainer.num_sanity_val_steps=-2": "flag --trainer.num_sanity_val_steps: trainer.num_sanity_val_steps is -2; it "
+    "must be -1 or more",
+    "--trainer.val_check_interval 00:00:01:00": "flag --trainer.val_check_interval: trainer.val_check_interval is a "
+    "time, but clocks differ between ranks. Give a number of steps (500) or a fraction of an epoch (0.5).",
+    **{
+        f'--trainer.max_steps 1 --trainer.max_time {{"{unit}":{number}}}': "flag --trainer.max_time: trainer.max_time "
+        f"is {{'{unit}': {number}}}; give a number of days, hours, minutes or seconds"
+        for unit, number in (("hour", 1), ("hours", 10**12))
+    },
+    **{
+        f"--trainer.strategy {name}": f"flag --trainer.strategy: trainer.strategy is '{name}'; take auto or ddp, or a "
+        "class with class_path, as configs/hardware/zero2.yaml does for ZeRO"
+        for name in ("ZeRO", "zero2", "null")
+    },
     "--trainer.precision bf16-true": "flag --trainer.precision: trainer.precision is bf16-true, but weights stay in "
     "float32: take one of 32-true, bf16-mixed, 16-mixed",
     "--checkpoint null": "flag --checkpoint must be keys (save_every_steps, keep, monitor, ...), found 'null': it "

@@ -198,7 +198,7 @@ def test_ranks_whose_hosts_have_disks_of_their_own_do_not_go_on_apart(recipe: Pa
     [
         "--trainer.accelerator blah",
         "--trainer.devices many",
-        "--trainer.strategy blah",
+        "--trainer.strategy ZeRO",
         "--trainer.precision 16-true",
         "--trainer.profiler blah",
         "--trainer.max_time 00:00:00:00",

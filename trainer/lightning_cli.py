@@ -50,6 +50,7 @@ from trainer.trainer_refusals import (
     refuse_nothing_to_evaluate,
     refuse_ranks_apart,
     refuse_remote,
+    refuse_seed,
     refuse_spawned,
     refuse_values,
 )
@@ -147,7 +148,9 @@ class TrainerCLI(LightningCLI):
                 raise ConfigError(said) from error
             raise
         refuse_nothing(self._known_keys(), LINKS, self.written)
-        refuse_values(self.config[self.config.subcommand].trainer, self.written)
+        options = self.config[self.config.subcommand]
+        refuse_seed(options.seed_everything, self.written.place("seed_everything"))
+        refuse_values(options.trainer, self.written)
 
     def _known_keys(self) -> dict[str, Any]:
         method = {"ckpt_path": str | None, "weights_only": bool | None, "verbose": bool}

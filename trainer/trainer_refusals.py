@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from typing import Any, NoReturn
 
 from lightning.pytorch import Callback, Trainer
@@ -20,9 +21,11 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from trainer.config_files import ConfigError, Written
+from trainer.evaluation.runner import NO_CLOCK
 from trainer.run_dir import is_first_rank
 from trainer.tracking.direction import direction
 
@@ -63,6 +66,7 @@ FIXED: Mapping[str, tuple[Any, str]] = {
         "checkpoint.keep",
     ),
     "use_distributed_sampler": (False, "data decides which rows form a step, whatever the number of ranks"),
+    "barebones": (False, "it takes away the checkpoints, which a run exports its model from, and the log"),
 }
 # trainer key -> what does what its zero seems to ask for
 ABOVE_ZERO: Mapping[str, str] = {
@@ -71,6 +75,8 @@ ABOVE_ZERO: Mapping[str, str] = {
         ("val_check_interval", "check_val_every_n_epoch"), "to never evaluate, set trainer.limit_val_batches: 0"
     ),
 }
+# trainer key -> its least number
+LEAST: Mapping[str, int] = {"log_every_n_steps": 0, "min_epochs": 0, "min_steps": 0, "num_sanity_val_steps": -1}
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 
 
@@ -93,6 +99,17 @@ def refuse_values(options: Any, written: Written) -> None:
         value = options[key]
         if isinstance(value, (int, float)) and not value > 0:
             refuse(key, f"is {value}; it must be above 0: {instead}")
+    for key, least in LEAST.items():
+        value = options[key]
+        if value is not None and value < least:
+            refuse(key, f"is {value}; it must be {least} or more")
+    if isinstance(options.val_check_interval, str | dict | timedelta):
+        refuse("val_check_interval", NO_CLOCK)
+    if isinstance(options.max_time, dict):
+        try:
+            timedelta(**options.max_time)
+        except (TypeError, OverflowError):
+            refuse("max_time", f"is {options.max_time}; give a number of days, hours, minutes or seconds")
     if isinstance(options.accelerator, str) and options.accelerator not in ACCELERATORS:
         refuse("accelerator", f"is '{options.accelerator}'; take one of {', '.join(ACCELERATORS)}")
     if not _are_devices(options.devices, options.accelerator):
@@ -127,6 +144,12 @@ def refuse_values(options: Any, written: Written) -> None:
             f"is {strategy}, but here ZeRO shares memory out over the ranks, with checkpoints that DDP reads too: take "
             f"--config configs/hardware/{instead}.yaml",
         )
+    if isinstance(options.strategy, str) and strategy.lower() not in ("auto", *StrategyRegistry):
+        refuse(
+            "strategy",
+            f"is '{strategy}'; take auto or ddp, or a class with class_path, as configs/hardware/zero2.yaml does for "
+            "ZeRO",
+        )
     limit = options.gradient_clip_val
     if limit is not None and not limit >= 0.0:  # NaN compares as false
         refuse("gradient_clip_val", f"is {limit:g}; it must be above 0, or 0 to clip nothing")
@@ -157,6 +180,12 @@ def _zero_instead(strategy: str, settings: Mapping[str, Any]) -> str:
     stage = said[1] if said else str(settings.get("stage", "2" if name.startswith("deepspeed") else "3"))
     offload = "offload" in name or any(key.startswith("offload") and value is True for key, value in settings.items())
     return f"zero{stage}{'-offload' if offload and stage != '1' else ''}"
+
+
+def refuse_seed(seed: int, place: str) -> None:
+    """NumPy takes 32 bits."""
+    if not 0 <= seed < 1 << 32:
+        raise ConfigError(f"{place}: seed_everything is {seed}; it must be 0 to {(1 << 32) - 1}")
 
 
 def refuse_nothing_to_evaluate(options: Any, command: str, written: Written) -> None:

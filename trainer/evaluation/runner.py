@@ -29,6 +29,9 @@ __all__ = ["Evaluation", "evaluate", "is_due"]
 
 logger = logging.getLogger(__name__)
 
+# Said of trainer.val_check_interval.
+NO_CLOCK = "is a time, but clocks differ between ranks. Give a number of steps (500) or a fraction of an epoch (0.5)."
+
 
 def not_measured(key: str, name: str, metrics: Collection[str]) -> ValueError:
     """The error about a metric that a setting asks for, and no set gives."""
@@ -78,10 +81,7 @@ class Evaluation(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             if not hasattr(trainer, "val_check_interval"):  # Lightning has made a time of it
-                raise ValueError(
-                    "trainer.val_check_interval is a time, but clocks differ between ranks. "
-                    "Give a number of steps (500) or a fraction of an epoch (0.5)."
-                )
+                raise ValueError(f"trainer.val_check_interval {NO_CLOCK}")
             self._limit_val_batches = trainer.limit_val_batches
             trainer.limit_val_batches = 0
             self._patience = [callback.patience for callback in trainer.early_stopping_callbacks]
