@@ -212,6 +212,25 @@ def test_check_refuses_what_fit_would(recipe: Path, flags: str, capsys: pytest.C
     assert capsys.readouterr().err.strip() == said
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("precision 16-mixed", "trainer.precision is 16-mixed; ZeRO runs in 32-true or bf16-mixed"),
+        ("precision 16", "trainer.precision is 16-mixed; ZeRO runs in 32-true or bf16-mixed"),
+        ("gradient_clip_algorithm value", "trainer.gradient_clip_algorithm stays norm under ZeRO, which clips by"),
+    ],
+)
+@pytest.mark.parametrize("command", ["check", "fit"])
+def test_zero_without_its_settings_is_refused(
+    recipe: Path, command: str, setting: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = f"--trainer.strategy ZeRO --trainer.strategy.stage 2 --trainer.{setting}".split()
+    assert main([command, "--config", str(recipe), *flags]) == 1
+    assert f"error: {message}" in capsys.readouterr().err
+    assert not Path("run").exists()
+    assert main(["check", "--config", str(recipe), *flags[:-2], "--trainer.precision", "32"]) == 0
+
+
 @pytest.mark.parametrize("place", ["ddp", "zero3-offload"])
 def test_a_run_on_gpus_is_checked_where_there_is_none(
     recipe: Path, place: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

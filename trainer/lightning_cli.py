@@ -30,6 +30,7 @@ from trainer.data.module import PairData
 from trainer.distributed.launch import numbering
 from trainer.distributed.meeting import Meeting
 from trainer.distributed.preemption import Preemption
+from trainer.distributed.strategies import ZeRO
 from trainer.distributed.watch import Watch
 from trainer.encoder.spec import EncoderSpec
 from trainer.evaluation.runner import Evaluation
@@ -166,6 +167,10 @@ class TrainerCLI(LightningCLI):
         """The effective config of the subcommand."""
         return self.config[self.subcommand]
 
+    def precision_of(self, trainer: Trainer) -> str:
+        """The precision on the devices of the run: on a CPU Lightning takes bf16 for fp16."""
+        return "16-mixed" if str(self.options.trainer.precision) in ("16", "16-mixed") else str(trainer.precision)
+
     @property
     def run_dir(self) -> Path:
         return Path(self.options.trainer.default_root_dir)
@@ -242,6 +247,8 @@ class TrainerCLI(LightningCLI):
                 f"{self.written.place('trainer.precision')}: trainer.precision is {precision}, but weights stay in "
                 f"float32: take one of {', '.join(PRECISIONS)}"
             )
+        if isinstance(trainer.strategy, ZeRO):
+            trainer.strategy.refuse_settings(trainer, self.precision_of(trainer))
         return trainer
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

@@ -53,10 +53,17 @@ class ZeRO(DDPStrategy):
 
     # -- setting up ---------------------------------------------------------------------------------------
 
-    def setup_environment(self) -> None:
-        precision = str(self.precision_plugin.precision)
+    @staticmethod
+    def refuse_settings(trainer: Trainer, precision: str) -> None:
+        """Raises ValueError where a run can't have this precision, or its way of clipping."""
         if precision not in ("32-true", "bf16-mixed"):
             raise ValueError(f"trainer.precision is {precision}; ZeRO runs in 32-true or bf16-mixed")
+        if trainer.gradient_clip_algorithm not in (None, "norm"):
+            raise ValueError("trainer.gradient_clip_algorithm stays norm under ZeRO, which clips by nothing else")
+
+    def setup_environment(self) -> None:
+        assert self.lightning_module is not None
+        self.refuse_settings(self.lightning_module.trainer, str(self.precision_plugin.precision))
         super().setup_environment()
         if self.root_device.type == "cpu":
             os.environ["DS_ACCELERATOR"] = "cpu"  # read once, when deepspeed is imported
@@ -80,10 +87,6 @@ class ZeRO(DDPStrategy):
         """
         import deepspeed
 
-        if trainer.gradient_clip_algorithm not in (None, "norm"):
-            raise ValueError(
-                f"trainer.gradient_clip_algorithm is {trainer.gradient_clip_algorithm}; ZeRO clips by norm"
-            )
         module = self.lightning_module
         assert module is not None
         if single := [name for name, p in module.named_parameters() if p.requires_grad and p.dim() == 0]:
