@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from copy import deepcopy
+from dataclasses import replace
 
+import torch
 from torch import nn
 
 from trainer.data.sources import Source
 from trainer.encoder import Encoder, EncoderSpec
 from trainer.encoder.folder import embedding_dimension
-from trainer.encoder.size import UNCOUNTED
+from trainer.encoder.size import UNCOUNTED, meta_backbone
+from trainer.encoder.spec import errors_about
+from trainer.encoder.trainable import restrict
 from trainer.losses import Loss
 
 
@@ -53,6 +58,28 @@ def refuse_dimension(losses: Sequence[Loss], encoder: EncoderSpec) -> None:
     for loss in losses:
         for part in loss.parts():
             part.refuse_dimension(dimension)
+
+
+def refuse_layers(specs: Sequence[EncoderSpec], losses: Sequence[Loss]) -> None:
+    """Raises ValueError where a backbone lacks the layers to freeze or to adapt, or nothing is left to train; no
+    weights are read for that."""
+    if all(spec.freeze is None and spec.lora is None for spec in specs):
+        return
+    whole = nn.ModuleList()
+    for spec, part in zip(specs, ("model.encoder", "model.document_encoder"), strict=False):
+        try:
+            backbone = meta_backbone(replace(spec, freeze=None, lora=None))
+        except UNCOUNTED:  # whoever loads the model says what is wrong with it, and looks again
+            return
+        with errors_about(part), torch.device("meta"):
+            restrict(backbone, spec)
+        whole.append(backbone)
+    if not any(parameter.requires_grad for parameter in whole.parameters()):
+        with torch.device("meta"):
+            for loss in map(deepcopy, losses):
+                loss.build(embedding_dimension(specs[0]))
+                whole.append(loss)
+        refuse_all_frozen(whole, specs, losses)
 
 
 def refuse_idle(names: Iterable[str], sources: Sequence[Source]) -> None:

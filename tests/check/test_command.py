@@ -437,6 +437,35 @@ def test_dimensions_that_the_embeddings_do_not_have_are_refused_without_weights(
         assert main(["check", *args]) == 0
 
 
+LAYERS = {
+    ("freeze=3",): "model.encoder.freeze is 3, but 'bert' has 2 layers; give 0 (the embeddings alone) to 2",
+    ("freeze=-1",): "model.encoder.freeze is -1, but 'bert' has 2 layers; give 0 (the embeddings alone) to 2",
+    ("freeze=2",): "nothing is left to train: model.encoder.freeze 2 is all layers, and CosineSimilarity has",
+    ("lora.target_modules=[q]",): "model.encoder.lora.target_modules has 'q', which no linear layer of 'bert' is",
+    ("lora.target_modules=[]",): "model.encoder.lora.target_modules is empty; name linear layers, or take auto",
+    ("lora.r=2", "freeze=2"): "model.encoder.freeze is 2: all 2 layers are frozen, and none is left to adapt",
+}
+
+
+@pytest.mark.parametrize("keys", LAYERS, ids=",".join)
+def test_layers_that_are_not_there(keys: Sequence[str], sound: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", *sound, *(f"--model.encoder.{key}" for key in keys)]) == 1
+    assert f"error: {LAYERS[tuple(keys)]}" in capsys.readouterr().err
+
+
+def test_layers_of_a_document_encoder_that_are_not_there(
+    sound: list[str], tiny_encoder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    towers = [*sound, f"--model.document_encoder.backbone={tiny_encoder}", "--model.encoder.freeze=2"]
+    assert main(["check", *towers, "--model.document_encoder.freeze=3"]) == 1
+    assert "error: model.document_encoder.freeze is 3, but 'bert' has 2 layers; give 0 " in capsys.readouterr().err
+    assert main(["check", *towers]) == 0  # the other tower is trained
+
+
+def test_a_head_is_trained_over_frozen_layers(sound: list[str]) -> None:
+    assert main(["check", *sound, "--model.encoder.freeze=2", "--model.loss=SigLIP"]) == 0
+
+
 def test_probe_measures_a_real_step(
     tmp_path: Path, tiny_encoder: Path, demo_texts: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

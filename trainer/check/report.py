@@ -22,7 +22,7 @@ from trainer.data.sources import Source
 from trainer.distributed.strategies import ZeRO
 from trainer.encoder.folder import normalizes, public_name
 from trainer.encoder.size import UNCOUNTED, backbone_size
-from trainer.model_refusals import refuse_dimension, refuse_idle, refuse_teacher_size
+from trainer.model_refusals import refuse_dimension, refuse_idle, refuse_layers, refuse_teacher_size
 from trainer.module import EmbeddingModule
 from trainer.tracking.redact import redact_text
 
@@ -163,6 +163,7 @@ def make_report(
              for f in unfit_columns(module.loss_of(source), source, table)]  # fmt: skip
     unfit += [f for held_out in data.validation_sources for f in unfit_validation(held_out)]
     refuse_idle(module.losses, data.train_sources)
+    refuse_layers(module.encoder_specs, module.all_losses)
     refuse_dimension(module.all_losses, module.encoder_spec)
     refuse_teacher_size(module.all_losses, module.encoder_spec, module.teacher_spec)
     module.refuse_classifiers(data)

@@ -28,6 +28,8 @@ class LoRA:
             raise ValueError(f"model.encoder.lora has r {self.r} and alpha {self.alpha}; both must be 1 or more")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"model.encoder.lora.dropout is {self.dropout:g}; it is a rate, 0 to below 1")
+        if not self.target_modules:
+            raise ValueError("model.encoder.lora.target_modules is empty; name linear layers, or take auto")
 
 
 @dataclass
