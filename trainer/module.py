@@ -267,16 +267,18 @@ class EmbeddingModule(LightningModule):
         trainer = self.trainer
         return count_steps(self.data.steps_per_epoch, trainer.max_epochs or 1, trainer.max_steps)
 
-    def configure_optimizers(self) -> Any:
+    def make_optimizer(self, precision: str) -> torch.optim.Optimizer:
+        """The optimizer of a run with this trainer.precision, without a schedule."""
         groups = parameter_groups(self, self.weight_decay, self.decay_all)
-        self._weight_decays = [group["weight_decay"] for group in groups]
-        optimizer: torch.optim.Optimizer
         # Under fp16 the loss scaler must unscale before we clip, which a fused step would do itself.
-        fused = str(self.trainer.precision) != "16-mixed"
+        fused = precision != "16-mixed"
         if self.optimizer_name == "sgd":
-            optimizer = torch.optim.SGD(groups, lr=self.learning_rate, fused=fused and self.device.type == "cuda")
-        else:
-            optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, fused=fused)
+            return torch.optim.SGD(groups, lr=self.learning_rate, fused=fused and self.device.type == "cuda")
+        return torch.optim.AdamW(groups, lr=self.learning_rate, fused=fused)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.make_optimizer(str(self.trainer.precision))
+        self._weight_decays = [group["weight_decay"] for group in optimizer.param_groups]
         steps = self.num_training_steps
         if steps == 1 and self.warmup_ratio:
             gather.warn(

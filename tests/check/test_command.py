@@ -14,6 +14,7 @@ import pytest
 import yaml
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from trainer.cli import main
 from trainer.demo_data import write_pairs
@@ -464,6 +465,30 @@ def test_layers_of_a_document_encoder_that_are_not_there(
 
 def test_a_head_is_trained_over_frozen_layers(sound: list[str]) -> None:
     assert main(["check", *sound, "--model.encoder.freeze=2", "--model.loss=SigLIP"]) == 0
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_the_step_of_a_probe_is_that_of_the_run(
+    sound: list[str], tmp_path: Path, tiny_encoder: Path, name: str
+) -> None:
+    seen = []
+
+    def look(optimizer: Optimizer, *_: Any) -> None:
+        sizes = [sorted(p.shape for p in group["params"]) for group in optimizer.param_groups]
+        kept = [{key: group[key] for key in ("fused", "weight_decay")} for group in optimizer.param_groups]
+        seen.append((type(optimizer), sizes, kept))
+
+    # Compaction of the vocabulary, weight decay and its exemptions: all that the groups depend on.
+    words = [*sound, "--model.encoder.backbone", str(tiny_encoder), f"--model.optimizer={name}"]
+    words += ["--model.weight_decay=0.1", "--trainer.accelerator=cpu", "--trainer.max_steps=1", "--tracking.wandb=off"]
+    hook = register_optimizer_step_pre_hook(look)
+    try:
+        assert main(["check", *words, "--probe"]) == 0
+        assert main(["fit", *words, f"--trainer.default_root_dir={tmp_path / 'run'}"]) == 0
+    finally:
+        hook.remove()
+    assert len(seen) == 2
+    assert seen[0] == seen[1]
 
 
 def test_probe_measures_a_real_step(

@@ -31,7 +31,7 @@ def check(args: Sequence[str]) -> int:
     parts = Parts(["fit", *flags], written, execute=False)
     data, module, options = parts.datamodule, parts.model, parts.options.trainer
     num_ranks = (device_count(options.devices) or 1) * options.num_nodes  # of "auto" no login node knows
-    is_half = "16" in str(options.precision)
+    precision = parts.precision_of(parts.trainer)
     data.refuse_ranks(num_ranks)
     data.prepare_data()  # a damaged file of the cache is made again, as by fit
     data.setup("fit")
@@ -50,11 +50,11 @@ def check(args: Sequence[str]) -> int:
         steps_per_epoch=steps_per_epoch,
         num_steps=count_steps(steps_per_epoch, max_epochs, options.max_steps),
         num_ranks=num_ranks,
-        is_half=is_half,
+        is_half="16" in precision,
         strategy=parts.config_init[parts.subcommand].trainer.strategy,
         allow=parts.config_init[parts.subcommand].check.names,
     )
-    measured = probe(module, data, num_ranks, is_half) if "--probe" in args else ""
+    measured = probe(module, data, num_ranks, precision) if "--probe" in args else ""
     if "--json" in args:
         print(report.to_json(measured))
     else:

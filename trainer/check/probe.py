@@ -18,8 +18,11 @@ from trainer.tracking.about import device_name, peak_memory
 _MAX_STEPS = 2000  # that the longest batch is sought among
 
 
-def probe(module: EmbeddingModule, data: PairData, num_ranks: int, is_half: bool) -> str:
+def probe(module: EmbeddingModule, data: PairData, num_ranks: int, precision: str) -> str:
     """Forward, backward and optimizer step of one rank's share of the longest batch, on the GPU where there is one.
+
+    Args:
+        precision: of the run; its 16 bits are those of bf16 here.
 
     Raises:
         ValueError: no weights, or not enough memory; says the batch and the knob.
@@ -30,13 +33,11 @@ def probe(module: EmbeddingModule, data: PairData, num_ranks: int, is_half: bool
         loss.build(module.encoder.embedding_dimension)
     module.compact_vocabularies(data)
     module.to(device).train()
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    is_adamw = module.optimizer_name == "adamw"
-    optimizer = (torch.optim.AdamW if is_adamw else torch.optim.SGD)(parameters, lr=0.0)
+    optimizer = module.make_optimizer(precision)
     module.open_teachers(data, device, verify=True)
     batch = _longest_batch(data, num_ranks)
     with explained_memory("the probe", batch, module.max_tokens):
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_half):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled="16" in precision):
             loss = module.loss_of(data.train_sources[batch.source])
             value = loss(module.encoder(batch.to(device)), batch.targets.to(device))
         value.backward()
