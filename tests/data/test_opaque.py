@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import gzip
 import json
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import BinaryIO
 
 import fsspec
 import pytest
 from datasets import load_dataset
 
 from trainer.data import opaque
+from trainer.data import rows as files_of_rows
 from trainer.data.hashes import NO_TEXT
 from trainer.data.loading import fingerprint, load
 from trainer.data.module import PairData
@@ -180,6 +183,58 @@ def test_bad_json_lines_of_a_stream_are_named_as_loading_names_them(
         with pytest.raises(StreamError) as streamed:
             Reader(OpaqueStream(source, text, 0), 0, num_readers).take(48 // num_readers)
         assert str(streamed.value).splitlines()[0] == str(loaded.value).splitlines()[0]
+
+
+def test_negatives_that_begin_late_in_a_stream_are_read_at_one_opening(
+    text: TextPreparation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind the rows that say what columns there are, and behind the first blocks."""
+    path = tmp_path / "x.jsonl"
+    lines = [json.dumps({"a": f"row {i}", "b": "the cat " * 500}) + "\n" for i in range(1100)]
+    path.write_text("".join(lines) + '{"a": "x", "b": "y", "negs": ["dog"]}\n')
+    opened: list[Path | str] = []
+    once = files_of_rows._opened
+
+    def noted(path: Path | str) -> AbstractContextManager[BinaryIO]:
+        opened.append(path)
+        return once(path)
+
+    monkeypatch.setattr(files_of_rows, "_opened", noted)
+    columns = {"anchor": "a", "positive": "b", "negatives": "negs"}
+    source = Source(str(path), columns, max_negatives=1, streaming=True)
+    ids, _, hashes, numbers = Reader(OpaqueStream(source, text, 0), 0, 1).take(1101)
+    assert len(opened) == 1
+    assert numbers[hashes[:, 2] != NO_TEXT].tolist() == [1100]
+    assert ids[2][int(numbers.argmax())].tolist() == text(["dog"])[0]
+
+
+def test_a_misspelt_column_of_a_stream_is_told_before_the_whole_of_it_is_read(
+    text: TextPreparation, tmp_path: Path
+) -> None:
+    """The end of the file is damaged: who reads so far says that."""
+    path = tmp_path / "x.jsonl.gz"
+    row = json.dumps({"a": "x", "b": "the cat " * 12_000, "negatives": ["dog"]}) + "\n"
+    path.write_bytes(gzip.compress(row.encode() * 600)[:-9])
+    far = r"in the first 32 MiB, \d+ lines; found: a, b, negatives. Did you mean 'negatives'\? If later rows have it"
+    for keys, told in (
+        ({"negatives": "negative"}, rf"no column 'negative' \(columns.negatives\) {far}"),
+        ({"positive": "bb"}, r"no column 'bb' \(columns.positive\); found: a, b, negatives. Did you mean 'b'\?"),
+    ):
+        source = Source(str(path), {"anchor": "a", "positive": "b", **keys}, streaming=True)
+        with pytest.raises(ValueError, match=f"x.jsonl.gz: {told}"):
+            OpaqueStream(source, text, 0).look()
+
+
+def test_the_first_rows_of_a_stream_are_checked_when_the_data_are_set_up(tiny_encoder: Path, tmp_path: Path) -> None:
+    for name, content, told in (
+        ("x.jsonl", '{"a": "x", "b": "y"}\n{"a": "x", "b": ""}\n', r"x.jsonl:2: column 'b' is empty"),
+        ("x.csv", "a,c\nx,y\n", r"x.csv: no column 'b' \(columns.positive\); found: a, c"),
+    ):
+        (tmp_path / name).write_text(content)
+        source = Source(str(tmp_path / name), {"anchor": "a", "positive": "b"}, streaming=True)
+        data = PairData([source], EncoderSpec(str(tiny_encoder)), batch_size=2, cache_dir=str(tmp_path / "cache"))
+        with pytest.raises(ValueError, match=told):
+            data.setup("fit")
 
 
 def test_a_stream_of_json_lines_has_the_rows_of_loading_it(text: TextPreparation, tmp_path: Path) -> None:

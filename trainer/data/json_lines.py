@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,9 +14,12 @@ import pyarrow.json
 from trainer.data.blocks import PEEKED, checked_batch, is_plain, no_batch, parsed_blocks
 from trainer.data.columns import is_position
 from trainer.data.rows import Block, Record, Rows, json_records, text_blocks
+from trainer.messages import did_you_mean
 
 if TYPE_CHECKING:
     from trainer.data.sources import Source
+
+_LOOKED_MIB = 32  # of a stream, in which negatives must show: seconds on a network; held until their rows are read
 
 
 def read_json_lines(
@@ -31,7 +34,8 @@ def read_json_lines(
         source: what is asked for; without it every line is read by itself.
         accept: gets checked rows: large_string texts, then float32 score and int64 label.
     """
-    columns, head, blocks = _begin(path, source)
+    columns, lacking, head, blocks = _begin(path, source)
+    columns += _late_columns(path, lacking, text_blocks(path))
     types = source and _types(source, head)
 
     def parse(lines: bytes) -> pa.RecordBatch | None:
@@ -54,15 +58,38 @@ def stream_json_lines(url: str, source: Source) -> Rows:
     Args:
         url: path of JSON lines, or its address with a protocol, also gzipped.
         source: what is asked for.
+
+    Raises:
+        ValueError: no row in the first part of a file has negatives, and nobody knows whether one far behind has.
     """
-    columns, head, blocks = _begin(url, source)
-    return Rows(url, ":", columns, chain(head, chain.from_iterable(json_records(url, block) for block in blocks)))
+    columns, lacking, head, blocks = _begin(url, source)
+    lacking &= {str(source.columns.get("negatives")).split(".")[0]}  # without another column the first row is bad
+    held: list[Block] = []
+
+    def first_look() -> Iterator[Block]:
+        num_bytes = 0
+        while num_bytes < _LOOKED_MIB << 20 and (block := next(blocks, None)):
+            held.append(block)
+            yield block
+            num_bytes += len(block.lines)
+
+    columns += _late_columns(url, lacking, first_look())
+    if (missing := lacking.difference(columns)) and (next_block := next(blocks, None)):
+        name = missing.pop()
+        raise ValueError(
+            f"{url}: no column '{name}' (columns.negatives) in the first {_LOOKED_MIB} MiB, {next_block.first - 1:,} "
+            f"lines; found: {', '.join(columns)}.{did_you_mean(name, columns)} If later rows have it, write it into "
+            "the first one too, as null, or read a copy on this machine with streaming: false"
+        )
+    behind = chain.from_iterable(json_records(url, block) for block in chain(held, blocks))
+    return Rows(url, ":", columns, chain(head, behind))
 
 
-def _begin(path: Path | str, source: Source | None) -> tuple[list[str], list[Record], Iterator[Block]]:
+def _begin(path: Path | str, source: Source | None) -> tuple[list[str], set[str], list[Record], Iterator[Block]]:
     """The columns, the first rows, which say what columns there are (there is no header), and the blocks behind.
 
-    A column that is asked for may be null, and so left out, in all of the first rows: it is looked for behind them.
+    A column that is asked for may be null, and so left out, in all of the first rows: the second set of names is to be
+    looked for behind them.
     """
     blocks = text_blocks(path)
     head: list[Record] = []
@@ -70,25 +97,28 @@ def _begin(path: Path | str, source: Source | None) -> tuple[list[str], list[Rec
         head += json_records(path, block)
         if len(head) >= PEEKED:
             break
-    columns = list(dict.fromkeys(key for _, row in head[:PEEKED] if isinstance(row, dict) for key in row))
-    asked = [*source.columns.values(), *(source.where or {})] if source else []
+    columns = _keys(head[:PEEKED])
+    asked = [*source.columns.values(), *(source.where or {})] if source and columns else []
     names = [str(name) for name in asked if not is_position(name)]
     lacking = {name.split(".")[0] for name in names if name not in columns} - set(columns)
-    return columns + (_late_columns(path, lacking) if lacking and columns else []), head, blocks
+    columns += [name for name in _keys(head) if name in lacking]
+    return columns, lacking.difference(columns), head, blocks
 
 
-def _late_columns(path: Path | str, wanted: set[str]) -> list[str]:
-    """Those of the columns ``wanted`` that some row of the file has."""
+def _keys(records: Iterable[Record]) -> list[str]:
+    return list(dict.fromkeys(key for _, row in records if isinstance(row, dict) for key in row))
+
+
+def _late_columns(path: Path | str, wanted: Collection[str], blocks: Iterator[Block]) -> list[str]:
+    """Those of the columns ``wanted`` that some row of the ``blocks`` has."""
     found: list[str] = []
-    for block in text_blocks(path):
-        lacking = wanted.difference(found)
-        if not lacking:
+    while lacking := set(wanted).difference(found):
+        if (block := next(blocks, None)) is None:
             break
         # A look at the bytes, for a misspelt name is in none of them, and is to be told soon.
         written = [json.dumps(name, ensure_ascii=escaped) for name in lacking for escaped in (False, True)]
         if any(name.encode() in block.lines for name in written):
-            rows = (row for _, row in json_records(path, block) if isinstance(row, dict))
-            found += dict.fromkeys(key for row in rows for key in row if key in lacking)
+            found += [name for name in _keys(json_records(path, block)) if name in lacking]
     return found
 
 

@@ -185,7 +185,7 @@ class PairData(LightningDataModule):
         # Now: what ends the run is less where limit_train_batches leaves a part of it.
         self._stream_steps = self.trainer.max_steps if self.trainer is not None else -1
         self.stream = OpaqueStream(source, self.text_of(source), self.seed, self.max_rows)
-        self.stream.warn()
+        self.stream.look()
 
     def setup(self, stage: Optional[str] = None) -> None:
         if self.validation_sets or self.inputs:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from itertools import groupby
+from itertools import groupby, islice
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from trainer.batch import PackedBatch
+from trainer.data.blocks import PEEKED
 from trainer.data.checks import checked_rows
 from trainer.data.collate import pack, pack_towers, targets_of
 from trainer.data.delimited import stream_delimited, warn_of_headers
@@ -70,11 +71,43 @@ class OpaqueStream:
             return "; set streaming: false to fetch it whole first"
         return "; copy it to this machine" if "://" in self.source.path else ""
 
-    def warn(self) -> None:
-        """Say before the first step what reading says without streaming."""
-        if not is_hub_id(self.source.path):
-            urls = file_urls(self.source) or []
-            warn_of_headers(self.source, [url for url in urls if data_format(Path(url)) in _DELIMITED])
+    def look(self) -> None:
+        """Say before the first step what reading says without streaming: of the first rows of the first file.
+
+        Raises:
+            ValueError: there is no such file, a column is missing, or a row is bad.
+        """
+        urls = self._text_urls()
+        warn_of_headers(self.source, [url for url in urls if data_format(Path(url)) in _DELIMITED])
+        if not urls:
+            return
+        bad = StreamedBadRows(self.source)
+        try:
+            rows = _text_file(urls[0], self.source)
+            first = islice(rows.records, min(PEEKED, self.max_rows or PEEKED))
+            for _ in checked_rows(self.source, replace(rows, records=first), bad):
+                pass
+        except ValueError:
+            raise
+        except Exception as error:
+            raise self._not_streamed(error) from error
+        bad.close()
+
+    def _text_urls(self) -> list[str]:
+        """The files, all of one format; none of a set of the hub, which `datasets` reads."""
+        urls = [] if is_hub_id(self.source.path) else file_urls(self.source) or []
+        suffixes = sorted({data_format(Path(url)) for url in urls})
+        if urls and (len(suffixes) > 1 or suffixes[0] not in _FORMATS):
+            raise ValueError(
+                f"{self.source.path}: cannot be streamed: files of the formats {', '.join(suffixes)}; a stream has one "
+                f"of {', '.join(_FORMATS)}"
+            )
+        return urls
+
+    def _not_streamed(self, error: Exception) -> StreamError:
+        """Of an error of the hub, the network, the format: each has its own type."""
+        cause = cause_of(error).rstrip(".") if str(error) else type(error).__name__
+        return StreamError(f"{self.source.path}: cannot be streamed: {cause}{self.remedy}")
 
     def open(self) -> IterableDataset:
         """The rows from the first one on.
@@ -82,14 +115,7 @@ class OpaqueStream:
         Raises:
             ValueError: there is no such file, or no reader for it.
         """
-        source = self.source
-        urls = [] if is_hub_id(source.path) else file_urls(source) or []
-        suffixes = sorted({data_format(Path(url)) for url in urls})
-        if urls and (len(suffixes) > 1 or suffixes[0] not in _FORMATS):
-            raise ValueError(
-                f"{source.path}: cannot be streamed: files of the formats {', '.join(suffixes)}; a stream has one of "
-                f"{', '.join(_FORMATS)}"
-            )
+        source, urls = self.source, self._text_urls()
         try:
             if not urls:
                 rows = load_dataset(
@@ -99,16 +125,19 @@ class OpaqueStream:
                 rows = IterableDataset.from_generator(_text_rows, gen_kwargs={"urls": urls, "source": source})
         except StopIteration:  # of the reader of JSON lines, which looks for the first row of all files
             raise StreamError(f"{source.path}: there is no row") from None
-        except Exception as error:  # the hub, the network, the format: each has its own type
-            cause = f"{cause_of(error).rstrip('.') if str(error) else type(error).__name__}{self.remedy}"
-            raise StreamError(f"{source.path}: cannot be streamed: {cause}") from error
+        except Exception as error:
+            raise self._not_streamed(error) from error
         return rows if self.max_rows is None else rows.take(self.max_rows)
+
+
+def _text_file(url: str, source: Source) -> Rows:
+    return stream_json_lines(url, source) if data_format(Path(url)) in JSON_LINES else stream_delimited(url)
 
 
 def _text_rows(urls: list[str], source: Source) -> Iterator[dict[str, Any]]:
     for url in urls:
         try:
-            rows = stream_json_lines(url, source) if data_format(Path(url)) in JSON_LINES else stream_delimited(url)
+            rows = _text_file(url, source)
             for record in rows.records:
                 yield {_FILE: url, _COLUMNS: rows.columns, _RECORD: record}
         except ValueError as error:
