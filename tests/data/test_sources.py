@@ -361,8 +361,32 @@ def test_truncated_gzip_is_refused_even_when_skipping(tmp_path: Path) -> None:
         known = zlib.decompressobj(wbits=31).decompress(path.read_bytes()).count(b"\n")
         assert int(message.split(":")[1]) in (known + 1, known + 2), message
         assert "gzip data cut short or damaged" in message
-    path.write_bytes(b'{"a": "x", "b": "y"}\n')
-    assert failure(Source(str(path), PAIR), tmp_path / "c").startswith(f"{path}:1: gzip data")
+
+
+@pytest.mark.parametrize("kind", [".jsonl.gz", ".csv.gz", ".parquet.gz"])
+def test_a_file_that_is_only_called_gz_says_so(kind: str, tmp_path: Path) -> None:
+    frame = pd.DataFrame({"a": ["x"], "b": ["y"]})
+    plain = Path(save_as(frame, tmp_path, kind.removesuffix(".gz")))
+    path = plain.rename(tmp_path / f"called{kind}")
+    message = failure(Source(str(path), PAIR, on_bad_row="skip"), tmp_path / "c")
+    assert message.startswith(f"{path}: its name ends in .gz, but gzip did not write it (Not a gzipped file (b")
+    assert "take .gz off its name if it is not compressed" in message
+    load(Source(str(path.rename(plain)), PAIR), tmp_path / "c")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+@pytest.mark.parametrize("score", [1e39, -1e39])
+@pytest.mark.parametrize("bad_row", [1, 20_000])  # read row by row, and in a block
+def test_a_score_that_float32_cannot_hold_is_a_bad_row(suffix: str, score: float, bad_row: int, tmp_path: Path) -> None:
+    scores = [float(np.finfo(np.float32).max)] * (bad_row + 1)
+    frame = pd.DataFrame({"a": "x", "b": "y", "score": scores})
+    assert np.isfinite(load(Source(save_as(frame, tmp_path, suffix), SCORED), tmp_path / "c")["score"][:]).all()
+    frame.loc[bad_row, "score"] = score
+    path = save_as(frame, tmp_path, suffix)
+    message = failure(Source(path, SCORED), tmp_path / "refused")
+    assert f"column 'score' is {score:g}, but scores are float32, at most 3.40282e+38; set score_range" in message
+    assert "1 bad row" in message
+    assert load(Source(path, SCORED, score_range=(-1e39, 1e39)), tmp_path / "c")["score"][-1] in (0, 1)
 
 
 @pytest.mark.parametrize("kind", [".jsonl", ".csv", ".tsv", ".parquet", ".arrow", "-saved"])

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from trainer.data.progress import shown_progress
 from trainer.data.rows import MAX_TEXT_CHARS, Block
-from trainer.data.values import MAX_LABEL
+from trainer.data.values import MAX_LABEL, MAX_SCORE
 from trainer.data.workers import map_ahead, num_cores
 
 if TYPE_CHECKING:
@@ -118,4 +118,6 @@ def _number(values: pa.Array, name: str, source: Source) -> pa.Array | None:
         if not low <= extremes["min"] <= extremes["max"] <= high:
             return None
         values = pc.divide(pc.subtract(values, low), high - low)
+    elif max(-extremes["min"], extremes["max"]) > MAX_SCORE:
+        return None
     return values.cast(pa.float32(), safe=False)

@@ -21,6 +21,7 @@ from trainer.messages import cause_of
 MAX_TEXT_CHARS = 1_000_000
 _MAX_LINE_BYTES = 1 << 24
 _BLOCK_BYTES = 1 << 21
+_GZIP = b"\x1f\x8b"  # its first bytes
 
 # A row, or the reason why there is none; the number counts lines of text files, rows of tables, from 1.
 Record = tuple[int, "dict[str, Any] | str"]
@@ -148,12 +149,22 @@ def text_blocks(path: Path | str) -> Iterator[Block]:
                     raise _one_document(path)
                 raise ValueError(f"{path}:{number}: a line over {_MAX_LINE_BYTES:,} bytes; is it text?")
     # Never skipped as one bad row: nobody knows how many rows are behind it.
-    raise ValueError(f"{path}:{number}: gzip data cut short or damaged ({damage}); fetch the file again") from damage
+    raise _damaged(path, f"{path}:{number}", damage, was_gzip=number > 1 or bool(block)) from damage
+
+
+def _damaged(path: Path | str, place: str, error: Exception, was_gzip: bool) -> ValueError:
+    """What to do about gzip data that end at a ``place`` with an ``error``, or that were none from the start."""
+    if was_gzip or not isinstance(error, gzip.BadGzipFile):
+        return ValueError(f"{place}: gzip data cut short or damaged ({error}); fetch the file again")
+    return ValueError(
+        f"{path}: its name ends in .gz, but gzip did not write it ({error}); take .gz off its name if it is not "
+        "compressed, compress it with gzip if it is otherwise, or fetch it again"
+    )
 
 
 def _no_text(start: bytes) -> str:
     """Why a file that starts so can't be read as UTF-8 lines, and what to do; empty where it may be."""
-    for magic, suffix in ((b"\x1f\x8b", ".gz"), (b"PAR1", ".parquet"), (b"ARROW1", ".arrow")):
+    for magic, suffix in ((_GZIP, ".gz"), (b"PAR1", ".parquet"), (b"ARROW1", ".arrow")):
         if start.startswith(magic):
             return f"holds what a {suffix} file holds; rename it so that its name ends in {suffix}"
     if start.startswith((b"\xff\xfe", b"\xfe\xff")):
@@ -230,10 +241,11 @@ def wanted_columns(name: str, found: Sequence[str], wanted: Collection[str] | No
 
 
 def _unpacked(path: Path) -> bytes:
+    data = path.read_bytes()
     try:
-        return gzip.decompress(path.read_bytes())
+        return gzip.decompress(data)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path}: gzip data cut short or damaged ({error}); fetch the file again") from error
+        raise _damaged(path, str(path), error, was_gzip=data.startswith(_GZIP)) from error
 
 
 def _refuse_damage(path: Path, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:

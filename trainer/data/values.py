@@ -13,6 +13,7 @@ from trainer.data.hashes import hash_value
 from trainer.data.rows import MAX_TEXT_CHARS
 
 MAX_LABEL = 2**31 - 1
+MAX_SCORE = 3.4028234663852886e38  # of float32, which losses compute in; more would become infinite
 # Spaces, and the characters that no one sees: zero-width ones, joiners, marks of direction, a BOM in the middle.
 _BLANK = re.compile(r"[\s\u180e\u200b-\u200f\u2060\ufeff]*")
 
@@ -106,6 +107,8 @@ def score_check(
             raise BadValueError(f"holds a list, not a number; if it has one of each candidate, write {each}{more}")
         number = _look_up(value, label_map, names) if label_map is not None else to_number(value)
         if score_range is None:
+            if abs(number) > MAX_SCORE:
+                raise BadValueError(f"is {number:g}, but scores are float32, at most {MAX_SCORE:g}; set score_range")
             return number
         low, high = score_range
         if not low <= number <= high:
