@@ -9,6 +9,7 @@ from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
@@ -17,6 +18,7 @@ from trainer.data.evalsource import EvalSource
 from trainer.data.facts import SourceFacts, source_facts
 from trainer.data.leaks import LeakFacts, leak_facts
 from trainer.data.sources import Source
+from trainer.data.streaming import StreamedTable
 from trainer.data.table import TokenTable
 from trainer.data.tokens import tokenize
 from trainer.encoder import EncoderSpec
@@ -121,6 +123,18 @@ def test_rows_that_differ_in_the_scores_of_a_teacher_are_no_duplicates(text: Tex
     columns = {"anchor": "a", "positive": "b", "negative_1": "n", "score_1": "t.0", "score_2": "t.1"}
     source = Source(str(path), columns)
     assert source_facts(source, tokenize(source, text, tmp_path), text, tmp_path).num_duplicates == 1
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_of_other_groups_that_say_the_same_are_duplicates(
+    streaming: bool, text: TextPreparation, tmp_path: Path
+) -> None:
+    rows = [("cat", "ring", 1), ("cat", "ring", 2), ("cat", "garden", 1)]
+    pd.DataFrame(rows, columns=["a", "b", "g"]).to_parquet(tmp_path / "x.parquet")
+    columns = {"anchor": "a", "positive": "b", "group": "g"}
+    source = Source(str(tmp_path / "x.parquet"), columns, streaming=streaming)
+    table = StreamedTable(source, text, tmp_path) if streaming else tokenize(source, text, tmp_path)
+    assert source_facts(source, table, text, tmp_path).num_duplicates == 1
 
 
 def test_negatives_that_are_right_are_counted_once_a_row(text: TextPreparation, tmp_path: Path) -> None:

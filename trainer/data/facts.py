@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 MAX_ROWS = 1_000_000
 STREAMED_ROWS = 4096  # the first of a streamed source
-_VERSION = 7  # of the files: raise it when the same source gives other facts
+_VERSION = 8  # of the files: raise it when the same source gives other facts
 _MAX_LISTED = 20  # distinct scores or classes that are counted one by one
 _SEPARATOR = "\x1f"  # between the texts of a row; no text holds it
 
@@ -102,7 +102,7 @@ class SourceFacts:
         num_looked_at: rows that the shares and counts below are of.
         num_skipped: bad rows of its files that are left out.
         columns: of the texts, in canonical order.
-        num_duplicates: rows that say again what another row says, targets included.
+        num_duplicates: rows that say again what another row says, whatever their group; score and label count.
         clash_share: probability that of two rows the positive of one is a positive of the other too, because they
             share a text; each such pair in a batch is a false negative of a loss with in-batch negatives.
         scores, labels: None where it has none.
@@ -192,7 +192,7 @@ def _count(
             name: pa.array(decode[name](table.ids(name, places)), pa.large_string(), mask=absent[:, i])
             for i, name in enumerate(table.columns)
         }
-        targets = table.targets(places)
+        targets = {name: values for name, values in table.targets(places).items() if name != "group"}
     candidate_scores = _candidate_scores(table, targets, places)
     numbers = [*targets.values(), *candidate_scores]
     keys = [*texts.values(), *(pa.array(values).cast(pa.large_string()) for values in numbers)]
