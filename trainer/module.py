@@ -158,10 +158,16 @@ class EmbeddingModule(LightningModule):
         return head
 
     def refuse_classifiers(self, data: PairData) -> None:
-        """Raises ValueError where a validation set asks for the classes of a loss that tells none."""
-        for held_out in data.validation_sources:
+        """Raises ValueError where a validation set asks a loss for classes that it does not tell."""
+        for held_out in data.validation_sets:
             if isinstance(held_out.evaluator, Classification):
-                self.classifier_of(held_out.evaluator.loss)
+                num_classes = self.classifier_of(held_out.evaluator.loss).num_labels
+                if num_classes is None or "label" not in held_out.rows.column_names:
+                    continue  # of a loss of one's own; a lacking column is told with the others
+                try:
+                    held_out.evaluator.refuse_labels(held_out.rows, num_classes)
+                except ValueError as error:
+                    raise ValueError(f"{held_out.name}: {error}") from error
 
     def classify(self, loss: Optional[str], columns: Sequence[Tensor]) -> Tensor:
         """Logits (B, classes) that the head of a loss gives to columns of (B, D) embeddings."""

@@ -257,6 +257,27 @@ def test_a_set_that_its_evaluator_can_not_score(
         assert told in capsys.readouterr().err
 
 
+def test_labels_of_a_validation_set_that_the_head_does_not_have(
+    tmp_path: Path,
+    tiny_encoder: Path,
+    demo_texts: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As those of training, refused before a weight is read."""
+    monkeypatch.chdir(tmp_path)
+    path = write(
+        tmp_path / "x.jsonl", [{"a": t, "b": f"{t} x", "l": i % 3, "m": i % 4} for i, t in enumerate(demo_texts[:40])]
+    )
+    held_out = [{"name": "dev", "path": str(path), "columns": {**PAIR, "label": "m"}, "evaluator": "LabelAccuracy"}]
+    flags = [*common(tmp_path, tiny_encoder, "Softmax"), "--data.train", source(path, {**PAIR, "label": "l"})]
+    for command in ("check", "fit"):
+        assert main([command, *flags, "--data.validation", json.dumps(held_out)]) == 1
+        told = capsys.readouterr()
+        assert "dev: LabelAccuracy: the 40 rows have labels 0 to 3, the head has 3 classes, 0 to 2. Set" in told.err
+        assert "Starting" not in told.out
+
+
 def test_columns_that_an_evaluator_lacks(
     tmp_path: Path, tiny_encoder: Path, demo_texts: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -24,6 +24,20 @@ class Classification(Evaluator):
     def score(self, embeddings_ND: Tensor, rows: Rows) -> dict[str, Any]:
         raise NotImplementedError("an evaluator of classes scores logits")
 
+    def refuse_labels(self, rows: Rows, num_classes: int) -> None:
+        """Called when the head is known, before a weight is read.
+
+        Raises:
+            ValueError: rows have labels that are none of its classes.
+        """
+        labels = rows["label"][:]
+        low, high = min(labels), max(labels)
+        if low < 0 or high >= num_classes:
+            raise ValueError(
+                f"{type(self).__name__}: the {len(labels)} rows have labels {low} to {high}, the head has "
+                f"{num_classes} classes, 0 to {num_classes - 1}. Set label_map of this validation set"
+            )
+
     @abstractmethod
     def score_logits(self, logits_BL: Tensor, rows: Rows) -> dict[str, float]:
         """Metrics of the logits of each row: (B, classes) float32 on the CPU."""
