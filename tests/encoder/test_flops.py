@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModel
+from transformers import AlbertConfig, AutoModel
 
 from trainer.encoder import EncoderSpec
 from trainer.encoder.flops import count_arithmetic
@@ -40,6 +40,18 @@ def _counted(spec: EncoderSpec) -> tuple[int, int]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_arithmetic_of_each_kind(kind: str, tiny_encoders: dict[str, Path]) -> None:
     spec = EncoderSpec(str(tiny_encoders[kind]))
+    arithmetic = count_arithmetic(spec)
+    assert (arithmetic.forward(LENGTHS), arithmetic.step(LENGTHS)) == _counted(spec)
+
+
+def test_layers_that_share_their_weights_count_each_time(tmp_path: Path) -> None:
+    """ALBERT's: four layers, of two groups."""
+    config = AlbertConfig(
+        vocab_size=50, embedding_size=8, hidden_size=16, intermediate_size=24, num_attention_heads=2,
+        num_hidden_layers=4, num_hidden_groups=2,
+    )  # fmt: skip
+    AutoModel.from_config(config).save_pretrained(tmp_path)
+    spec = EncoderSpec(str(tmp_path))
     arithmetic = count_arithmetic(spec)
     assert (arithmetic.forward(LENGTHS), arithmetic.step(LENGTHS)) == _counted(spec)
 

@@ -58,14 +58,16 @@ def count_arithmetic(spec: EncoderSpec) -> Arithmetic:
     backbone = meta_backbone(spec)
     pooler = getattr(backbone, "pooler", None)  # no part of the embedding
     left_out = {id(module) for module in pooler.modules()} if isinstance(pooler, nn.Module) else set()
+    layers = backbone.config.num_hidden_layers
+    groups = getattr(getattr(backbone, "encoder", None), "albert_layer_groups", ())  # whose layers share their weights
+    num_uses = {id(module): layers // len(groups) for group in groups for module in group.modules()}
     forward = backward = 0
     is_trained_below = False
     for module in backbone.modules():  # from the embeddings upwards
         if isinstance(module, nn.Linear) and id(module) not in left_out:
-            num = module.weight.numel()
+            num = module.weight.numel() * num_uses.get(id(module), 1)
             forward += 2 * num
             backward += 2 * num * (module.weight.requires_grad + is_trained_below)
         is_trained_below |= any(p.requires_grad for p in module.parameters(recurse=False))
-    layers = backbone.config.num_hidden_layers
     per_pair = 4 * attention_width(backbone.config)
     return Arithmetic(forward, backward, per_pair * layers, 2 * per_pair * (layers - (spec.freeze or 0)))
