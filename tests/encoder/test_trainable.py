@@ -17,6 +17,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoTokenizer,
+    ElectraConfig,
     EsmConfig,
     FalconConfig,
     GPT2Config,
@@ -129,6 +130,15 @@ def test_what_is_frozen_gets_no_gradient_and_the_rest_the_same(tiny_encoders: di
     assert largest_difference(in_chunks, gradients) < 1e-6
     hidden = output[0][0] if isinstance(output[0], tuple) else output[0]
     assert hidden.requires_grad == (kind == "mpnet")  # its layers share one table of relative positions
+
+
+def test_embeddings_are_frozen_with_what_widens_them() -> None:
+    """ELECTRA's small ones are 128 wide: else a backward would run through the frozen layers."""
+    backbone = AutoModel.from_config(ElectraConfig(embedding_size=8, **SMALL))
+    restrict(backbone, EncoderSpec("x", freeze=1))
+    trained = [name for name, parameter in backbone.named_parameters() if parameter.requires_grad]
+    assert trained
+    assert all(name.startswith("encoder.layer.1.") for name in trained)
 
 
 def test_frozen_embeddings_alone_and_too_many_layers(tiny_encoder: Path) -> None:

@@ -89,7 +89,8 @@ def _freeze(backbone: PreTrainedModel, num_layers: int, head: nn.Module | None) 
         return
     # Positions and the first norm, where they stand beside the pieces.
     embeddings = getattr(backbone, "embeddings", backbone.get_input_embeddings())
-    for module in (embeddings, *layers[:num_layers]):
+    widened = getattr(backbone, "embeddings_project", None)  # ELECTRA's, to the width of the layers
+    for module in (embeddings, *filter(None, [widened]), *layers[:num_layers]):
         module.requires_grad_(False)
 
 
