@@ -13,7 +13,16 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModel, BertConfig, PreTrainedModel, RobertaConfig, XLMRobertaConfig
+from transformers import (
+    AutoModel,
+    BertConfig,
+    CamembertConfig,
+    ElectraConfig,
+    ErnieConfig,
+    PreTrainedModel,
+    RobertaConfig,
+    XLMRobertaConfig,
+)
 
 from trainer.encoder import host_layer
 from trainer.encoder.attention import PACKED_ATTENTION, Packing, plan_buckets
@@ -79,7 +88,9 @@ def _pair(config_class: Any = BertConfig, dtype: torch.dtype = torch.float32, **
     return _layer(ours), _layer(theirs)
 
 
-@pytest.mark.parametrize("config_class", [BertConfig, RobertaConfig, XLMRobertaConfig])
+@pytest.mark.parametrize(
+    "config_class", [BertConfig, CamembertConfig, ElectraConfig, ErnieConfig, RobertaConfig, XLMRobertaConfig]
+)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_without_dropout(config_class: Any, dtype: torch.dtype, tolerance: float) -> None:
     results = []

@@ -23,7 +23,7 @@ from trainer.encoder.host_attention import HostAttention
 from trainer.encoder.trainable import blocks
 
 # Self-attention and two linear layers, a norm behind either sum (Devlin et al. 2019, https://arxiv.org/abs/1810.04805).
-_MODEL_TYPES = frozenset({"bert", "roberta", "xlm-roberta"})
+_MODEL_TYPES = frozenset({"bert", "camembert", "electra", "ernie", "roberta", "xlm-roberta"})
 # x @ weight.T + bias as torch's compiler calls it. In fp32 torch's own linear layer takes MKL where there is one, which
 # reaches three quarters of this on processors that are not Intel's; in bf16 it writes the bias to its output first.
 _onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkl.is_available() else None
