@@ -34,6 +34,7 @@ from tests.batches import build_batch, gradients_of, largest_difference, norm_of
 from trainer.batch import PackedBatch
 from trainer.data.collate import pack_texts
 from trainer.encoder import Encoder, EncoderSpec
+from trainer.encoder.encoder import PACKED_MODEL_TYPES
 from trainer.encoder.folder import normalizes
 from trainer.encoder.text import load_text_preparation
 
@@ -284,7 +285,7 @@ def test_padded_backbones_say_so_once(tiny_encoders: dict[str, Path], caplog: py
         encoder = _load(tiny_encoders["mpnet"])
         _embed(encoder)
     assert caplog.messages == [
-        "backbone type 'mpnet' runs padded; packed forward: bert, distilbert, modernbert, qwen3, roberta, xlm-roberta"
+        f"backbone type 'mpnet' runs padded; packed forward: {', '.join(sorted(PACKED_MODEL_TYPES))}"
     ]
 
 

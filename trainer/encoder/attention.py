@@ -171,7 +171,9 @@ def packed_attention(
     """
     assert packing is not None, "packed attention needs the buckets of the stream"
     is_causal = bool(getattr(module, "is_causal", False))
-    if is_causal and not getattr(getattr(module, "config", None), "is_causal", True):
+    config: Any = getattr(module, "config", None)
+    is_decoder = is_causal or getattr(config, "use_bidirectional_attention", False)  # the latter is Gemma 3's
+    if is_decoder and not getattr(config, "is_causal", True):
         # transformers makes a decoder look both ways by its config; the window's last place counts in such masks.
         is_causal, sliding_window = False, None if sliding_window is None else sliding_window + 1
     if (group := query.shape[1] // key.shape[1]) > 1:

@@ -39,7 +39,10 @@ from trainer.manifest import tensor_digest
 logger = logging.getLogger(__name__)
 
 # Backbones whose attention goes through transformers' interface and whose positions, learned or rotary, are told.
-PACKED_MODEL_TYPES = frozenset({"bert", "distilbert", "modernbert", "qwen3", "roberta", "xlm-roberta"})
+PACKED_MODEL_TYPES = frozenset(
+    {"albert", "bert", "camembert", "distilbert", "electra", "ernie", "eurobert", "gemma3_text", "gte"}
+    | {"jina_embeddings_v3", "llama", "mistral", "modernbert", "nomic_bert", "qwen2", "qwen3", "roberta", "xlm-roberta"}
+)
 # Their convolutions, Fourier transforms and hashes know of no mask: padding would change the text beside it.
 _UNMASKED_MODEL_TYPES = frozenset({"convbert", "fnet", "mobilebert", "yoso"})
 # oneDNN writes kernels for each number of rows of a bf16 product that it meets (0.5 ms and 0.7 MB each, up to 1,024 are

@@ -13,7 +13,9 @@ from trainer.encoder.folder import read_config
 from trainer.encoder.spec import EncoderSpec
 from trainer.encoder.trainable import restrict
 
-_GATED_MODEL_TYPES = frozenset({"modernbert", "qwen3"})
+_GATED_MODEL_TYPES = frozenset(
+    {"eurobert", "gemma3_text", "gte", "llama", "mistral", "modernbert", "nomic_bert", "qwen2", "qwen3"}
+)
 # What counting raises for an architecture that transformers lacks, or whose config has other names for its sizes, or
 # says them for each layer apart.
 UNCOUNTED = (ValueError, AttributeError, RuntimeError)
