@@ -18,12 +18,14 @@ from torch.testing import assert_close
 from transformers import (
     AutoModel,
     AutoTokenizer,
+    BertConfig,
     BigBirdConfig,
     ConvBertConfig,
     FNetConfig,
     GPT2Config,
     MixtralConfig,
     MobileBertConfig,
+    NomicBertConfig,
     OPTConfig,
     PreTrainedConfig,
     XLNetConfig,
@@ -373,14 +375,16 @@ def test_code_of_its_own_runs_padded(tiny_encoder: Path, tmp_path: Path, caplog:
     [
         (GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=400, n_positions=128), 0),
         (XLNetConfig(d_model=32, d_inner=64, n_layer=2, n_head=4, vocab_size=400), 2),
+        (BertConfig(**TINY), 1),
+        (NomicBertConfig(**TINY), 1),
     ],
-    ids=["gpt2", "xlnet"],
+    ids=["gpt2", "xlnet", "bert", "nomic"],
 )
 def test_kinds_of_pieces_as_the_tokenizer_gives_them(
     tiny_encoder: Path, tmp_path: Path, kind: PreTrainedConfig, last: int
 ) -> None:
     """GPT-2 adds the row of the kind to each piece, also in training with a compact table; XLNet's last piece is of a
-    kind of its own."""
+    kind of its own, and so may that of a backbone that runs packed."""
     torch.manual_seed(0)
     backbone = AutoModel.from_config(kind)
     for name, parameter in backbone.named_parameters():

@@ -124,7 +124,9 @@ class Encoder(nn.Module):
             )
         # Some make a vector more of it for each piece (GPT-2), or attend by it (XLNet).
         takes_kinds = "token_type_ids" in signature(self.backbone.forward).parameters
-        self._kinds = self.text.kinds if takes_kinds and not self.packed else None
+        self._kinds = self.text.kinds if takes_kinds else None
+        if self.packed:
+            self._kinds = self._kinds or None  # none to tell: theirs are 0, of a table of their own
         self._pads = self.packed or self.backbone.config.model_type not in _UNMASKED_MODEL_TYPES
         if not self._pads:
             gather.warn(
@@ -289,6 +291,7 @@ class Encoder(nn.Module):
                 input_ids=input_ids_T[None],
                 position_ids=self._places(input_ids_T, positions_T)[None],
                 packing=packing,
+                **self._kinds_of(input_ids_T[None]),
                 **self._options,
             ).last_hidden_state[0, :num_tokens]
         else:
@@ -317,6 +320,15 @@ class Encoder(nn.Module):
         starts_T = torch.arange(len(positions_T), device=positions_T.device) - positions_T
         return (until_T - (until_T - counted_T)[starts_T]) * counted_T + padding
 
+    def _kinds_of(self, input_ids: Tensor) -> dict[str, Tensor]:
+        """What a backbone that asks for them is told of the kinds of pieces; shaped as the ids."""
+        if self._kinds is None:
+            return {}
+        kinds = torch.zeros_like(input_ids)
+        for piece, kind in self._kinds.items():
+            kinds.masked_fill_(input_ids == piece, kind)
+        return {"token_type_ids": kinds}
+
     def _padded_forward(self, input_ids_T: Tensor, lengths: Sequence[int]) -> Tensor:
         device = input_ids_T.device
         mask, real = padded_layout(torch.tensor(lengths))
@@ -325,10 +337,7 @@ class Encoder(nn.Module):
         input_ids = torch.full((mask.numel(),), pad, dtype=torch.int64, device=device)
         input_ids = input_ids.index_copy(0, real, input_ids_T).view(mask.shape)
         inputs = {"input_ids": input_ids, "attention_mask": mask.to(device=device, dtype=torch.int64)}
-        if self._kinds is not None:
-            inputs["token_type_ids"] = kinds = torch.zeros_like(input_ids)
-            for piece, kind in self._kinds.items():
-                kinds.masked_fill_(input_ids == piece, kind)
+        inputs |= self._kinds_of(input_ids)
         hidden = self.backbone(**inputs, **self._options).last_hidden_state
         return hidden.flatten(0, 1).index_select(0, real)
 
