@@ -80,6 +80,18 @@ def test_only_the_holder_releases(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
+def test_a_disk_that_is_read_only_by_now_does_not_hide_why_a_run_ends(tmp_path: Path) -> None:
+    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", tmp_path], check=True, timeout=20)
+    try:
+        take_lock(tmp_path, {})
+        subprocess.run(["mount", "-o", "remount,ro", tmp_path], check=True, timeout=20)
+        release_lock(tmp_path, {})
+        assert (tmp_path / FILE_NAME).exists()
+    finally:
+        subprocess.run(["umount", tmp_path], check=True, timeout=20)
+
+
 def lock_of(tmp_path: Path, **changes: object) -> Path:
     holder = {"host": "elsewhere", "pid": 1, "started": "1", "job": None, "restart": 0, **changes}
     (tmp_path / FILE_NAME).write_text(json.dumps(holder))

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,9 @@ def release_lock(run_dir: Path, environ: Mapping[str, str]) -> None:
     """Let others use ``run_dir``; nothing happens where this process does not hold it."""
     lock = run_dir / FILE_NAME
     if _read(lock) == _describe(environ):
-        lock.unlink(missing_ok=True)
+        # The file system may be read-only by now: why the run ends is to be said, and a dead holder is recognised.
+        with suppress(OSError):
+            lock.unlink(missing_ok=True)
 
 
 def _put(own: Path, lock: Path) -> None:
