@@ -10,7 +10,7 @@ import shlex
 import subprocess
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -940,27 +940,57 @@ def test_denormal_numbers_are_flushed_on_every_thread(recipe: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 32 KiB, 4 of them free."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting needs root")
+    (folder / "filler").write_bytes(bytes(28 << 10))
+    yield folder
+    subprocess.run(["umount", folder], timeout=20, check=True)
+
+
 @pytest.mark.parametrize(
     ("flag", "folder", "named"),
     [("trainer.default_root_dir", "r", r"small/r/"), ("data.cache_dir", "", r"small/rows/")],
 )
 def test_a_full_disk_is_one_sentence(
-    recipe: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, flag: str, folder: str, named: str
+    recipe: Path, capsys: pytest.CaptureFixture[str], small: Path, flag: str, folder: str, named: str
 ) -> None:
-    """Which file, how much room, what now; a real file system of 32 KiB."""
-    small = tmp_path / "small"
-    small.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", small], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("mounting needs root")
-    try:
-        (small / "filler").write_bytes(bytes(28 << 10))
-        said = refused(capsys, ["fit", "--config", str(recipe), f"--{flag}", str(small / folder)], code=1)
-    finally:
-        subprocess.run(["umount", small], timeout=20, check=True)
+    """Which file, how much room, what now."""
+    said = refused(capsys, ["fit", "--config", str(recipe), f"--{flag}", str(small / folder)], code=1)
     place = rf"error: \S+{named}\S+: .*No space left on device \([\d,]+ bytes free in \S+{named.rstrip('/')}\S*\); "
     assert re.search(place + "make room; a fit", said)
     assert "--ckpt_path auto" in said
+
+
+def test_a_disk_without_room_for_the_export_is_named(
+    recipe: Path, capsys: pytest.CaptureFixture[str], small: Path
+) -> None:
+    run = ["--trainer.default_root_dir", "done", "--trainer.max_steps", "1"]
+    assert main(["fit", "--config", str(recipe), *run]) == 0
+    said = refused(capsys, ["export", "done", str(small / "model")], code=1)
+    place = rf"error: {small / 'model'}: No space left on device \([\d,]+ bytes free in {small}\); make room"
+    assert re.search(place, said)
+    assert [path.name for path in small.iterdir()] == ["filler"]
+
+
+def test_no_room_for_the_locks_of_workers_is_one_sentence(recipe: Path) -> None:
+    """/dev/shm of a container is small; Lightning's clean-up fails then, too. Mounted for this process alone."""
+    script = 'mount -t tmpfs -o size=4k tmpfs /dev/shm || exit 77; head -c 4096 /dev/zero > /dev/shm/filler; exec "$@"'
+    fit = [sys.executable, "-m", "trainer", "fit", "--config", str(recipe), "--data.num_workers", "1"]
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", script, "sh", *fit], capture_output=True, text=True, timeout=100
+    )
+    if done.returncode == 77 or "unshare:" in done.stderr:
+        pytest.skip("mounting needs root")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    said = "error: /dev/shm/sem.mp-*: No space left on device (0 bytes free in /dev/shm); make room; a fit goes on"
+    assert said in done.stderr
 
 
 def test_errors_hold_no_credentials(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:

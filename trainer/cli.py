@@ -204,7 +204,8 @@ def _user_error(error: BaseException | None) -> BaseException | None:
             return error
         if isinstance(error, OSError) and (error.errno in _FULL or (error.filename and error.errno in _PLACE_ERRORS)):
             return error
-        error = error.__cause__
+        # Lightning can't take down loaders that have not started, and raises in place of what kept them from it.
+        error = error.__context__ if "iter(combined_loader)" in str(error) else error.__cause__
     return None
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import DataLoader, Sampler
 
 from trainer.batch import PackedBatch
+from trainer.files import writing
 from trainer.interruption import shielded
 
 if TYPE_CHECKING:
@@ -52,7 +54,7 @@ class StepLoader(DataLoader[PackedBatch]):
     seconds_waited = 0.0
 
     def __iter__(self) -> Any:
-        with shielded():
+        with shielded(), writing(Path("/dev/shm/sem.mp-*")):  # the locks of the queues of workers
             return self._timed(chain.from_iterable(super().__iter__()))
 
     def _timed(self, batches: Iterator[PackedBatch]) -> Iterator[PackedBatch]:

@@ -31,6 +31,7 @@ from trainer.export.model_card import DISTRIBUTION, complete_readme, fill_card
 from trainer.export.onnx import FILE as ONNX_FILE
 from trainer.export.onnx import OPSET, refuse_missing_packages, write_onnx
 from trainer.export.record import Run, fingerprints, read_findings
+from trainer.files import writing
 from trainer.manifest import STATE, best, newest, problem, read_manifest, read_state
 from trainer.module import EmbeddingModule
 from trainer.run_dir import refuse_folder_of_runs
@@ -275,7 +276,8 @@ def _write(model: SentenceTransformer, run: Run, out: Path, legacy: bool, onnx: 
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     older = out.with_name(f".{out.name}.{os.getpid()}.older")
     try:
-        model.save_pretrained(str(partial))
+        with writing(out):
+            model.save_pretrained(str(partial))
         image = training_curves(run.log, primary_metrics(run))
         if image:
             (partial / CURVES_FILE).write_text(image, encoding="utf-8")
