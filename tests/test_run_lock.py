@@ -14,7 +14,7 @@ import pytest
 
 from trainer import run_lock
 from trainer.config_files import ConfigError
-from trainer.run_lock import FILE_NAME, release_lock, take_lock
+from trainer.run_lock import FILE_NAME, keep_lock, release_lock, take_lock
 
 HOLD = "import os, sys, time; from pathlib import Path; from trainer.run_lock import take_lock\n" + (
     "take_lock(Path(sys.argv[1]), os.environ); print('held', flush=True); time.sleep(60)"
@@ -70,6 +70,22 @@ def test_a_lock_that_another_has_taken_over_meanwhile_is_left(tmp_path: Path, mo
     finally:
         others[0].kill()
         others[0].wait(10)
+
+
+def test_a_lock_that_was_removed_is_taken_again_unless_another_has_it(tmp_path: Path) -> None:
+    take_lock(tmp_path, {})
+    assert keep_lock(tmp_path, {}) is None
+    (tmp_path / FILE_NAME).unlink()
+    assert keep_lock(tmp_path, {}) == f"{tmp_path / FILE_NAME} was removed while this run held it; it is there again"
+    assert json.loads((tmp_path / FILE_NAME).read_text())["pid"] == os.getpid()
+    (tmp_path / FILE_NAME).unlink()
+    process = hold(tmp_path)
+    try:
+        with pytest.raises(ConfigError, match=f"in use by process {process.pid} on"):
+            keep_lock(tmp_path, {})
+    finally:
+        process.kill()
+        process.wait(10)
 
 
 def test_only_the_holder_releases(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ its epochs (`EmbeddingModule.on_fit_start`).
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, Optional
@@ -33,13 +33,17 @@ class DirectoryCheckpointIO(TorchCheckpointIO):
 
     Attributes:
         identity: what the run is, written into every manifest.
+        before_save: is called before each, on the rank that writes.
     """
 
     identity: Optional[dict[str, Any]] = None
+    before_save: Optional[Callable[[], None]] = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         about = {"step": checkpoint["global_step"], "ranks": gather.world_size(), "identity": self.identity}
         _refuse_non_finite(checkpoint)
+        if self.before_save:
+            self.before_save()
         manifest.write_checkpoint(checkpoint, Path(path), about)
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: Any = None) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from trainer.identity import Resume, differences, identity, refuse_differences, 
 from trainer.manifest import best, newest, read_manifest
 from trainer.module import EmbeddingModule
 from trainer.run_dir import is_first_rank, name_run, write_config
-from trainer.run_lock import release_lock, take_lock
+from trainer.run_lock import keep_lock, release_lock, take_lock
 from trainer.third_party import quieten, settle_parsing
 from trainer.tracking.metrics import MetricsLog, run_id_in
 from trainer.tracking.progress import Progress
@@ -287,6 +287,7 @@ class TrainerCLI(LightningCLI):
             self._refuse_later_checkpoint()
             self._match_checkpoint(config, data)
             write_config(config, self.run_dir / "config.yaml")
+            self.checkpoint_io.before_save = lambda: self._keep_folder(config)
             if self.options.trainer.logger and (asked := self.options.tracking.wandb) in ("online", "offline"):
                 print(
                     f"note: trainer.logger takes the place of tracking: tracking.wandb {asked} has no effect; leave "
@@ -298,6 +299,17 @@ class TrainerCLI(LightningCLI):
             taken = Path(self.options.ckpt_path) if first and self.options.ckpt_path else None
             run_id = run_id_in(taken) if taken and is_of(self.run_dir, taken) else None
             self.trainer.logger = make_logger(tracking, self.run_dir, config, run_id)
+
+    def _keep_folder(self, config: dict[str, Any]) -> None:
+        """The folder may have been removed since the last checkpoint, and another run have begun in its place."""
+        try:
+            if said := keep_lock(self.run_dir, os.environ):
+                write_config(config, self.run_dir / "config.yaml")
+                print(f"note: {said}")
+        except (ConfigError, OSError) as error:
+            raise ValueError(
+                f"nothing is saved, for {self.run_dir} was removed while this run went on: {error}"
+            ) from error
 
     def _refuse_later_checkpoint(self) -> None:
         """Where to go on from was chosen before the lock was held: whoever held it may have saved since, and its steps

@@ -73,6 +73,23 @@ def take_lock(run_dir: Path, environ: Mapping[str, str]) -> str | None:
             own.unlink(missing_ok=True)
 
 
+def keep_lock(run_dir: Path, environ: Mapping[str, str]) -> str | None:
+    """Take the lock anew where somebody has removed it, as with its folder, while this process held it.
+
+    Returns what is to be said then.
+
+    Raises:
+        ConfigError: another process holds it by now.
+    """
+    lock, mine = run_dir / FILE_NAME, _describe(environ)
+    holder = _read(lock)
+    # Not by the host, which may have got another name; 0 can't be read just now.
+    if holder is not None and (holder["pid"] == 0 or all(holder[key] == mine[key] for key in ("pid", "started"))):
+        return None
+    take_lock(run_dir, environ)
+    return f"{lock} was removed while this run held it; it is there again"
+
+
 def refuse_held(run_dir: Path, environ: Mapping[str, str]) -> None:
     """Raises ConfigError where `take_lock` would; takes nothing."""
     if (holder := _read(run_dir / FILE_NAME)) is not None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from tests.tiny_recipe import write_recipe
 from trainer.demo_data import read_pairs, write_pairs
 from trainer.demo_encoder import write_encoder
 from trainer.manifest import newest, read_state, steps
+from trainer.run_lock import take_lock
 from trainer.tracking.runs import read_run_dir
 from trainer.tracking.wandb_runs import offline_folders, read_offline
 
@@ -169,6 +171,33 @@ def test_a_terminal_that_is_closed(recipe: Path, tmp_path: Path) -> None:
     assert process.wait(timeout=100) == 129
     assert max(steps(tmp_path)) >= 8
     assert not (tmp_path / "run.lock").exists()
+
+
+@pytest.mark.parametrize("taken", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_folder_that_is_removed_under_a_run(recipe: Path, tmp_path: Path, taken: bool) -> None:
+    """The run holds it again from its next checkpoint on; where another has begun there, it writes none."""
+    run_dir = tmp_path / "run"
+    process = start(recipe, run_dir, *slow_at(7))
+
+    def remove() -> None:
+        shutil.rmtree(run_dir)
+        if taken:
+            take_lock(run_dir, {})
+
+    when_waiting(run_dir, remove)
+    code, output = end(process)
+    assert code == int(taken), output
+    if taken:
+        said = (
+            f"error: nothing is saved, for {run_dir} was removed while this run went on: {run_dir} is in use by process"
+        )
+        assert f"{said} {os.getpid()} on" in output
+        assert not steps(run_dir)
+    else:
+        assert output.count(f"note: {run_dir}/run.lock was removed while this run held it; it is there again") == 1
+        assert (run_dir / "config.yaml").exists()
+        assert (run_dir / "model" / "modules.json").exists()
+        assert not (run_dir / "run.lock").exists()
 
 
 def child_of(pid: int) -> int:
