@@ -299,6 +299,33 @@ def test_a_config_that_asks_for_a_tuple(tiny_encoders: dict[str, Path], tmp_path
     assert_close(ours, theirs, rtol=0.0, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", [*KINDS, "gpt2"])
+def test_padding_on_the_left_moves_no_text(
+    tiny_encoders: dict[str, Path], tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It would where positions are looked up in a table from the first place on."""
+    backbone = {"gpt2": "bert"}.get(kind, kind)
+    folder = shutil.copytree(tiny_encoders[backbone], tmp_path / kind)
+    if kind == "gpt2":
+        AutoModel.from_config(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=400)).save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"padding_side": "left"}))
+    with caplog.at_level(logging.WARNING, logger="trainer"):
+        encoder = _load(folder).eval()
+    peer = _peer(folder)
+    assert peer.tokenizer.padding_side == "left"
+    alone = torch.cat([_peer_embed(peer, [text]) for text in TEXTS]).detach()
+    moves = float((_peer_embed(peer) - alone).abs().max()) > 1e-3
+    assert moves == (f"padding_side: the tokenizer of '{folder}' pads on the left" in caplog.text)
+    assert moves == (kind in ("bert", "distilbert", "gpt2"))
+    assert_close(_embed(encoder), alone, rtol=0.0, atol=1e-5)
+    with encoder.as_sentence_transformer() as model:
+        model.save_pretrained(str(tmp_path / "saved"))
+    saved = _peer(tmp_path / "saved")
+    assert saved.tokenizer.padding_side == ("right" if moves else "left")
+    assert_close(_peer_embed(saved).detach(), alone, rtol=0.0, atol=1e-5)
+
+
 @pytest.mark.parametrize("max_tokens", [WHOLE, 60], ids=["whole", "chunked"])
 @pytest.mark.parametrize(
     "kind",

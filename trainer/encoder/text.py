@@ -220,6 +220,15 @@ def load_text_preparation(spec: EncoderSpec) -> TextPreparation:
         )
     model = read_json(spec, "config_sentence_transformers.json") or {}
     positions = num_positions(config)
+    # Padding on the left moves a text along a table that counts from the first place; others follow the text.
+    is_table = positions is not None and config.model_type not in _OFFSET_MODEL_TYPES
+    if tokenizer.padding_side == "left" and is_table and not getattr(config, "rope_parameters", None):
+        gather.warn(
+            logger,
+            f"padding_side: the tokenizer of '{spec.backbone}' pads on the left, which would give a text other "
+            "positions in each batch of sentence-transformers; the model that is saved pads on the right",
+        )
+        tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = "right"  # the second is what is saved
     max_length = spec.max_length
     if max_length is None:
         said = for_tokenizer.get("model_max_length") or transformer.get("max_seq_length") or tokenizer.model_max_length
