@@ -24,7 +24,7 @@ from trainer.data.evalsource import EvalSource
 from trainer.data.files import data_files
 from trainer.data.layouts import find_parts
 from trainer.data.loading import fingerprint, load, num_skipped
-from trainer.data.rowgroups import group_files
+from trainer.data.rowgroups import file_urls, group_files
 from trainer.data.sources import Source
 from trainer.data.values import BadValueError, check_text
 from trainer.evaluation.informationretrieval import InformationRetrieval
@@ -146,13 +146,24 @@ def test_a_folder_with_train_and_dev_files_gives_only_the_split(tmp_path: Path) 
 def test_files_of_a_folder_by_their_split(
     names: list[str], split: str, wanted: list[str] | None, tmp_path: Path
 ) -> None:
+    """Of a folder on this machine as of one at an address: no run trains on what lies there to be tested on."""
     for name in names:
         write_lines(tmp_path / f"{name}.jsonl", good(1))
-    if wanted is None:
-        with pytest.raises(ValueError, match=f"no file of split '{split}'; .*: set split to one of them, or name the"):
-            data_files(str(tmp_path), split)
-    else:
-        assert [file.stem for file in data_files(str(tmp_path), split)] == wanted
+    far = Source(f"file://{tmp_path}", PAIR, split=split, streaming=True)
+    for found in (lambda: data_files(str(tmp_path), split), lambda: file_urls(far)):
+        if wanted is None:
+            with pytest.raises(ValueError, match=f"no file of split '{split}'; .*: set split to one of them, or name "):
+                found()
+        else:
+            assert [Path(file).stem for file in found()] == wanted
+
+
+def test_folders_in_a_far_folder_say_a_split_too(tmp_path: Path) -> None:
+    for name in ("train", "test", ".trash"):
+        (tmp_path / name).mkdir()
+        write_lines(tmp_path / name / "0.jsonl", good(1))
+    far = Source(f"file://{tmp_path}", PAIR, streaming=True)
+    assert file_urls(far) == [f"file://{tmp_path}/train/0.jsonl"]
 
 
 def test_text_columns_come_in_canonical_order(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import glob
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,17 @@ def _folder_files(folder: Path, split: str) -> list[Path]:
     files = sorted(f for f in folder.iterdir() if f.is_file() and data_format(f) and not f.name.startswith("."))
     if not files:
         raise ValueError(f"{folder}: the folder holds no data file ({', '.join(FORMATS)}, also with .gz)")
-    by_split = {f: {_SPLIT_WORDS[w] for w in re.findall("[a-z]+", f.name.lower()) if w in _SPLIT_WORDS} for f in files}
+    return [folder / name for name in names_of_split(folder, [f.name for f in files], split)]
+
+
+def names_of_split(folder: Path | str, files: Sequence[str], split: str) -> list[str]:
+    """Those of the files in a folder, called by their way from there, that belong to a split, in the order of names.
+
+    Raises:
+        ValueError: there is none.
+    """
+    files = sorted(files)
+    by_split = {f: {_SPLIT_WORDS[w] for w in re.findall("[a-z]+", f.lower()) if w in _SPLIT_WORDS} for f in files}
     named = set().union(*by_split.values())
     if not named or (split == "train" and len(named) == 1 and all(by_split.values())):
         return files  # train is what a source asks for that says nothing, and this is a folder of one split

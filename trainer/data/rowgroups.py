@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trainer.data.columns import find_column
-from trainer.data.files import data_files, data_format, is_hub_id
+from trainer.data.files import data_files, data_format, is_hub_id, names_of_split
 from trainer.data.parts import SLICE_ROWS
 from trainer.data.rows import wanted_columns
 from trainer.messages import cause_of, did_you_mean
@@ -94,25 +94,29 @@ def file_urls(source: Source) -> list[str] | None:
         ValueError: nothing is there.
     """
     if "://" in source.path:
-        return _remote_files(source.path)
+        return _remote_files(source.path, source.split)
     if is_hub_id(source.path):
         return _hub_files(source)
     return [str(file) for file in data_files(source.path, source.split)]
 
 
-def _remote_files(path: str) -> list[str]:
+def _remote_files(path: str, split: str) -> list[str]:
     import fsspec
 
+    within: dict[str, str] = {}  # the way from a folder -> name
     try:
         system, root = fsspec.core.url_to_fs(path)
         if "*" in root or "?" in root or "[" in root:
             found = sorted(system.glob(root))
         elif system.isdir(root):
-            found = sorted(name for name in system.find(root) if data_format(Path(name)))
+            within = {name.removeprefix(root): name for name in system.find(root) if data_format(Path(name))}
+            within = {way: name for way, name in within.items() if "/." not in way}
+            found = []
         else:
             found = [root] if system.exists(root) else []
     except Exception as error:  # each file system has its own types; a missing driver is an ImportError
         raise ValueError(f"{path}: cannot be listed ({type(error).__name__}: {cause_of(error)})") from error
+    found += [within[name] for name in names_of_split(path, list(within), split)] if within else []
     if not found:
         raise ValueError(f"{path}: no file is there")
     return [system.unstrip_protocol(name) for name in found]
