@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from tests.tiny_recipe import write_tiny_recipe
 from tests.tracking.small_run import make_parts, make_trainer, write_rows
 from tests.two_ranks import TwoRanks
+from trainer.cli import main
 from trainer.evaluation.runner import Evaluation
 from trainer.tracking.metrics import MetricsLog
 from trainer.tracking.progress import Progress
@@ -77,3 +79,23 @@ def test_rank_1_is_silent(tmp_path: Path, tiny_encoder: Path, rows: list[Path], 
     first, second = two_ranks(fit, tmp_path, tiny_encoder, rows)
     assert_lines(first, tiny_encoder, "2 nodes")
     assert second == ""
+
+
+def test_rows_of_a_stream_are_not_said_to_be_none(
+    tiny_encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = write_tiny_recipe(tmp_path, tiny_encoder, max_steps=1)
+    assert (
+        main(
+            [
+                "fit",
+                "--config",
+                str(recipe),
+                "--data.train.streaming",
+                "true",
+                f"--trainer.default_root_dir={tmp_path}/run",
+            ]
+        )
+        == 0
+    )
+    assert "M trained · streamed rows · 1 steps of 4 rows · " in capsys.readouterr().out

@@ -139,9 +139,10 @@ def describe_run(trainer: Trainer, module: EmbeddingModule) -> str:
     trained = sum(size for size, requires_grad in sizes if requires_grad)
     backbones = " and ".join(spec.backbone for spec in module.encoder_specs)
     nodes = f"{trainer.num_nodes} node{'s' * (trainer.num_nodes > 1)}"
+    rows = "streamed" if module.data.stream is not None else f"{sum(module.data.sizes):,}"
     return (
         f"{backbones}: {sum(size for size, _ in sizes) / 1e6:.1f} M parameters, "
-        f"{trained / 1e6:.1f} M trained · {sum(module.data.sizes):,} rows · "
+        f"{trained / 1e6:.1f} M trained · {rows} rows · "
         f"{module.num_training_steps:,} steps of {module.data.batch_size} rows · "
         f"{nodes} x {trainer.num_devices} {module.device.type} · precision {trainer.precision}"
     )
