@@ -241,6 +241,23 @@ def test_missing_documents_and_ids_that_stand_twice_are_listed(tmp_path: Path) -
         load_one(tmp_path, path=str(folder), on_bad_row="skip", max_bad_rows=9)
 
 
+@pytest.mark.parametrize(
+    ("grade", "told"),
+    [
+        ("", "is empty"),
+        ("nan", "is nan, not a finite number"),
+        ("2.5", "is 2.5, not a whole number"),
+        ("1e39", r"is 1e\+39, not a whole number"),
+    ],
+)
+def test_a_grade_that_is_none_is_named_with_its_column(grade: str, told: str, tmp_path: Path) -> None:
+    folder = write_beir(tmp_path / "set", JUDGED)
+    with (folder / "qrels" / "test.tsv").open("a") as file:
+        file.write(f"q0\td2\t{grade}\n")
+    with pytest.raises(ValueError, match=f"test.tsv:7: column 'score' {told}"):
+        load_one(tmp_path, path=str(folder))
+
+
 def test_judgements_that_contradict_each_other_are_listed(tmp_path: Path) -> None:
     """The same grade twice is no harm; with skip the first grade stays."""
     folder = write_beir(tmp_path / "set", [*JUDGED, ("q0", "d0", 2), ("q0", "d1", 0)])

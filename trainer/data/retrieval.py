@@ -27,7 +27,7 @@ from trainer.data.files import FORMATS, JSON_LINES, data_format
 from trainer.data.layouts import HubTable, Part, Parts, find_parts
 from trainer.data.loading import RowsFile, content_hash, file_rows, hub_rows
 from trainer.data.rows import Record, Rows, table_rows, text_blocks
-from trainer.data.values import BadValueError, check_id, check_text, to_number
+from trainer.data.values import MAX_LABEL, BadValueError, check_id, check_text, to_number
 from trainer.evaluation.search import Collection
 
 _VERSION = 4  # of the cached sets: raise it when the same files and spec give other ones
@@ -204,12 +204,10 @@ def _judgements(source: EvalSource, part: Part, bad: BadRows) -> Iterator[tuple[
             try:
                 cells = _cells(row, columns)
                 query_id = _id(cells["judged_query"], columns["judged_query"])
-                relevance = to_number(cells["relevance"]) if columns["relevance"] else 1.0
-                if not relevance.is_integer():
-                    raise BadValueError(f"column '{columns['relevance']}' is {relevance:g}, not a whole number")
+                relevance = _relevance(cells["relevance"], columns["relevance"])
                 listed = cells["judged_document"]
                 for document in listed if isinstance(listed, list) else [listed]:
-                    yield place, query_id, _id(document, columns["judged_document"]), int(relevance)
+                    yield place, query_id, _id(document, columns["judged_document"]), relevance
             except BadValueError as error:
                 bad.add(f"{place}: {error}")
 
@@ -273,6 +271,18 @@ def _id(value: object, column: Optional[Column]) -> str:
         return check_id(value)
     except BadValueError as error:
         raise BadValueError(f"column '{column}' {error}") from None
+
+
+def _relevance(value: object, column: Optional[Column]) -> int:
+    if column is None:
+        return 1
+    try:
+        number = to_number(value)
+    except BadValueError as error:
+        raise BadValueError(f"column '{column}' {error}") from None
+    if not number.is_integer() or abs(number) > MAX_LABEL:
+        raise BadValueError(f"column '{column}' is {number:g}, not a whole number up to {MAX_LABEL:,}")
+    return int(number)
 
 
 def _open(part: Part, read_other: Optional[Callable[[Path], Rows]] = None) -> Iterator[Rows]:
