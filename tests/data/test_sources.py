@@ -158,6 +158,19 @@ def test_files_of_a_folder_by_their_split(
             assert [Path(file).stem for file in found()] == wanted
 
 
+@pytest.mark.parametrize("path", ["", "*.jsonl", "two.jsonl"])
+def test_a_link_to_nothing_is_no_file_less(path: str, tmp_path: Path) -> None:
+    """git-annex and DVC keep links to files that are not fetched yet."""
+    (tmp_path / "set").mkdir()
+    write_lines(tmp_path / "set" / "one.jsonl", good(1))
+    (tmp_path / "set" / "two.jsonl").symlink_to("../blobs/1a2b")
+    told = failure(Source(f"{tmp_path}/set/{path}", PAIR), tmp_path / "c")
+    assert told == f"{tmp_path}/set/two.jsonl: is a link to ../blobs/1a2b, where nothing is; fetch that file first"
+    (tmp_path / "blobs").mkdir()
+    write_lines(tmp_path / "blobs" / "1a2b", good(2))
+    assert load(Source(f"{tmp_path}/set/{path}", PAIR), tmp_path / "c")["anchor"][-1] == "left 2"
+
+
 def test_folders_in_a_far_folder_say_a_split_too(tmp_path: Path) -> None:
     for name in ("train", "test", ".trash"):
         (tmp_path / name).mkdir()

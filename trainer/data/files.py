@@ -57,7 +57,7 @@ def data_files(path: str, split: str) -> list[Path]:
     local = Path(path).expanduser()
     if local.is_dir():
         files = _folder_files(local, split)
-    elif local.exists():
+    elif os.path.lexists(local):
         files = [local]
     elif "://" in path:
         raise ValueError(
@@ -66,12 +66,14 @@ def data_files(path: str, split: str) -> list[Path]:
         )
     elif glob.has_magic(path):
         files = [Path(p) for p in sorted(glob.glob(os.path.expanduser(path), recursive=True))]
-        files = [f for f in files if f.is_file()]
+        files = [f for f in files if not f.is_dir()]
         if not files:
             raise ValueError(f"{path}: no file matches this pattern")
     else:
         raise ValueError(_missing(local))
     for file in files:
+        if file.is_symlink() and not file.exists():  # as git-annex and DVC leave it: its rows would be left out
+            raise ValueError(f"{file}: is a link to {os.readlink(file)}, where nothing is; fetch that file first")
         if not data_format(file):
             raise ValueError(
                 f"{file}: unknown format '{file.suffix}'; known are {', '.join(FORMATS)}, each also with .gz"
@@ -107,7 +109,7 @@ def _folder_files(folder: Path, split: str) -> list[Path]:
     if (folder / "state.json").exists():  # written by datasets' save_to_disk
         names = _listed(folder / "state.json", lambda saved: [file["filename"] for file in saved["_data_files"]])
         return [folder / name for name in names]
-    files = sorted(f for f in folder.iterdir() if f.is_file() and data_format(f) and not f.name.startswith("."))
+    files = sorted(f for f in folder.iterdir() if not f.is_dir() and data_format(f) and not f.name.startswith("."))
     if not files:
         raise ValueError(f"{folder}: the folder holds no data file ({', '.join(FORMATS)}, also with .gz)")
     return [folder / name for name in names_of_split(folder, [f.name for f in files], split)]
