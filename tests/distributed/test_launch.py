@@ -63,6 +63,16 @@ def test_tasks_without_their_number_on_a_node_are_refused(monkeypatch: pytest.Mo
         numbering()
 
 
+def test_a_job_script_of_several_tasks_does_not_wait_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only srun starts them."""
+    for variable in (*SCRIPT.split(), "SLURM_NTASKS=2", "SLURM_NTASKS_PER_NODE=2"):
+        monkeypatch.setenv(*variable.split("=", 1))
+    with pytest.raises(
+        ValueError, match=r"^the job has 2 tasks, but its script is one process, .*start this with srun"
+    ):
+        numbering()
+
+
 @pytest.mark.parametrize("name", ["SLURM_NTASKS", "SLURM_NNODES"])
 def test_an_empty_number_of_tasks_is_one_sentence(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in (*STEP.split(), f"{name}="):

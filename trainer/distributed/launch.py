@@ -111,7 +111,8 @@ def slurm_shape(environ: Mapping[str, str], devices: int | None, nodes: int | No
     """Tasks per node and nodes of the Slurm step that this process is a task of.
 
     Raises:
-        ValueError: the flags say something else, tasks lie unevenly on the nodes, or their number is not known.
+        ValueError: the flags say something else, tasks lie unevenly on the nodes, their number is not known, or nobody
+            has started them.
     """
     counts = {"SLURM_NTASKS": environ.get("SLURM_NTASKS", ""), "SLURM_NNODES": environ.get("SLURM_NNODES", "1")}
     for name, count in counts.items():
@@ -121,6 +122,11 @@ def slurm_shape(environ: Mapping[str, str], devices: int | None, nodes: int | No
                 "srun, which sets it, or unset SLURM_PROCID"
             )
     tasks, num_nodes = map(int, counts.values())
+    if tasks > 1 and "SLURM_STEP_NUM_TASKS" not in environ:
+        raise ValueError(
+            f"the job has {tasks} tasks, but its script is one process, which would wait for the others: start this "
+            "with srun, or submit slurm/train.sh"
+        )
     if tasks % num_nodes or (tasks > 1 and "SLURM_NTASKS_PER_NODE" not in environ):
         raise ValueError(f"Slurm has started {tasks} tasks on {num_nodes} nodes; ask for them with --ntasks-per-node")
     found = tasks // num_nodes, num_nodes
