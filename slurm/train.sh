@@ -69,8 +69,11 @@ directory_of_flag() {
 
 directory_of_configs() {
     local file found="" said
+    # quoted, or plain up to a comment or the end of a {...}; a blank may stand inside
+    local word="[^\"',}[:space:]]" start="[^\"',}#[:space:]]"
+    local in_yaml="s/^[^#]*default_root_dir: *(\"([^\"]*)\"|'([^']*)'|($start($word|[[:space:]]+$start)*)).*/\2\3\4/p"
     while read -r file; do
-        said=$(sed -n 's/^[^#]*default_root_dir: *["'\'']\{0,1\}\([^"'\'',} ]*\).*/\1/p' "$file" | tail -n 1) || true
+        said=$(sed -nE "$in_yaml" "$file" | tail -n 1) || true
         [[ ${said:-null} == null ]] || found=$said
     done < <(values_of --config)
     echo "$found" | from_home

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
-from tests.slurm.jobs import NEEDS_SLURM, Slurm, stand_in, wait_until
+from tests.slurm.jobs import NEEDS_SLURM, SCRIPTS, Slurm, stand_in, wait_until
 
 pytestmark = NEEDS_SLURM
 
@@ -122,6 +125,25 @@ def test_a_start_without_a_step_shows_the_time_limit(slurm: Slurm, tmp_path: Pat
         "train.sh: this start took no step; should that repeat, give it more time (sbatch --time): its limit is 10:00, "
         "USR1 comes 120 s before or as --signal says\n"
     ) in job.log
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'trainer: {default_root_dir: "my runs/one", max_steps: 3}',
+        "trainer: {default_root_dir: 'my runs/one'}",
+        "trainer: {default_root_dir: my runs/one }",
+        "trainer:\n  default_root_dir: my runs/one  # here",
+        "trainer:\n  default_root_dir: runs/#1\r",
+    ],
+)
+def test_the_run_directory_of_a_config_is_found(tmp_path: Path, line: str) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_bytes(f"{line}\n".encode())
+    command = [SCRIPTS / "train.sh", "directory", str(config)]
+    environ = {**os.environ, "SLURM_JOB_ID": "1", "SLURM_SUBMIT_DIR": str(tmp_path)}
+    found = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=20, check=True).stdout
+    assert found == f"{yaml.safe_load(line)['trainer']['default_root_dir']}\n"
 
 
 @pytest.mark.parametrize("folder", ["runs/mine", "~/mine"])
