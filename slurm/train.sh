@@ -213,6 +213,11 @@ requeue() {
         echo "train.sh: not requeued: the job was restarted $restarts times, TRAINER_MAX_REQUEUES is $most"
         return 1
     fi
+    # SECONDS: of this start; who trains for longer has a run directory that is not found here.
+    if [[ $command == fit && -z $checkpoint ]] && ((restarts >= 3 && SECONDS < 600)); then
+        echo "train.sh: not requeued: none of $((restarts + 1)) starts took a step"
+        return 1
+    fi
     if [[ -n ${SLURM_ARRAY_JOB_ID:-} ]]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
     # Said before, for Slurm may end this script, and scontrol, with the job.
     echo "train.sh: requeueing job $job to go on from the checkpoint (restart $((restarts + 1)) of at most $most)"

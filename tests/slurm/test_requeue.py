@@ -127,6 +127,16 @@ def test_a_start_without_a_step_shows_the_time_limit(slurm: Slurm, tmp_path: Pat
     ) in job.log
 
 
+def test_a_job_that_takes_no_step_is_not_requeued_for_ever(slurm: Slurm, tmp_path: Path) -> None:
+    """As with a time limit below the signal: each start would end as the one before."""
+    number = slurm.submit("--nodes 1", ["configs/pairs.yaml"], stand_in(tmp_path, "exit 85"))
+    for _ in range(3):
+        slurm.start_again(number)
+    job = slurm.finished(number)
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "85:0", "3"), job.log
+    assert job.log.endswith("train.sh: not requeued: none of 4 starts took a step\n")
+
+
 @pytest.mark.parametrize(
     "line",
     [
