@@ -44,3 +44,9 @@ def test_the_regular_end_is_not_told_by_a_setting_the_user_never_made(tiny_encod
         logging.getLogger("lightning.pytorch").removeHandler(said)
     assert "GPU available" in said.stream.getvalue()
     assert "stopped" not in said.stream.getvalue()
+
+
+def test_lightning_advises_no_setting_that_there_is_not(tiny_encoder: Path, recwarn: pytest.WarningsRecorder) -> None:
+    recipe = write_tiny_recipe(Path(), tiny_encoder, max_steps=1, limit_val_batches=0)
+    assert main(["fit", "--config", str(recipe), "--data.num_workers", "1"]) == 0
+    assert not [one for one in recwarn if "persistent_workers" in str(one.message)]

@@ -49,6 +49,7 @@ def quieten() -> None:
     """Leaves out what libraries say that the user cannot act on."""
     warnings.filterwarnings("ignore", message=r".*isinstance\(treespec, LeafSpec\).*")
     warnings.filterwarnings("ignore", message=".*`srun` command is available.*")
+    warnings.filterwarnings("ignore", message="Consider setting `persistent_workers=True`")  # no key of ours
     logging.getLogger("DeepSpeed").addFilter(_is_wanted)  # accelerate imports it for a model card
     for handler in logging.getLogger("lightning.pytorch").handlers:
         handler.addFilter(_is_wanted)  # twice is once
