@@ -25,7 +25,7 @@ def refuse_names(names: Iterable[str]) -> None:
 
 
 def refuse_missing_teacher(losses: Sequence[Loss], teacher: EncoderSpec | None) -> None:
-    """Raises ValueError where a loss lacks a teacher, or there is one that no loss asks for."""
+    """Raises ValueError where a loss lacks a teacher, or there is one that no loss asks for, or one to be trained."""
     taught = [type(loss).__name__ for loss in losses if "teacher" in loss.needs]
     if taught and teacher is None:
         raise ValueError(f"{taught[0]} learns from a teacher, but there is none: set model.teacher.backbone")
@@ -34,6 +34,9 @@ def refuse_missing_teacher(losses: Sequence[Loss], teacher: EncoderSpec | None) 
             f"model.teacher is set, but {_names(losses)} asks for no teacher: leave it out, or name MSE, "
             "EmbedDistill or GISTEmbed"
         )
+    for key in ("freeze", "lora"):
+        if getattr(teacher, key, None) is not None:
+            raise ValueError(f"model.teacher.{key} is set, but a teacher is never trained: leave it out")
 
 
 def refuse_teacher_size(losses: Sequence[Loss], encoder: EncoderSpec, teacher: EncoderSpec | None) -> None:

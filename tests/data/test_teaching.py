@@ -26,7 +26,7 @@ from trainer.data.module import PairData
 from trainer.data.sources import Source
 from trainer.data.teaching import teach
 from trainer.demo_encoder import write_encoder
-from trainer.encoder.spec import EncoderSpec
+from trainer.encoder.spec import EncoderSpec, LoRA
 from trainer.evaluation import Translation
 from trainer.evaluation.runner import Evaluation
 from trainer.losses import MSE, GISTEmbed, InfoNCE, Loss, MarginMSE, Matryoshka
@@ -157,6 +157,16 @@ def test_validation_reads_no_training_data(folder: Path, tmp_path: Path) -> None
     [
         (MSE(), None, "MSE learns from a teacher, but there is none: set model.teacher.backbone"),
         (InfoNCE(), EncoderSpec("x"), "model.teacher is set, but InfoNCE asks for no teacher: leave it out"),
+        (
+            MSE(),
+            EncoderSpec("x", freeze=1),
+            "model.teacher.freeze is set, but a teacher is never trained: leave it out",
+        ),
+        (
+            MSE(),
+            EncoderSpec("x", lora=LoRA()),
+            "model.teacher.lora is set, but a teacher is never trained: leave it out",
+        ),
     ],
 )
 def test_a_teacher_that_is_missing_or_idle(loss: Loss, teacher: EncoderSpec | None, text: str) -> None:
