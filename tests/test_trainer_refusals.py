@@ -339,6 +339,22 @@ def test_a_module_of_the_user_that_fails(
     assert said == "flag --model.loss: can't import module broken_module: RuntimeError: no key"
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("patience=-1", "EarlyStopping patience is -1; it must be 0 or more, and finite"),
+        ("min_delta=.nan", "EarlyStopping min_delta is nan; it must be a finite number"),
+    ],
+)
+def test_a_patience_that_means_nothing_is_refused(
+    recipe: Path, setting: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is better by NaN: the run would stop at the first evaluations."""
+    stop = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=eval/dev/spearman_cosine"]
+    stop += ["--trainer.callbacks.mode=max", f"--trainer.callbacks.{setting}"]
+    assert refused(capsys, recipe, *stop, code=1).endswith(f"error: {message}")
+
+
 def test_stopping_because_it_gets_better_is_refused(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Lightning's mode is min where none is given; every metric of ours is better when it is higher."""
     metric = "eval/dev/spearman_cosine"

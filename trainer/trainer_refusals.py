@@ -26,6 +26,7 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from trainer.config_files import ConfigError, Written
 from trainer.evaluation.runner import NO_CLOCK
+from trainer.messages import refuse_infinite, refuse_not_positive
 from trainer.run_dir import is_first_rank
 from trainer.tracking.direction import direction
 
@@ -211,6 +212,9 @@ def refuse_callbacks(callbacks: Sequence[Callback], place: str, lower: str | Non
         lower: metric of which less is better, as checkpoint.monitor and checkpoint.mode say.
     """
     for callback in callbacks:
+        if isinstance(callback, EarlyStopping):
+            refuse_not_positive("EarlyStopping patience", callback.patience, or_zero=True)
+            refuse_infinite("EarlyStopping min_delta", callback.min_delta)
         falling = callback.monitor if isinstance(callback, EarlyStopping) and callback.mode == "min" else ""
         if direction(falling) == "max" and falling != lower:
             raise ConfigError(
