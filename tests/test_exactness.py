@@ -276,7 +276,7 @@ def test_even_shares_and_a_rank_without_rows(
 
 
 @pytest.mark.parametrize("num_rows", [16, 1])
-@pytest.mark.parametrize("kind", ["roberta", "mpnet"])
+@pytest.mark.parametrize("kind", ["roberta", "mpnet", "deberta-v2"])
 def test_other_backbones_with_the_whole_vocabulary(
     two_ranks: TwoRanks, tiny_encoders: dict[str, Path], demo_texts: list[str], kind: str, num_rows: int
 ) -> None:

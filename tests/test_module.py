@@ -137,7 +137,7 @@ def _plain_run(encoder: Path, pairs: Path, run: Run) -> tuple[Any, list[float], 
     return model, losses, norms
 
 
-@pytest.mark.parametrize("kind", ["bert", "mpnet", "distilbert", "modernbert", "qwen3"])
+@pytest.mark.parametrize("kind", ["bert", "mpnet", "distilbert", "modernbert", "qwen3", "deberta-v2"])
 def test_a_run_equals_a_plain_loop(tiny_encoders: dict[str, Path], pairs: Path, kind: str) -> None:
     """Losses, gradient norms before clipping and the exported weights after two epochs of AdamW with warm-up,
     linear decay, weight decay (not on biases and norms) and clipping; rows that no text uses decay too."""

@@ -19,7 +19,7 @@ SPECIAL_TOKENS = {
     "qwen3": {"pad": "<|endoftext|>", "unk": "[UNK]"},  # one piece ends and pads a text
 }
 _DROPOUT = 0.1  # every rate that a kind knows
-Kind = Literal["bert", "roberta", "mpnet", "distilbert", "modernbert", "qwen3"]
+Kind = Literal["bert", "roberta", "mpnet", "distilbert", "modernbert", "qwen3", "deberta-v2"]
 
 
 def write_encoder(

@@ -5,7 +5,8 @@ Shape suffixes: T tokens of the stream, N heads, D head dimension.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -136,6 +137,30 @@ def test_who_sees_whom(lengths: tuple[int, ...], window: int | None, is_causal: 
     _assert_same_gradients((out, ours), (expected, theirs), 2e-6)
 
 
+@pytest.mark.usefixtures("route")
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
+def test_a_bias_by_position(lengths: tuple[int, ...]) -> None:
+    """Is what a mask of floats adds to each segment alone, in value and gradient, its own too; two layers share it."""
+    streams = [_streams(sum(lengths)) for _ in range(2)]
+    tables = [torch.randn(N, 127, generator=torch.Generator().manual_seed(2)).requires_grad_() for _ in range(2)]
+
+    def bias(table: Tensor, num: int) -> Tensor:
+        places = torch.arange(num)
+        return table[:, places - places[:, None] + 63][None]
+
+    packing = Packing(lengths, CPU, partial(bias, tables[0]))
+    query, key, value = streams[0]
+    out = _attend([query, key, _attend(streams[0], packing).transpose(1, 2)], packing)
+    (query, key, value), expected = streams[1], []
+    for q, k, v in zip(*(x.split(list(lengths), dim=2) for x in (query, key, value)), strict=True):
+        for _ in range(2):
+            v = scaled_dot_product_attention(q, k, v, attn_mask=bias(tables[1], q.shape[2]))
+        expected.append(v.transpose(1, 2))
+    theirs = torch.cat(expected, dim=1)
+    assert_close(out, theirs, rtol=0.0, atol=1e-6)
+    _assert_same_gradients((out, [*streams[0], tables[0]]), (theirs, [*streams[1], tables[1]]), 2e-6)
+
+
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
 def test_buckets_cover_the_stream(lengths: tuple[int, ...]) -> None:
     buckets = plan_buckets(lengths, CPU).buckets
@@ -152,7 +177,13 @@ def test_unsorted_segments_are_a_mistake() -> None:
         plan_buckets((3, 2), CPU)
 
 
-def _weights_under_dropout(lengths: tuple[int, ...], rate: float) -> list[Tensor]:
+def _no_bias(num: int) -> Tensor:
+    return torch.zeros(1, N, num, num)
+
+
+def _weights_under_dropout(
+    lengths: tuple[int, ...], rate: float, bias: Callable[[int], Tensor] | None = None
+) -> list[Tensor]:
     """Attention weights after dropout, times the length of the segment, one tensor (N, L, L) a segment.
 
     Queries of 0 give every key the weight 1 / L, and one-hot values make the output the weights themselves.
@@ -160,7 +191,7 @@ def _weights_under_dropout(lengths: tuple[int, ...], rate: float) -> list[Tensor
     longest = max(lengths)
     values = torch.cat([torch.eye(longest)[:n] for n in lengths]).expand(N, -1, -1)[None]
     zeros = torch.zeros_like(values)
-    out_1TNL = _attend([zeros, zeros, values], plan_buckets(lengths, CPU), dropout=rate)
+    out_1TNL = _attend([zeros, zeros, values], Packing(lengths, CPU, bias), dropout=rate)
     segments = out_1TNL[0].split(list(lengths))
     return [segment.transpose(0, 1)[..., :n] * n for segment, n in zip(segments, lengths, strict=True)]
 
@@ -168,10 +199,13 @@ def _weights_under_dropout(lengths: tuple[int, ...], rate: float) -> list[Tensor
 @pytest.mark.usefixtures("route")
 @pytest.mark.parametrize("lengths", [(40,) * 8, (31, 34, 36, 37, 39, 40, 40, 40)], ids=["equal", "ragged"])
 @pytest.mark.parametrize("rate", [0.1, 0.5])
-def test_dropout_has_its_rate_and_expectation(lengths: tuple[int, ...], rate: float) -> None:
+@pytest.mark.parametrize("bias", [None, _no_bias])
+def test_dropout_has_its_rate_and_expectation(
+    lengths: tuple[int, ...], rate: float, bias: Callable[[int], Tensor] | None
+) -> None:
     """A weight is 0 with probability p and else grows by 1 / (1 - p), each on its own; on every bucket."""
     torch.manual_seed(0)
-    weights = _weights_under_dropout(lengths, rate)
+    weights = _weights_under_dropout(lengths, rate, bias)
     for segment, n in zip(weights, lengths, strict=True):
         kept = segment != 0.0
         # The rate is a multiple of 2^-16.

@@ -23,7 +23,7 @@ BATCHES = (
     ["In winter, at dusk, the physician purchased a vehicle.", "stone " * 60, "a lamp", "", "a picture", "the sea"],
     ["At noon the lamp was painted by the stranger on the hill.", "The picture was hidden in the cellar.", "a cellar"],
 )
-KINDS = ("bert", "mpnet", "distilbert", "modernbert", "qwen3")
+KINDS = ("bert", "mpnet", "distilbert", "modernbert", "qwen3", "deberta-v2")
 
 
 @pytest.fixture(autouse=True)

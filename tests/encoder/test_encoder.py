@@ -89,7 +89,7 @@ def _peer_gradients(peer: Any) -> dict[str, Tensor]:
     return {f"backbone.{name}": grad for name, grad in gradients_of(peer[0].model).items()}
 
 
-KINDS = ("bert", "roberta", "mpnet", "distilbert", "modernbert", "qwen3")
+KINDS = ("bert", "roberta", "mpnet", "distilbert", "modernbert", "qwen3", "deberta-v2")
 
 
 @pytest.fixture(params=[*KINDS, "minilm"])
@@ -100,11 +100,11 @@ def folder(request: pytest.FixtureRequest, tiny_encoders: dict[str, Path]) -> Pa
 @pytest.mark.parametrize("max_tokens", [WHOLE, 60], ids=["whole", "chunked"])
 def test_equals_the_padded_forward(folder: Path, max_tokens: int) -> None:
     """Embeddings and the gradients of all parameters: packed (BERT, RoBERTa with its position offset, ModernBERT with
-    its windows, Qwen3 with grouped causal heads) or padded by us (MPNet), in one forward or in chunks under activation
-    checkpointing."""
+    its windows, Qwen3 with grouped causal heads) or padded by us (DeBERTa), in one forward or in chunks under
+    activation checkpointing."""
     peer, encoder = _peer(folder), _load(folder, max_tokens)
     encoder.train()  # dropout is 0
-    assert encoder.packed == ("mpnet" not in str(folder))
+    assert encoder.packed == ("deberta" not in str(folder))
     assert (len(list(encoder._chunks(_pack(encoder, TEXTS).lengths))) > 2) == (max_tokens != WHOLE)
     ours, theirs = encoder.embed(_pack(encoder, TEXTS)), _peer_embed(peer)
     assert ours.dtype == torch.float32
@@ -180,7 +180,7 @@ def test_columns_of_the_rows_that_count(tiny_encoder: Path) -> None:
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "max", "last"])
-@pytest.mark.parametrize("kind", ["bert", "mpnet"])
+@pytest.mark.parametrize("kind", ["bert", "deberta-v2"])
 def test_poolings(tiny_encoders: dict[str, Path], kind: str, pooling: str) -> None:
     encoder = _load(tiny_encoders[kind], pooling=pooling).eval()
     peer = _peer(tiny_encoders[kind])
@@ -284,14 +284,14 @@ def test_pieces_beyond_the_embedding(tiny_encoder: Path, tmp_path: Path) -> None
 
 def test_padded_backbones_say_so_once(tiny_encoders: dict[str, Path], caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, logger="trainer"):
-        encoder = _load(tiny_encoders["mpnet"])
+        encoder = _load(tiny_encoders["deberta-v2"])
         _embed(encoder)
     assert caplog.messages == [
-        f"backbone type 'mpnet' runs padded; packed forward: {', '.join(sorted(PACKED_MODEL_TYPES))}"
+        f"backbone type 'deberta-v2' runs padded; packed forward: {', '.join(sorted(PACKED_MODEL_TYPES))}"
     ]
 
 
-@pytest.mark.parametrize("kind", ["bert", "mpnet"])
+@pytest.mark.parametrize("kind", ["bert", "deberta-v2"])
 def test_a_config_that_asks_for_a_tuple(tiny_encoders: dict[str, Path], tmp_path: Path, kind: str) -> None:
     path = shutil.copytree(tiny_encoders[kind], tmp_path / kind) / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"return_dict": False}))
@@ -317,7 +317,7 @@ def test_padding_on_the_left_moves_no_text(
     alone = torch.cat([_peer_embed(peer, [text]) for text in TEXTS]).detach()
     moves = float((_peer_embed(peer) - alone).abs().max()) > 1e-3
     assert moves == (f"padding_side: the tokenizer of '{folder}' pads on the left" in caplog.text)
-    assert moves == (kind in ("bert", "distilbert", "gpt2"))
+    assert moves == (kind in ("bert", "distilbert", "deberta-v2", "gpt2"))
     assert_close(_embed(encoder), alone, rtol=0.0, atol=1e-5)
     with encoder.as_sentence_transformer() as model:
         model.save_pretrained(str(tmp_path / "saved"))
@@ -597,7 +597,7 @@ def test_chunks_replay_their_dropout(tiny_encoder: Path) -> None:
     assert largest_difference(gradients_of(chunked), gradients_of(plain)) < 1e-6
 
 
-@pytest.mark.parametrize("kind", ["bert", "mpnet"])
+@pytest.mark.parametrize("kind", ["bert", "deberta-v2"])
 def test_chunks_keep_to_the_budget(tiny_encoders: dict[str, Path], kind: str) -> None:
     """Tokens of a packed chunk, or slots of a padded one; a text over the budget runs alone."""
     encoder = _load(tiny_encoders[kind], max_tokens=20)

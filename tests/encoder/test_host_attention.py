@@ -36,10 +36,11 @@ def _attend(
     rate: float = 0.0,
     window: int | None = None,
     is_causal: bool = False,
+    position_bias: Tensor | None = None,
 ) -> Tensor:
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     attention = HostAttention(plan_bins(lengths), query.shape[1], scale, rate, window, is_causal)
-    return attend_on_host(query, key, value, attention)
+    return attend_on_host(query, key, value, attention, position_bias)
 
 
 def _streams(width: int = 3, dtype: torch.dtype = torch.float64, num_tokens: int = sum(LENGTHS)) -> list[Tensor]:
@@ -69,6 +70,17 @@ def test_the_backward_is_the_derivative(window: int | None, is_causal: bool) -> 
     """Against finite differences; nothing leaks from padding, whose slots hold tokens of the segment."""
     attend = partial(_attend, scale=0.9, window=window, is_causal=is_causal)
     assert torch.autograd.gradcheck(attend, _streams())
+
+
+def test_the_gradient_of_a_bias() -> None:
+    """Against finite differences, with masks of one seed."""
+    bias = torch.randn(1, 2, 5, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64, requires_grad=True)
+
+    def attend(*tensors: Tensor) -> Tensor:
+        torch.manual_seed(5)
+        return _attend(*tensors[:3], rate=0.3, position_bias=tensors[3])
+
+    assert torch.autograd.gradcheck(attend, [*_streams(), bias])
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5])

@@ -2,10 +2,10 @@
 
 The stream holds segments sorted by length. A GPU attends without padding: in half precision and without dropout by
 torch's ``varlen_attn``, else by its attention (SDPA) over a jagged tensor, which picks a kernel by type and device and
-has its dropout. Causal layers and sliding windows that the first does not take are cut into a few buckets of
-neighbouring segments, each padded to its longest, which is little longer than its shortest. On a CPU
-:func:`attend_on_host` is faster with dropout and for short texts, and buckets for the others. Who sees whom is counted
-inside a segment.
+has its dropout. Biases by position, and causal layers and sliding windows that the first does not take, are cut into a
+few buckets of neighbouring segments, each padded to its longest, which is little longer than its shortest. On a CPU
+:func:`attend_on_host` is faster with dropout, with biases and for short texts, and buckets for the others. Who sees
+whom is counted inside a segment.
 
 Shape suffixes: T tokens of the stream, N heads, D head dimension, S segments, L longest segment of a bucket.
 """
@@ -13,7 +13,7 @@ Shape suffixes: T tokens of the stream, N heads, D head dimension, S segments, L
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from inspect import signature
@@ -80,10 +80,13 @@ class Packing:
     Attributes:
         lengths: of the segments, ascending.
         device: of the stream.
+        position_bias: gives for L places in a row what is added to their scores, (1, N, L, L), a function of head and
+            distance alone. Asked once: where weights are gathered for it, all ranks must ask as often. None: nothing.
     """
 
     lengths: Sequence[int]
     device: torch.device
+    position_bias: Callable[[int], Tensor] | None = None
 
     @cached_property
     def boundaries(self) -> Tensor:
@@ -107,9 +110,30 @@ class Packing:
         """The same for :func:`attend_on_host`."""
         return plan_bins(self.lengths)
 
+    @cached_property
+    def bucket_biases(self) -> Sequence[Tensor]:
+        """Of each bucket, (num or 1, N, L, L), -inf for keys in padding; empty without a bias."""
+        if self.position_bias is None:
+            return []
+        whole = self.position_bias(self.lengths[-1])
+        biases = []
+        for bucket in self.buckets:
+            # Rows of a view would start where a GPU's kernel does not take them.
+            bias = whole[..., : bucket.longest, : bucket.longest].contiguous()
+            biases.append(bias if bucket.mask is None else bias.masked_fill(~bucket.mask, -torch.inf))
+        return biases
+
+    @cached_property
+    def bin_bias(self) -> Tensor | None:
+        """(1, N, W, W) for the widest bins. One for all, so that the graph is the same on every rank: its shape is part
+        of the order in which gradients come, by which ZeRO's second stage adds them."""
+        return None if self.position_bias is None else self.position_bias(self.bins[-1].width)
+
     def takes_host(self, dropout: float) -> bool:
-        """Whether attention with this dropout is that of :func:`attend_on_host`."""
-        return self.device.type == "cpu" and (dropout > 0.0 or self.lengths[-1] <= _LONG)
+        """Whether attention with this dropout is that of :func:`attend_on_host`. SDPA keeps the probabilities, too, for
+        the gradient of a bias."""
+        is_short = self.lengths[-1] <= _LONG
+        return self.device.type == "cpu" and (dropout > 0.0 or is_short or self.position_bias is not None)
 
 
 def padded_layout(lengths_S: Tensor) -> tuple[Tensor, Tensor]:
@@ -181,16 +205,16 @@ def packed_attention(
     if packing.takes_host(dropout):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         host = HostAttention(packing.bins, query.shape[1], scale, dropout, sliding_window, is_causal)
-        return attend_on_host(query, key, value, host), None
+        return attend_on_host(query, key, value, host, packing.bin_bias), None
     if sliding_window is not None and sliding_window >= packing.lengths[-1]:
         sliding_window = None
     streams = [x[0].transpose(0, 1) for x in (query, key, value)]
-    if packing.device.type in _GPUS:
+    if packing.device.type in _GPUS and packing.position_bias is None:
         if dropout == 0.0 and _takes_varlen(value):
             return _attend_by_varlen(streams, packing, scaling, sliding_window, is_causal)[None], None
         if sliding_window is None and not is_causal:
             return _attend_jagged(streams, packing, dropout, scaling)[None], None
-    return _attend_in_buckets(streams, packing.buckets, dropout, scaling, sliding_window, is_causal)[None], None
+    return _attend_in_buckets(streams, packing, dropout, scaling, sliding_window, is_causal)[None], None
 
 
 @cache
@@ -236,21 +260,22 @@ def _attend_jagged(streams: Sequence[Tensor], packing: Packing, dropout: float, 
 
 def _attend_in_buckets(
     streams_TND: Sequence[Tensor],
-    buckets: Sequence[Bucket],
+    packing: Packing,
     dropout: float,
     scaling: float | None,
     window: int | None,
     is_causal: bool,
 ) -> Tensor:
     """Queries, keys and values (T, N, D) to (T, N, D); 0 for what stands behind the last bucket."""
+    buckets, biases = packing.buckets, packing.bucket_biases
     num_padding = len(streams_TND[0]) - buckets[-1].stop
     sizes = [*(bucket.stop - bucket.start for bucket in buckets), num_padding]
     # One split, not a slice per bucket: the backward of a slice fills a gradient as long as the stream.
     streams = [x_TND.split(sizes) for x_TND in streams_TND]
     parts = []
-    for bucket, *tokens in zip(buckets, *(stream[:-1] for stream in streams), strict=True):
+    for i, (bucket, *tokens) in enumerate(zip(buckets, *(stream[:-1] for stream in streams), strict=True)):
         q_SNLD, k_SNLD, v_SNLD = (_padded(x_TND, bucket) for x_TND in tokens)
-        mask, causal = bucket.mask, False
+        mask, causal = biases[i].to(q_SNLD.dtype) if biases else bucket.mask, False
         if window is not None and window < bucket.longest:
             mask = bucket.window(window, is_causal, q_SNLD.device)
         elif is_causal:  # hides padding, too

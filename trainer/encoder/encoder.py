@@ -28,6 +28,7 @@ from trainer.distributed import gather
 from trainer.encoder.attention import PACKED_ATTENTION, Packing, padded_layout, plan_buckets
 from trainer.encoder.dropout import HostDropout, use_host_dropout
 from trainer.encoder.host_layer import use_host_layers
+from trainer.encoder.mpnet import take_packing
 from trainer.encoder.shell import drop_messages, override_modules, share_tokenizer, take_route
 from trainer.encoder.spec import EncoderSpec
 from trainer.encoder.text import TextPreparation, load_text_preparation, position_offset
@@ -38,10 +39,12 @@ from trainer.manifest import tensor_digest
 
 logger = logging.getLogger(__name__)
 
-# Backbones whose attention goes through transformers' interface and whose positions, learned or rotary, are told.
+# Backbones whose attention goes through transformers' interface (MPNet's: mpnet.py), and whose positions, learned or
+# rotary, are told.
 PACKED_MODEL_TYPES = frozenset(
     {"albert", "bert", "camembert", "distilbert", "electra", "ernie", "eurobert", "gemma3_text", "gte"}
-    | {"jina_embeddings_v3", "llama", "mistral", "modernbert", "nomic_bert", "qwen2", "qwen3", "roberta", "xlm-roberta"}
+    | {"jina_embeddings_v3", "llama", "mistral", "modernbert", "mpnet", "nomic_bert", "qwen2", "qwen3", "roberta"}
+    | {"xlm-roberta"}
 )
 # Their convolutions, Fourier transforms and hashes know of no mask: padding would change the text beside it.
 _UNMASKED_MODEL_TYPES = frozenset({"convbert", "fnet", "mobilebert", "yoso"})
@@ -112,6 +115,7 @@ class Encoder(nn.Module):
         name, is_own = type(self.backbone).__name__, type(self.backbone).__module__.startswith("transformers.models.")
         self.packed = is_own and self.backbone.config.model_type in PACKED_MODEL_TYPES
         if self.packed:
+            take_packing(self.backbone)
             self.backbone.set_attn_implementation(PACKED_ATTENTION)
         else:
             gather.warn(

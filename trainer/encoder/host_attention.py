@@ -177,9 +177,10 @@ class HostAttention:
     window: int | None = None
     is_causal: bool = False
 
-    def forward(self, qkv_T3H: Tensor) -> tuple[Tensor, float, list[Tensor]]:
+    def forward(self, qkv_T3H: Tensor, position_bias: Tensor | None = None) -> tuple[Tensor, float, list[Tensor]]:
         """Queries, keys and values side by side, (T, 3 H), to (T, H); then what dropout multiplies by, and what the
-        backward needs: probabilities of each of ``bins``, and behind them their masks."""
+        backward needs: probabilities of each of ``bins``, and behind them their masks. What is added to the scores,
+        (1, N, W, W), is as wide as the widest of ``bins``, and a function of the distance of slots."""
         num_tokens, hidden = qkv_T3H.shape[0], qkv_T3H.shape[1] // 3
         rows = qkv_T3H.view(-1, hidden // self.num_heads)
         masks, grow = draw_masks([b.num * self.num_heads * b.width**2 for b in self.bins], self.rate, rows.dtype)
@@ -191,6 +192,9 @@ class HostAttention:
             scores = _product(q_GWD, k_GWD.mT, self.scale)
             bias = bins.bias(self.window, self.is_causal, rows.dtype)
             scores.view(bins.num, -1, bins.width, bins.width).add_(bias)
+            if position_bias is not None:
+                cut = position_bias[..., : bins.width, : bins.width].to(rows.dtype)
+                scores.view(bins.num, -1, bins.width, bins.width).add_(cut)
             weights = probability = scores.softmax(-1)
             if masks:
                 weights = probability * masks[i].view_as(scores).to(rows.dtype)
@@ -198,13 +202,17 @@ class HostAttention:
             probabilities.append(probability)
         return out.view(num_tokens, hidden), grow, [*probabilities, *masks]
 
-    def backward(self, grad_TH: Tensor, qkv_T3H: Tensor, grow: float, saved: Sequence[Tensor]) -> Tensor:
-        """The gradient of queries, keys and values, shaped as they are."""
+    def backward(
+        self, grad_TH: Tensor, qkv_T3H: Tensor, grow: float, saved: Sequence[Tensor], with_bias: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """The gradient of queries, keys and values, shaped as they are; and that of ``position_bias``, if wanted."""
         rows = qkv_T3H.view(-1, grad_TH.shape[1] // self.num_heads)
         grad = grad_TH.reshape(-1, rows.shape[-1])
         into = torch.empty_like(rows)
         into[self.bins[-1].stop * 3 * self.num_heads :] = 0.0
         probabilities, masks = saved[: len(self.bins)], saved[len(self.bins) :]
+        widest = self.bins[-1].width
+        g_bias = grad.new_zeros(1, self.num_heads, widest, widest) if with_bias else None
         for i, (bins, probability) in enumerate(zip(self.bins, probabilities, strict=True)):
             # Not saved: in bins they take more memory than in the stream.
             q_GWD, k_GWD, v_GWD = self._in_bins(rows, bins)
@@ -216,12 +224,14 @@ class HostAttention:
                 g_weights *= mask
                 weights = weights * mask
             g_scores = torch._softmax_backward_data(g_weights, probability, -1, rows.dtype)
+            if g_bias is not None:
+                g_bias[0, :, : bins.width, : bins.width] += g_scores.view(bins.num, -1, bins.width, bins.width).sum(0)
             parts = rows.new_empty(3, *q_GWD.shape)
             _product(g_scores, k_GWD, self.scale, parts[0])
             _product(g_scores.mT, q_GWD, self.scale, parts[1])
             _product(weights.mT, g_GWD, grow, parts[2])
             _put(parts, bins, 3, self.num_heads, into)
-        return into.view(qkv_T3H.shape)
+        return into.view(qkv_T3H.shape), g_bias
 
     def _in_bins(self, rows: Tensor, bins: Bins) -> tuple[Tensor, ...]:
         """Queries, keys and values, (G, W, D) each."""
@@ -229,11 +239,14 @@ class HostAttention:
         return padded.view(3, -1, bins.width, rows.shape[-1]).unbind(0)
 
 
-def attend_on_host(query: Tensor, key: Tensor, value: Tensor, attention: HostAttention) -> Tensor:
+def attend_on_host(
+    query: Tensor, key: Tensor, value: Tensor, attention: HostAttention, position_bias: Tensor | None = None
+) -> Tensor:
     """Attention with its gradient.
 
     Args:
         query, key, value: (1, N, T, D); computed in the type of the values.
+        position_bias: as :meth:`HostAttention.forward` takes it.
 
     Returns:
         (1, T, N, D).
@@ -241,23 +254,24 @@ def attend_on_host(query: Tensor, key: Tensor, value: Tensor, attention: HostAtt
     _, num_heads, num_tokens, _ = query.shape
     with torch.autocast("cpu", enabled=False):  # which would compute the softmax in fp32, unlike SDPA
         qkv_T3H = torch.stack([x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value)], dim=1).flatten(1)
-        attended: Tensor = _HostAttention.apply(qkv_T3H, attention)  # type: ignore[no-untyped-call]
+        attended: Tensor = _HostAttention.apply(qkv_T3H, attention, position_bias)  # type: ignore[no-untyped-call]
     return attended.view(1, num_tokens, num_heads, -1)
 
 
 class _HostAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, qkv_T3H: Tensor, attention: HostAttention) -> Tensor:
-        out, ctx.grow, saved = attention.forward(qkv_T3H)
+    def forward(ctx: Any, qkv_T3H: Tensor, attention: HostAttention, position_bias: Tensor | None) -> Tensor:
+        out, ctx.grow, saved = attention.forward(qkv_T3H, position_bias)
         ctx.save_for_backward(qkv_T3H, *saved)
         ctx.attention = attention
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         qkv_T3H, *saved = ctx.saved_tensors  # read once: checkpointing gives them away
         with torch.autocast("cpu", enabled=False):
-            return ctx.attention.backward(grads[0], qkv_T3H, ctx.grow, saved), None
+            g_qkv, g_bias = ctx.attention.backward(grads[0], qkv_T3H, ctx.grow, saved, ctx.needs_input_grad[2])
+        return g_qkv, None, g_bias
 
 
 def _round_up(number: int) -> int:

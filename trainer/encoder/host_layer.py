@@ -23,7 +23,8 @@ from trainer.encoder.host_attention import HostAttention
 from trainer.encoder.trainable import blocks
 
 # Self-attention and two linear layers, a norm behind either sum (Devlin et al. 2019, https://arxiv.org/abs/1810.04805).
-_MODEL_TYPES = frozenset({"bert", "camembert", "electra", "ernie", "roberta", "xlm-roberta"})
+# MPNet's adds a bias by position (Song et al. 2020, https://arxiv.org/abs/2004.09297), and has other names.
+_MODEL_TYPES = frozenset({"bert", "camembert", "electra", "ernie", "mpnet", "roberta", "xlm-roberta"})
 # x @ weight.T + bias as torch's compiler calls it. In fp32 torch's own linear layer takes MKL where there is one, which
 # reaches three quarters of this on processors that are not Intel's; in bf16 it writes the bias to its output first.
 _onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkl.is_available() else None
@@ -36,7 +37,7 @@ def use_host_layers(backbone: PreTrainedModel) -> None:
     """Let layers of BERT's kind take a packed stream on a CPU in one function; others, and layers with adapters, stay
     as they are."""
     config = backbone.config
-    if config.model_type not in _MODEL_TYPES or config.hidden_act != "gelu" or config.is_decoder:
+    if config.model_type not in _MODEL_TYPES or config.hidden_act != "gelu" or getattr(config, "is_decoder", False):
         return
     for layer in blocks(backbone):
         layer_class: Any = type(layer)
@@ -49,10 +50,11 @@ def _host_class(layer_class: Any) -> Any:
     """The same layer by the same name; a bound forward of its own would tie it into a cycle of references."""
 
     def forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        packing = kwargs.get("packing")
+        packing = kwargs.get("packing", kwargs.get("position_bias"))
         if packing is None or not _takes(self, packing):
             return layer_class.forward(self, hidden_states, *args, **kwargs)
-        return _forward(self, hidden_states, packing)
+        out = _forward(self, hidden_states, packing)
+        return out if "packing" in kwargs else (out,)
 
     return type(layer_class.__name__, (layer_class,), {"forward": forward})
 
@@ -60,28 +62,41 @@ def _host_class(layer_class: Any) -> Any:
 def _takes(layer: Any, packing: Packing) -> bool:
     """Not on a GPU, nor long texts without dropout; nor where somebody waits for the modules inside, as ZeRO's third
     stage does to gather their weights."""
-    if not packing.takes_host(layer.attention.self.dropout.p if layer.training else 0.0):
+    if not packing.takes_host(_attention(layer).dropout.p if layer.training else 0.0):
         return False
     return not any(module._forward_pre_hooks or module._forward_hooks for module in islice(layer.modules(), 1, None))
 
 
+def _attention(layer: Any) -> Any:
+    return layer.attention.attn if _is_mpnet(layer) else layer.attention.self
+
+
+def _is_mpnet(layer: Any) -> bool:
+    return hasattr(layer.attention, "attn")
+
+
 def _modules(layer: Any) -> list[Any]:
     """In the order of their arithmetic: query, key, value, output, norm, intermediate, output, norm."""
-    attention, joined, output = layer.attention.self, layer.attention.output, layer.output
-    projections = [attention.query, attention.key, attention.value]
-    return [*projections, joined.dense, joined.LayerNorm, layer.intermediate.dense, output.dense, output.LayerNorm]
+    attention, output = _attention(layer), layer.output
+    if _is_mpnet(layer):
+        joined = [attention.q, attention.k, attention.v, attention.o, layer.attention.LayerNorm]
+    else:
+        dense, norm = layer.attention.output.dense, layer.attention.output.LayerNorm
+        joined = [attention.query, attention.key, attention.value, dense, norm]
+    return [*joined, layer.intermediate.dense, output.dense, output.LayerNorm]
 
 
 def _forward(layer: Any, hidden_1TH: Tensor, packing: Packing) -> Tensor:
-    attention, output = layer.attention.self, layer.output
+    attention, output = _attention(layer), layer.output
     attention_rate, rate = (m.dropout.p if layer.training else 0.0 for m in (attention, output))
-    host = HostAttention(packing.bins, attention.num_attention_heads, attention.scaling, attention_rate)
+    scale = attention.attention_head_size**-0.5
+    host = HostAttention(packing.bins, attention.num_attention_heads, scale, attention_rate)
     weights = [weight for module in _modules(layer) for weight in (module.weight, module.bias)]
     dtype = weights[0].dtype
     compute_dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else dtype
     with torch.autocast("cpu", enabled=False):
         out_TH: Tensor = _HostLayer.apply(  # type: ignore[no-untyped-call]
-            hidden_1TH[0].to(dtype), host, rate, output.LayerNorm.eps, compute_dtype, *weights
+            hidden_1TH[0].to(dtype), host, packing.bin_bias, rate, output.LayerNorm.eps, compute_dtype, *weights
         )
     return out_TH[None]
 
@@ -94,6 +109,7 @@ class _HostLayer(torch.autograd.Function):
         ctx: Any,
         x_TH: Tensor,
         attention: HostAttention,
+        position_bias: Tensor | None,
         rate: float,
         eps: float,
         dtype: torch.dtype,
@@ -105,7 +121,7 @@ class _HostLayer(torch.autograd.Function):
         wo, wi, wd = (w.to(dtype) for w in (wo, wi, wd))
         x_low = x_TH.to(dtype)
         qkv = _linear(x_low, w_qkv, b_qkv)
-        attended, grow_attention, saved = attention.forward(qkv)
+        attended, grow_attention, saved = attention.forward(qkv, position_bias)
         masks1, grow = draw_masks([x_TH.numel()], rate, dtype)
         sum1 = _add_dropped(x_TH, _linear(attended, wo, bo), masks1, grow)
         middle, *moments1 = torch.native_layer_norm(sum1, size, norm1, shift1, eps)
@@ -138,14 +154,15 @@ class _HostLayer(torch.autograd.Function):
             g_middle = _plus_times(g_sum2, g_before, wi)
             g_sum1, g_norm1, g_shift1 = norm_backward(g_middle, sum1, size, mean1, rstd1, norm1, shift1)
             g_o = _drop(g_sum1.to(dtype), masks[:1], ctx.grow)
-            g_qkv = ctx.attention.backward(_linear(g_o, wo.t(), None), qkv, ctx.grow_attention, saved)
+            g_attended, with_bias = _linear(g_o, wo.t(), None), ctx.needs_input_grad[2]
+            g_qkv, g_bias = ctx.attention.backward(g_attended, qkv, ctx.grow_attention, saved, with_bias)
             products = [g_qkv.t() @ x, g_o.t() @ attended, g_before.t() @ middle, g_d.t() @ after]
             biases = [g.sum(0) for g in (g_qkv, g_o, g_before, g_d)]
             w_grads, b_grads = ([g.to(norm1.dtype) for g in gs] for gs in (products, biases))
             g_x = _plus_times(g_sum1, g_qkv, w_qkv) if ctx.needs_input_grad[0] else None
         linear = [g for pair in zip(w_grads[0].chunk(3), b_grads[0].chunk(3), strict=True) for g in pair]
         linear += [w_grads[1], b_grads[1], g_norm1, g_shift1, w_grads[2], b_grads[2], w_grads[3], b_grads[3]]
-        return g_x, None, None, None, None, *linear, g_norm2, g_shift2
+        return g_x, None, g_bias, None, None, None, *linear, g_norm2, g_shift2
 
 
 def _joined(weights: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
