@@ -30,13 +30,13 @@ CHUNKED_BATCH, CHUNKED_TOKENS = 8192, 65536
 
 def shapes(cpu: bool, generated: bool) -> dict[str, Shape]:
     """Those of throughput.py, for a GPU, or tiny."""
-    from shapes import SHAPES, RandomBert
+    from shapes import SHAPES, RandomEncoder
 
     found = {}
     for name in NAMES:
         shape = SHAPES[name]
         if shape.encoder is None and generated:  # all-MiniLM-L6-v2 with random weights
-            shape = replace(shape, encoder=RandomBert("minilm", 30_522, 384, layers=6))
+            shape = replace(shape, encoder=RandomEncoder("minilm", 30_522, 384, layers=6))
         if shape.chunked:
             shape = replace(shape, batch_size=CHUNKED_BATCH, max_tokens=CHUNKED_TOKENS)
         if cpu:
