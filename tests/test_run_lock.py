@@ -3,11 +3,12 @@
 import errno
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -29,19 +30,26 @@ def hold(run_dir: Path, **environ: str) -> subprocess.Popen:
     return process
 
 
+@contextmanager
+def holding(run_dir: Path, **environ: str) -> Iterator[subprocess.Popen]:
+    """A process that holds it, and is dead behind the block."""
+    process = hold(run_dir, **environ)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait(10)
+
+
 @pytest.mark.timeout(100)
 def test_second_is_refused_and_a_dead_one_is_taken_over(tmp_path: Path) -> None:
-    process = hold(tmp_path)
-    try:
+    with holding(tmp_path) as process:
         with pytest.raises(ConfigError) as error:
             take_lock(tmp_path, {})
         assert str(error.value) == (
             f"{tmp_path} is in use by process {process.pid} on {socket.gethostname()}; wait for it, or give another "
             f"--trainer.default_root_dir {tmp_path}-2"
         )
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait(10)
     said = take_lock(tmp_path, {})
     assert said is not None
     assert f"taken over from process {process.pid} on" in said
@@ -79,13 +87,8 @@ def test_a_lock_that_was_removed_is_taken_again_unless_another_has_it(tmp_path: 
     assert keep_lock(tmp_path, {}) == f"{tmp_path / FILE_NAME} was removed while this run held it; it is there again"
     assert json.loads((tmp_path / FILE_NAME).read_text())["pid"] == os.getpid()
     (tmp_path / FILE_NAME).unlink()
-    process = hold(tmp_path)
-    try:
-        with pytest.raises(ConfigError, match=f"in use by process {process.pid} on"):
-            keep_lock(tmp_path, {})
-    finally:
-        process.kill()
-        process.wait(10)
+    with holding(tmp_path) as process, pytest.raises(ConfigError, match=f"in use by process {process.pid} on"):
+        keep_lock(tmp_path, {})
 
 
 def test_only_the_holder_releases(tmp_path: Path) -> None:
@@ -180,13 +183,11 @@ def test_a_process_that_outlived_its_job_is_alive(tmp_path: Path, monkeypatch: p
     (folder / "squeue").chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
     run_dir = tmp_path / "run"
-    process = hold(run_dir, SLURM_JOB_ID="999999")
-    try:
-        with pytest.raises(ConfigError, match=f"in use by process {process.pid} on .*, Slurm job 999999; wait for it"):
-            take_lock(run_dir, {})
-    finally:
-        process.kill()
-        process.wait(10)
+    with (
+        holding(run_dir, SLURM_JOB_ID="999999") as process,
+        pytest.raises(ConfigError, match=f"in use by process {process.pid} on .*, Slurm job 999999; wait for it"),
+    ):
+        take_lock(run_dir, {})
     assert f"taken over from process {process.pid} on" in str(take_lock(run_dir, {}))
 
 
