@@ -32,8 +32,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command line (default: this process's) and returns its exit status.
 
     0 done; 1 the work failed; 2 the command line or a config file is wrong. A fit, predict or mine that was asked to
-    stop has saved where it stood: 85 by USR1 (start me again), 143 by TERM, 130 by Ctrl-C, 129
-    by HUP (its terminal was closed).
+    stop has saved where it stood: 85 by USR1 (start me again), 143 by TERM, 130 by Ctrl-C, 129 by HUP (its terminal was
+    closed).
     ``--debug`` or ``TRAINER_DEBUG=1`` shows the traceback of every failure.
     """
     args = list(sys.argv[1:] if argv is None else argv)

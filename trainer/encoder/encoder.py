@@ -126,11 +126,10 @@ class Encoder(nn.Module):
                 + ", ".join(sorted(PACKED_MODEL_TYPES))
                 + ("" if is_own else " of transformers"),
             )
-        # Some make a vector more of it for each piece (GPT-2), or attend by it (XLNet).
+        # Some make a vector more of it for each piece (GPT-2), or attend by it (XLNet). To packed ones nothing is told
+        # where all are 0: they take that themselves, from a table of their own.
         takes_kinds = "token_type_ids" in signature(self.backbone.forward).parameters
-        self._kinds = self.text.kinds if takes_kinds else None
-        if self.packed:
-            self._kinds = self._kinds or None  # none to tell: theirs are 0, of a table of their own
+        self._kinds = self.text.kinds if takes_kinds and (self.text.kinds or not self.packed) else None
         self._pads = self.packed or self.backbone.config.model_type not in _UNMASKED_MODEL_TYPES
         if not self._pads:
             gather.warn(
