@@ -167,8 +167,10 @@ class _HostLayer(torch.autograd.Function):
 
 def _joined(weights: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
     """One below the other, cast on the way."""
-    size = sum(len(weight) for weight in weights), *weights[0].shape[1:]
-    return torch.cat(weights, out=weights[0].new_empty(size, dtype=dtype))
+    joined = weights[0].new_empty(sum(len(weight) for weight in weights), *weights[0].shape[1:], dtype=dtype)
+    for part, weight in zip(joined.split([len(weight) for weight in weights]), weights, strict=True):
+        part.copy_(weight)  # on all cores, which torch.cat is not where it casts
+    return joined
 
 
 def _add_dropped(x: Tensor, y: Tensor, masks: list[Tensor], grow: float) -> Tensor:
