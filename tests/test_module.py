@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import CosineSimilarityLoss
 from torch import Tensor, nn
@@ -160,6 +161,19 @@ def test_a_run_equals_a_plain_loop(tiny_encoders: dict[str, Path], pairs: Path, 
             if name.endswith(("key.bias", "k_lin.bias")):
                 continue  # its gradient is a rounding error, which AdamW blows up to a step
             assert_close(parameter, theirs[name], rtol=0.0, atol=2e-5, msg=name)
+
+
+class _MakesTensorsElsewhere(SingleDeviceStrategy):
+    """Lets configure_model make tensors on a device that is not the host's, as Lightning does on a GPU."""
+
+    def tensor_init_context(self, empty_init: bool | None = None) -> Any:
+        return torch.device("meta")
+
+
+def test_the_model_is_made_on_the_host(tiny_encoder: Path, pairs: Path) -> None:
+    run = _fit(*_parts(tiny_encoder, pairs), strategy=_MakesTensorsElsewhere())
+    assert run.module.encoder.parts[""].vocabulary is not None
+    assert run.watch.losses == _fit(*_parts(tiny_encoder, pairs)).watch.losses
 
 
 def test_prompts_of_columns_need_a_pooling_that_takes_them(tiny_encoder: Path, pairs: Path, tmp_path: Path) -> None:

@@ -214,9 +214,14 @@ class EmbeddingModule(LightningModule):
                 )
 
     def configure_model(self) -> None:
-        """Load the encoder and make the heads; Lightning calls it inside the strategy's context."""
+        """Load the encoder and make the heads, on the host; the strategy moves them to its device."""
         if hasattr(self, "encoder"):
             return
+        # Lightning would have tensors made on the GPU in here, and transformers load onto it, which takes accelerate.
+        with torch.device("cpu"):
+            self._make_model()
+
+    def _make_model(self) -> None:
         strategy = self.trainer.strategy
         lockstep = isinstance(strategy, ZeRO) and strategy.stage == 3
         if lockstep:
