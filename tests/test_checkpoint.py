@@ -137,7 +137,7 @@ def test_another_metric_has_another_best(
 def test_a_metric_without_a_set_is_refused_before_the_first_step(
     tmp_path: Path, tiny_encoder: Path, rows: list[Path]
 ) -> None:
-    with pytest.raises(ValueError, match=r"checkpoint.monitor '.*' was not measured, for no set is: .*; name a set in"):
+    with pytest.raises(ValueError, match=r"checkpoint.monitor '.*' is not measured, for no set is: .*; name a set in"):
         fit(tmp_path, tiny_encoder, rows[:1], {}, monitor=METRIC)
     assert kept(tmp_path) == []
     fit(tmp_path, tiny_encoder, rows[:1], {})

@@ -310,7 +310,7 @@ def test_a_monitor_that_no_set_measures_is_one_sentence(recipe: Path, capsys: py
     watched = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=train/loss"]
     assert main(["fit", "--config", str(recipe), *watched, "--trainer.limit_val_batches", "0"]) == 1
     said = capsys.readouterr().err
-    assert "error: EarlyStopping: monitor 'train/loss' was not measured, for no set is: only eval/... can be" in said
+    assert "error: EarlyStopping: monitor 'train/loss' is not measured, for no set is: only eval/... can be" in said
     assert "Traceback" not in said
 
 

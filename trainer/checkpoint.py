@@ -20,8 +20,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from trainer import manifest
 from trainer.data.validation import ValidationSet
 from trainer.distributed import gather
-from trainer.evaluation.runner import Evaluation, not_measured
-from trainer.messages import did_you_mean
+from trainer.evaluation.runner import Evaluation, not_measured, refuse_monitor
 from trainer.tracking.metrics import MetricsLog
 
 logger = logging.getLogger(__name__)
@@ -91,22 +90,13 @@ class Checkpoints(Checkpoint):
             manifest.clean_up(self.run_dir)
 
     def refuse_monitor(self, sets: Sequence[ValidationSet]) -> None:
-        """Raises ValueError where the metric is of none of the sets; which ones a set has is known when it is scored.
+        """Raises ValueError where none of the sets gives the metric, as far as that is known before they are scored.
 
         Args:
             sets: to evaluate on.
         """
-        if self.monitor is None or self.monitor == "auto":
-            return
-        if not sets:
-            raise not_measured("checkpoint.monitor", self.monitor, ())
-        starts = [f"eval/{name}/" for name in dict.fromkeys(one.suite or one.name for one in sets)]
-        if not self.monitor.startswith((*starts, *(f"eval/{one.name}/" for one in sets))):
-            raise ValueError(
-                f"checkpoint.monitor '{self.monitor}' is of no set in data.validation; there are: "
-                f"{', '.join(f'{start}...' for start in starts)}."
-                f"{did_you_mean(self.monitor, [one.primary_metric for one in sets])}"
-            )
+        if self.monitor is not None and self.monitor != "auto":
+            refuse_monitor("checkpoint.monitor", self.monitor, sets)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         resumed, step = trainer.ckpt_path, trainer.global_step

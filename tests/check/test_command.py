@@ -16,6 +16,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
+from tests.data.test_retrieval import write_beir
 from trainer.cli import main
 from trainer.demo_data import write_pairs
 
@@ -431,6 +432,36 @@ def test_a_monitor_of_no_set_is_refused(sound: list[str], capsys: pytest.Capture
     said = "checkpoint.monitor 'eval/dve/spearman_cosine' is of no set in data.validation; there are: eval/dev/.... "
     assert f"error: {said}Did you mean 'eval/dev/spearman_cosine'?" in capsys.readouterr().err
     assert main(["check", *sound, "--checkpoint.monitor", "eval/dev/pearson_cosine"]) == 0
+
+
+WATCHED = {
+    ("EarlyStopping", "val_loss"): "is of no set in data.validation; there are: eval/dev/..., eval/docs/....",
+    ("EarlyStopping", "train/loss"): "is of no set in data.validation; there are: eval/dev/..., eval/docs/....",
+    ("EarlyStopping", "eval/docs/spearman_cosine"): "is not measured; there are: eval/docs/cosine_accuracy@1, ",
+    ("EarlyStopping", "eval/docs/a/cosine_ndcg@1"): "is not measured; there are: eval/docs/a/cosine_accuracy@1, ",
+    ("ModelCheckpoint", "eval/dev/spearman_cosin"): "Did you mean 'eval/dev/spearman_cosine'?",
+    ("EarlyStopping", "eval/dev/spearman_dot"): "",
+    ("EarlyStopping", "eval/docs/cosine_ndcg@10"): "",
+    ("EarlyStopping", "eval/docs/b/cosine_recall@3"): "",
+    ("ModelCheckpoint", "val_loss"): "",  # what a callback of the user's logs may be watched by this one
+}
+
+
+@pytest.mark.parametrize(("kind", "monitor"), WATCHED)
+def test_a_callback_that_watches_what_no_set_gives(
+    kind: str, monitor: str, sound: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in "ab":
+        write_beir(tmp_path / "docs" / name)
+    dev = json.loads(sound[sound.index("--data.validation") + 1])
+    docs = {"name": "docs", "path": str(tmp_path / "docs"), "evaluator": "InformationRetrieval"}
+    callback = {"class_path": kind, "init_args": {"monitor": monitor, "mode": "max"}}
+    words = ["--data.validation", json.dumps([*dev, docs]), "--trainer.callbacks", json.dumps([callback])]
+    said = WATCHED[kind, monitor]
+    assert main(["check", *sound, *words]) == bool(said)
+    errors = capsys.readouterr().err
+    assert said in errors
+    assert not said or f"error: {kind}: monitor '{monitor}' is " in errors
 
 
 def test_losses_that_no_source_names_are_refused(sound: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,8 @@ import yaml
 import trainer.evaluation
 from tests.data.test_retrieval import write_beir, write_lines
 from trainer.cli import main as run_cli
+from trainer.config_files import read_command
+from trainer.lightning_cli import run
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "evaluators.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```yaml\n(.*?)```", DOCUMENT, flags=re.DOTALL)
@@ -80,6 +82,10 @@ def test_every_block_evaluates(recipe: Path, tmp_path: Path, capsys: pytest.Capt
     sources = yaml.safe_load(recipe.read_text())["data"]["validation"]
     primary = dict(names)
     found = set()
+    words = ["--config", str(recipe)]
+    for built in run(["validate", *words], read_command(words), execute=False).datamodule.validation_sources:
+        given = {key.rpartition("/")[2] for key in metrics if key.startswith(f"eval/{built.name}/")}
+        assert given == set(built.evaluator.metrics), built.name  # what a monitor is held against before the first step
     for source in sources:
         kind = source["evaluator"] if isinstance(source["evaluator"], str) else source["evaluator"]["class_path"]
         found.add(kind)

@@ -24,6 +24,7 @@ def check(args: Sequence[str]) -> int:
     from trainer.check.report import make_report
     from trainer.data.steps import limit_steps
     from trainer.distributed.launch import device_count
+    from trainer.evaluation.runner import refuse_monitors
     from trainer.lightning_cli import Parts
     from trainer.optimizer import count_steps
 
@@ -36,6 +37,7 @@ def check(args: Sequence[str]) -> int:
     data.prepare_data()  # a damaged file of the cache is made again, as by fit
     data.setup("fit")
     parts.config_init[parts.subcommand].checkpoint.refuse_monitor(data.validation_sets)
+    refuse_monitors(parts.trainer, data.validation_sets)
     if data.stream is not None:
         raise ValueError(
             f"{data.stream.source.path}: a stream without an index can't be looked at before it is read; "

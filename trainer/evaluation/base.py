@@ -4,7 +4,7 @@ Shape suffixes: N texts, B rows, D embedding.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar, Optional
 
 import torch
@@ -23,6 +23,8 @@ class Evaluator(ABC):
         columns: canonical columns the rows must have; those named in `text_columns` are embedded.
         text_columns: the columns with text, in the order of their embeddings.
         primary: the metric that stands for the whole, higher is better.
+        metrics: all that `score` gives, so that one that is misspelt is refused before the first step; empty: not known
+            before.
         teacher_column: the column whose texts a teacher embeds; `score` finds its embeddings (B, D) in the rows, as
             the column `teacher`. None: it compares with none.
         takes_lists: whether a row may have fewer texts than columns (None), as lists of positives and negatives give.
@@ -32,6 +34,7 @@ class Evaluator(ABC):
     columns: ClassVar[tuple[str, ...]]
     text_columns: ClassVar[tuple[str, ...]]
     primary: str
+    metrics: Collection[str] = ()
     teacher_column: ClassVar[Optional[str]] = None
     takes_lists: ClassVar[bool] = False
 

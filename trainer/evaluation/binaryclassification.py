@@ -11,6 +11,8 @@ from torch import Tensor
 
 from trainer.evaluation.base import SIMILARITIES, Evaluator, Rows
 
+_METRICS = ("accuracy", "f1", "precision", "recall", "ap", "mcc")
+
 
 class BinaryClassification(Evaluator):
     """How well pairs with label 1 can be told from pairs with label 0.
@@ -25,6 +27,10 @@ class BinaryClassification(Evaluator):
     columns = ("anchor", "positive", "label")
     text_columns = ("anchor", "positive")
     primary = "cosine_ap"
+    metrics = (
+        *(f"{name}_{metric}" for name in (*SIMILARITIES, "max") for metric in _METRICS),
+        *(f"{name}_{metric}_threshold" for name in SIMILARITIES for metric in ("accuracy", "f1")),
+    )
 
     def refuse_rows(self, rows: Rows) -> None:
         labels_B = np.asarray(rows["label"])
@@ -56,7 +62,7 @@ class BinaryClassification(Evaluator):
                 f"{name}_ap": float(average_precision_score(labels_B, scores_B)),
                 f"{name}_mcc": float(matthews_corrcoef(labels_B, scores_B >= f1_threshold)),
             }
-        for metric in ("accuracy", "f1", "precision", "recall", "ap", "mcc"):
+        for metric in _METRICS:
             metrics[f"max_{metric}"] = max(metrics[f"{name}_{metric}"] for name in SIMILARITIES)
         return metrics
 

@@ -59,6 +59,13 @@ class InformationRetrieval(Search):
         self.depth = self.num_ranked + int(ignore_identical_ids)
         first = next(name for name, of_metric in named.items() if of_metric)
         self.primary = f"{similarity}_{first}@{max(named[first])}"
+        beside = {"ndcg": ["binary_ndcg"], "accuracy": ["precision", "recall"]}
+        self.metrics = [
+            f"{similarity}_{metric}@{depth}"
+            for name, of_metric in named.items()
+            for metric in (name, *beside.get(name, []))
+            for depth in of_metric
+        ]
 
     def score_neighbours(self, neighbours: Neighbours, collection: Collection) -> dict[str, float]:
         judged = collection.relevance_Q

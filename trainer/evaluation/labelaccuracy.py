@@ -21,6 +21,7 @@ class LabelAccuracy(Classification):
     """
 
     primary = "accuracy"
+    metrics = ("accuracy",)
 
     def __init__(self, loss: Optional[str] = None) -> None:
         self.loss = loss

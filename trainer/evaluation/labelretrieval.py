@@ -24,6 +24,7 @@ class LabelRetrieval(Evaluator):
     columns = ("text", "label")
     text_columns = ("text",)
     primary = "map@r"
+    metrics = ("precision@1", "r_precision", "map@r")
 
     def refuse_rows(self, rows: Rows) -> None:
         labels = rows["label"][:]

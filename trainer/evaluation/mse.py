@@ -19,6 +19,7 @@ class MSE(Evaluator):
     text_columns = ("positive",)
     teacher_column = "anchor"
     primary = "negative_mse"
+    metrics = ("negative_mse",)
 
     def score(self, embeddings_ND: Tensor, rows: Rows) -> dict[str, float]:
         """With the teacher's embeddings (B, D) as the column `teacher` of the rows."""

@@ -33,6 +33,7 @@ class Reranking(Evaluator):
             raise ValueError(f"Reranking: at is {at}; it must be 1 or more")
         self.at = at
         self.primary = f"ndcg@{at}"
+        self.metrics = ("map", f"mrr@{at}", self.primary)
 
     def refuse_rows(self, rows: Rows) -> None:
         negatives = _negatives(rows)

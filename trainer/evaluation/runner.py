@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from torch import Tensor, nn
 
@@ -25,6 +26,9 @@ from trainer.messages import did_you_mean
 from trainer.module import EmbeddingModule
 from trainer.tracking.metrics import MetricsLog
 
+if TYPE_CHECKING:
+    from trainer.data.validation import ValidationSet
+
 __all__ = ["Evaluation", "evaluate", "is_due"]
 
 logger = logging.getLogger(__name__)
@@ -38,10 +42,46 @@ def not_measured(key: str, name: str, metrics: Collection[str]) -> ValueError:
     guess = did_you_mean(name, list(metrics))
     if not metrics:
         return ValueError(
-            f"{key} '{name}' was not measured, for no set is: only eval/... can be watched; name a set in "
+            f"{key} '{name}' is not measured, for no set is: only eval/... can be watched; name a set in "
             "data.validation, and leave trainer.limit_val_batches out"
         )
-    return ValueError(f"{key} '{name}' was not measured; there are: {', '.join(sorted(metrics))}.{guess}")
+    return ValueError(f"{key} '{name}' is not measured; there are: {', '.join(sorted(metrics))}.{guess}")
+
+
+def refuse_monitor(key: str, name: str, sets: Sequence[ValidationSet]) -> None:
+    """Raises ValueError where none of the sets gives the metric, as far as that is known before they are scored.
+
+    Args:
+        key: the setting that asks for it.
+        name: of the metric.
+        sets: to evaluate on.
+    """
+    if not sets:
+        raise not_measured(key, name, ())
+    metrics_of: dict[str, list[str]] = {}  # by what their names start with
+    for one in sets:
+        for start in filter(None, (one.suite, one.name)):
+            metrics_of[f"eval/{start}/"] = [f"eval/{start}/{metric}" for metric in one.evaluator.metrics]
+    meant = max((start for start in metrics_of if name.startswith(start)), key=len, default=None)
+    if meant is None:
+        starts = dict.fromkeys(f"eval/{one.suite or one.name}/..." for one in sets)
+        raise ValueError(
+            f"{key} '{name}' is of no set in data.validation; there are: {', '.join(starts)}."
+            f"{did_you_mean(name, [one.primary_metric for one in sets])}"
+        )
+    if (known := metrics_of[meant]) and name not in known:
+        raise not_measured(key, name, known)
+
+
+def refuse_monitors(trainer: Trainer, sets: Sequence[ValidationSet]) -> None:
+    """`refuse_monitor` for the callbacks of Lightning that watch a metric."""
+    scored = sets if trainer.limit_val_batches else ()
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, EarlyStopping) and callback.strict:
+            refuse_monitor("EarlyStopping: monitor", callback.monitor, scored)
+        # It asks at the ends of epochs: what a callback of the user's has logged is there by then.
+        elif isinstance(callback, ModelCheckpoint) and callback.monitor and callback.monitor.startswith("eval/"):
+            refuse_monitor("ModelCheckpoint: monitor", callback.monitor, scored)
 
 
 @contextmanager
@@ -82,6 +122,7 @@ class Evaluation(Callback):
         if stage == "fit":
             if not hasattr(trainer, "val_check_interval"):  # Lightning has made a time of it
                 raise ValueError(f"trainer.val_check_interval {NO_CLOCK}")
+            refuse_monitors(trainer, trainer.datamodule.validation_sets)  # type: ignore[attr-defined]
             self._limit_val_batches = trainer.limit_val_batches
             trainer.limit_val_batches = 0
             self._patience = [callback.patience for callback in trainer.early_stopping_callbacks]

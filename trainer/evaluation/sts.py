@@ -22,6 +22,7 @@ class STS(Evaluator):
     columns = ("anchor", "positive", "score")
     text_columns = ("anchor", "positive")
     primary = "spearman_cosine"
+    metrics = tuple(f"{kind}_{name}" for kind in ("pearson", "spearman") for name in (*SIMILARITIES, "max"))
 
     def refuse_rows(self, rows: Rows) -> None:
         self._gold(rows)

@@ -20,6 +20,7 @@ class Translation(Evaluator):
     columns = ("anchor", "positive")
     text_columns = ("anchor", "positive")
     primary = "mean_accuracy"
+    metrics = ("src2trg_accuracy", "trg2src_accuracy", "mean_accuracy")
 
     def score(self, embeddings_ND: Tensor, rows: Rows) -> dict[str, float]:
         anchor_BD, positive_BD = self.split(embeddings_ND, rows)

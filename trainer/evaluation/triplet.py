@@ -19,6 +19,7 @@ class Triplet(Evaluator):
     columns = ("anchor", "positive", "negative")
     text_columns = ("anchor", "positive", "negative")
     primary = "cosine_accuracy"
+    metrics = tuple(f"{name}_accuracy" for name in (*SIMILARITIES, "max"))
 
     def __init__(self, margin: float = 0.0) -> None:
         refuse_not_positive("Triplet evaluator: margin", margin, or_zero=True)
