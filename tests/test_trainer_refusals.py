@@ -11,6 +11,7 @@ from pathlib import Path
 
 import lightning.pytorch  # noqa: F401 - before any test: its log handler keeps the stderr that it finds
 import pytest
+import yaml
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, StrategyRegistry
 
 from tests.tiny_recipe import write_tiny_recipe
@@ -290,6 +291,32 @@ def test_a_callback_that_trains_or_saves_something_else_is_refused(
     assert not said.startswith(": ")  # where no place is known
     assert f"{name} can't be one of trainer.callbacks: " in said
     assert CALLBACKS[written] in said
+
+
+@pytest.mark.parametrize("name", ["LearningRateMonitor", "DeviceStatsMonitor"])
+def test_a_callback_that_has_nowhere_to_write(
+    name: str, recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning says it of the first step, in its own words. Evaluation alone needs no logger."""
+    words = ["--config", str(recipe), f"--trainer.callbacks+={name}"]
+    for command in ("check", "fit"):
+        assert main([command, *words]) == 2
+        said = capsys.readouterr().err
+        assert f"trainer.callbacks: {name} writes to a logger, but tracking.wandb is off and trainer.logger is" in said
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert "but WANDB_MODE is disabled and" in refused(capsys, recipe, *words[2:], "--tracking.wandb", "auto")
+    remedy = json.dumps(yaml.safe_load(said[said.index("{") :]))
+    for command, *more in (["check", "--tracking.wandb", "offline"], ["fit", "--trainer.logger", remedy], ["validate"]):
+        assert main([command, *words, *more]) == 0
+
+
+def test_who_numbers_the_ranks(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Outside Slurm its environment is a KeyError of Lightning's. What another cluster needs is checked on one CPU."""
+    for command in ("check", "fit", "validate"):
+        assert main([command, "--config", str(recipe), "--trainer.plugins", "SLURMEnvironment"]) == 2
+        said = capsys.readouterr().err
+        assert "flag --trainer.plugins: SLURMEnvironment can't be one of trainer.plugins: a run sees by itself" in said
+    assert main(["check", "--config", str(recipe), "--trainer.plugins", "TorchElasticEnvironment"]) == 0
 
 
 @pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork"])

@@ -15,7 +15,7 @@ import torch
 import yaml
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.plugins.environments import ClusterEnvironment, LightningEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from trainer import interruption
@@ -52,7 +52,9 @@ from trainer.trainer_refusals import (
     refuse_ranks_apart,
     refuse_remote,
     refuse_seed,
+    refuse_slurm,
     refuse_spawned,
+    refuse_unlogged,
     refuse_values,
 )
 
@@ -218,26 +220,30 @@ class TrainerCLI(LightningCLI):
                 if one[key] is not None:
                     print(f"note: {one.name}: {one[key]:,} {what} at most ({key}); all: --data.validation.{key} null")
 
-    def build_trainer(self, cluster: Callable[[], list[Any]], **place: Any) -> Trainer:
+    def build_trainer(self, cluster: Callable[[list[Any]], list[Any]], **place: Any) -> Trainer:
         """Lightning's Trainer, or what it refuses.
 
         Args:
-            cluster: plugins that say who numbers the ranks.
+            cluster: from the plugins of the config those of the run, with what says who numbers the ranks.
             place: what the Trainer takes in place of what the config says.
         """
         theirs = self._get(self.config_init, "trainer").callbacks or []  # before Lightning counts the progress bars
         watched = self.options.checkpoint
         lower = watched.monitor if watched.mode == "min" else None
         written = self.written.place("trainer.callbacks")
-        refuse_callbacks(theirs if isinstance(theirs, list) else [theirs], written, lower)
+        theirs = theirs if isinstance(theirs, list) else [theirs]
+        refuse_callbacks(theirs, written, lower)
+        if self.subcommand == "fit" and not self.options.trainer.logger:
+            refuse_unlogged(theirs, self.options.tracking.wandb, written)
         plugins = self._get(self.config_init, "trainer").plugins or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        refuse_slurm(plugins, self.written.place("trainer.plugins"))
         self.checkpoint_io = DirectoryCheckpointIO()
-        plugins = [*(plugins if isinstance(plugins, list) else [plugins]), self.checkpoint_io]
         if self._get(self.config_init, "trainer").enable_progress_bar is False:  # Lightning refuses it beside a bar
             ours = self.trainer_defaults["callbacks"]
             self.trainer_defaults["callbacks"] = [one for one in ours if not isinstance(one, Progress)]
         try:
-            trainer = super().instantiate_trainer(plugins=plugins + cluster(), **place)
+            trainer = super().instantiate_trainer(plugins=[*cluster(plugins), self.checkpoint_io], **place)
         except (TypeError, ValueError, MisconfigurationException) as error:
             raise ConfigError(f"the trainer can't be built from these settings: {error}") from error
         refuse_spawned(trainer, self.written.place("trainer.strategy"))
@@ -252,7 +258,7 @@ class TrainerCLI(LightningCLI):
         return trainer
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        trainer = self.build_trainer(numbering, **kwargs)
+        trainer = self.build_trainer(lambda plugins: plugins + numbering(), **kwargs)
         refuse_ranks_apart(trainer)
         # Its handler of TERM talks to the other ranks from inside a signal: one rank that gets it waits for ever.
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
@@ -407,9 +413,14 @@ class Parts(TrainerCLI):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 place = {"accelerator": "cpu", "devices": 1, "num_nodes": 1}
-                return self.build_trainer(lambda: [LightningEnvironment()], **place, **kwargs)
+                return self.build_trainer(_of_one_process, **place, **kwargs)
         finally:
             log.setLevel(level)
+
+
+def _of_one_process(plugins: Sequence[Any]) -> list[Any]:
+    """Plugins without those that say how the ranks of the run are numbered."""
+    return [*(one for one in plugins if not isinstance(one, ClusterEnvironment)), LightningEnvironment()]
 
 
 def run(args: list[str], written: Written, execute: bool = True) -> TrainerCLI:

@@ -12,9 +12,11 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     BatchSizeFinder,
+    DeviceStatsMonitor,
     EarlyStopping,
     GradientAccumulationScheduler,
     LearningRateFinder,
+    LearningRateMonitor,
     ProgressBar,
     StochasticWeightAveraging,
     Timer,
@@ -29,6 +31,7 @@ from trainer.evaluation.runner import NO_CLOCK
 from trainer.messages import refuse_infinite, refuse_not_positive
 from trainer.run_dir import is_first_rank
 from trainer.tracking.direction import direction
+from trainer.tracking.wandb_mode import choose_mode
 
 NO_ACCUMULATION = (
     "data.batch_size is the global batch of one optimizer step, and model.max_tokens bounds the memory "
@@ -226,6 +229,31 @@ def refuse_callbacks(callbacks: Sequence[Callback], place: str, lower: str | Non
             if isinstance(callback, kind):
                 name = type(callback).__name__
                 raise ConfigError(f"{f'{place}: ' if place else ''}{name} can't be one of trainer.callbacks: {reason}")
+
+
+def refuse_unlogged(callbacks: Sequence[Callback], wandb: str, place: str | None) -> None:
+    """Callbacks of a fit without trainer.logger that write to a logger alone, where W&B is none either.
+
+    Args:
+        wandb: what tracking.wandb says.
+    """
+    for callback in callbacks:
+        if isinstance(callback, LearningRateMonitor | DeviceStatsMonitor) and choose_mode(wandb) == "off":
+            why = "tracking.wandb is off" if wandb == "off" else f"WANDB_MODE is {os.environ['WANDB_MODE']}"
+            raise ConfigError(
+                f"{place or 'trainer.callbacks'}: {type(callback).__name__} writes to a logger, but {why} and "
+                "trainer.logger is not set: leave it out (metrics.jsonl has the learning rate), or set trainer.logger: "
+                "{class_path: CSVLogger, init_args: {save_dir: logs}}"
+            )
+
+
+def refuse_slurm(plugins: Sequence[Any], place: str | None) -> None:
+    """Outside Slurm there are no variables for it to read; in a job it would be the second one, and requeue too."""
+    if any(isinstance(plugin, SLURMEnvironment) for plugin in plugins):
+        raise ConfigError(
+            f"{place or 'trainer.plugins'}: SLURMEnvironment can't be one of trainer.plugins: a run sees by itself "
+            "that it is a task of Slurm, and requeues itself; leave it out, and start with slurm/train.sh or srun"
+        )
 
 
 def refuse_spawned(trainer: Trainer, place: str | None) -> None:
