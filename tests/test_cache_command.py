@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from tests.other_user import open_folder, without_permissions
 from trainer.cli import main
 from trainer.data.cache import build_once, clean, default_cache_dir, entries, use
 
@@ -148,9 +149,29 @@ def test_what_a_living_process_builds_or_uses_is_left(tmp_path: Path, capsys: py
         assert out.endswith("left 1.1 kB (2 folders) that a running process builds or uses\n")
         process.kill()
         process.wait()
-        removed, left = clean(tmp_path, older_than_s=0.0)  # a dead process uses nothing
+        removed, left, _ = clean(tmp_path, older_than_s=0.0)  # a dead process uses nothing
         assert [entry.folder for entry in removed] == [folder]
         assert [entry.folder for entry in left] == [building]
+
+
+def test_what_belongs_to_another_user_is_left_and_said(capsys: pytest.CaptureFixture[str]) -> None:
+    """One of the folders is not even readable."""
+    with open_folder() as cache:
+        _make(cache, "readable").chmod(0o555)
+        for lock in cache.rglob("*.lock"):
+            lock.chmod(0o444)
+        hidden = _make(cache, "hidden")
+        hidden.chmod(0)
+        Path(f"{hidden}.lock").chmod(0)
+        with without_permissions():
+            assert main(["cache", "ls", "--data.cache_dir", str(cache)]) == 0
+            assert main(["cache", "clean", "--all", "--data.cache_dir", str(cache)]) == 0
+        hidden.chmod(0o755)
+        assert len(entries(cache)) == 2
+    out = capsys.readouterr().out
+    assert "1.1 kB (2 folders) in" in out
+    assert "freed 0 bytes (0 folders)" in out
+    assert out.endswith("left 1.1 kB (2 folders) that you have no permission to remove: ask who made it\n")
 
 
 @pytest.mark.parametrize(

@@ -75,10 +75,12 @@ def _list(folder: Path) -> None:
 
 
 def _clean(folder: Path, older_than_s: float | None) -> None:
-    removed, used = clean(folder, older_than_s)
+    removed, used, foreign = clean(folder, older_than_s)
     print(f"freed {_summary(removed)} in {folder}")
     if used:
         print(f"left {_summary(used)} that a running process builds or uses")
+    if foreign:
+        print(f"left {_summary(foreign)} that you have no permission to remove: ask who made it")
 
 
 def _summary(found: Sequence[Entry]) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.compare.made_runs import EVAL, best_of, make_run, make_runs
+from tests.other_user import open_folder, without_permissions
 from trainer.cli import main
 from trainer.compare.command import read_runs
 
@@ -198,6 +199,15 @@ def test_one_run_and_many(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     printed = capsys.readouterr().out
     assert printed.startswith("12 runs in 12 groups")
     assert len(re.findall(r"^model\.learning_rate ", printed, re.M)) == 3
+
+
+def test_a_run_of_another_user_is_not_said_to_be_empty(capsys: pytest.CaptureFixture[str]) -> None:
+    with open_folder() as folder:
+        run = folder / "run"
+        run.mkdir(mode=0)
+        with without_permissions():
+            assert main(["compare", str(run)]) == 1
+    assert f"error: {run}: Permission denied" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

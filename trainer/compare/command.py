@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -85,6 +86,7 @@ def read_runs(places: Sequence[str]) -> list[RunRecord]:
         if not runs:
             fragments = offline_folders(folder)
             if not fragments:
+                os.listdir(folder)  # without the permission it would seem to be empty
                 raise ValueError(f"{place} holds no run: neither metrics.jsonl nor an offline-run-* of W&B")
             offline += fragments
     found += read_offline(list(dict.fromkeys(offline)))

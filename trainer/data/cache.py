@@ -204,23 +204,24 @@ def entries(cache_dir: Path) -> list[Entry]:
 
 
 def _entry(folder: Path) -> Entry | None:
+    sizes: list[int] = []
+    report: dict[str, Any] = {}
     try:
-        sizes = [file.stat().st_size for file in folder.iterdir()]
         last_used = folder.stat().st_mtime
-        report: dict[str, Any] = {}
+        sizes = [file.stat().st_size for file in folder.iterdir()]
         if (folder / _REPORT).exists():
             last_used = (folder / _REPORT).stat().st_mtime
             report = json.loads((folder / _REPORT).read_bytes())
     except FileNotFoundError:  # it goes away at this moment
         return None
-    except ValueError:
+    except (ValueError, PermissionError):  # another user's
         pass
     finished = not folder.name.endswith(_UNFINISHED)
     source, num_rows = report.get("source", ""), report.get("num_rows")
     return Entry(folder, folder.parent.name, source, num_rows, sum(sizes), last_used, finished)
 
 
-def clean(cache_dir: Path, older_than_s: float | None = None) -> tuple[list[Entry], list[Entry]]:
+def clean(cache_dir: Path, older_than_s: float | None = None) -> tuple[list[Entry], list[Entry], list[Entry]]:
     """Remove the leftovers of killed builds, and finished folders that nobody used for a while.
 
     Args:
@@ -228,19 +229,27 @@ def clean(cache_dir: Path, older_than_s: float | None = None) -> tuple[list[Entr
         older_than_s: seconds since the last use; None leaves all finished folders.
 
     Returns:
-        What was removed, and what would have been, had no living process it in use.
+        What was removed; what would have been, had no living process it in use; and what this user may not remove.
     """
     removed: list[Entry] = []
     used: list[Entry] = []
+    foreign: list[Entry] = []
     for entry in entries(cache_dir):
         if entry.finished and (older_than_s is None or time.time() - entry.last_used < older_than_s):
             continue
-        (removed if _remove(entry) else used).append(entry)
-    return removed, used
+        try:
+            (removed if _remove(entry) else used).append(entry)
+        except PermissionError:
+            foreign.append(entry)
+    return removed, used, foreign
 
 
 def _remove(entry: Entry) -> bool:
-    """False where a living process builds or uses it. The lock file stays: another may be waiting at it."""
+    """False where a living process builds or uses it. The lock file stays: another may be waiting at it.
+
+    Raises:
+        PermissionError: it is another user's.
+    """
     folder = entry.folder.with_name(entry.folder.name.removesuffix(_UNFINISHED))
     try:
         with FileLock(f"{folder}.lock", timeout=0):
@@ -255,7 +264,7 @@ def _remove(entry: Entry) -> bool:
                 folder.rename(unfinished)
                 shutil.rmtree(unfinished)
             return True
-    except (Timeout, PermissionError):
+    except Timeout:
         return False
 
 
