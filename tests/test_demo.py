@@ -71,6 +71,7 @@ def test_same_arguments_give_the_same_bytes(tmp_path: Path, kind: str) -> None:
         for name, seed in (("a", 0), ("b", 0), ("c", 1))
     )
     assert files(a) == files(b)
+    assert len({file.stat().st_mode for file in a.rglob("*") if file.is_file()}) == 1  # safetensors alone: 0600
     assert files(a)["model.safetensors"] != files(c)["model.safetensors"]
     assert torch.equal(torch.get_rng_state(), state)
     again = write_pairs(tmp_path / "again", 400, 1, seed=1)[0]

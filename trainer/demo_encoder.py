@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from trainer.files import share_weights
+
 if TYPE_CHECKING:
     from tokenizers.pre_tokenizers import PreTokenizer
     from transformers import PreTrainedTokenizerFast
@@ -72,6 +74,7 @@ def write_encoder(
         modules = [Transformer(plain_folder), pooling, *([Normalize()] if normalize else [])]
         model = SentenceTransformer(modules=modules, device="cpu", similarity_fn_name="cosine")
         model.save_pretrained(str(folder), create_model_card=False)
+    share_weights(folder)
     return folder
 
 

@@ -56,6 +56,15 @@ def flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def share_weights(model: Path) -> None:
+    """Give all files of a model folder the mode of its modules.json, which follows the umask: safetensors writes files
+    that only their owner may read."""
+    mode = (model / "modules.json").stat().st_mode
+    for file in model.rglob("*"):
+        if file.is_file():
+            file.chmod(mode)
+
+
 def sha256_of(path: Path) -> str:
     """Hex digest of a file's bytes, read a MiB at a time."""
     digest = hashlib.sha256()

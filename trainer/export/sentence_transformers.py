@@ -31,7 +31,7 @@ from trainer.export.model_card import DISTRIBUTION, complete_readme, fill_card
 from trainer.export.onnx import FILE as ONNX_FILE
 from trainer.export.onnx import OPSET, refuse_missing_packages, write_onnx
 from trainer.export.record import Run, fingerprints, read_findings
-from trainer.files import writing
+from trainer.files import share_weights, writing
 from trainer.manifest import STATE, best, newest, problem, read_manifest, read_state
 from trainer.module import EmbeddingModule
 from trainer.run_dir import refuse_folder_of_runs
@@ -288,10 +288,7 @@ def _write(model: SentenceTransformer, run: Run, out: Path, legacy: bool, onnx: 
         if onnx:
             difference = write_onnx(model, partial)
             print(f"onnx: {out / ONNX_FILE}, opset {OPSET}, embeddings differ from torch's by {difference:.1e} at most")
-        mode = (partial / "README.md").stat().st_mode
-        for file in partial.rglob("*"):
-            if file.is_file():
-                file.chmod(mode)  # safetensors writes files that only their owner may read
+        share_weights(partial)
         if out.exists():
             os.replace(out, older)
         os.replace(partial, out)
