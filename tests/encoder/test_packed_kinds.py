@@ -15,6 +15,7 @@ from transformers import (
     AutoModel,
     AutoTokenizer,
     CamembertConfig,
+    Data2VecTextConfig,
     ElectraConfig,
     ErnieConfig,
     EuroBertConfig,
@@ -26,7 +27,9 @@ from transformers import (
     NomicBertConfig,
     PreTrainedConfig,
     Qwen2Config,
+    RobertaPreLayerNormConfig,
     XLMRobertaConfig,
+    XLMRobertaXLConfig,
 )
 
 from tests.batches import gradients_of, largest_difference
@@ -57,6 +60,7 @@ STRETCHED |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 CASES: dict[str, PreTrainedConfig] = {
     "albert": AlbertConfig(embedding_size=24, **BERT),
     "camembert": CamembertConfig(**ROBERTA),
+    "data2vec": Data2VecTextConfig(**ROBERTA),
     "electra": ElectraConfig(embedding_size=24, **BERT),
     "ernie": ErnieConfig(use_task_id=True, **BERT),
     "eurobert": EuroBertConfig(mask_token_id=4, rope_parameters=NEAR, **LLAMA),
@@ -75,7 +79,9 @@ CASES: dict[str, PreTrainedConfig] = {
     "qwen2": Qwen2Config(**QWEN2 | {"use_sliding_window": False}),
     "qwen2-window": Qwen2Config(**QWEN2),
     "qwen2-window-both-ways": Qwen2Config(**QWEN2 | BOTH_WAYS),
+    "roberta-prelayernorm": RobertaPreLayerNormConfig(**ROBERTA),
     "xlm-roberta": XLMRobertaConfig(**ROBERTA),
+    "xlm-roberta-xl": XLMRobertaXLConfig(**ROBERTA),
 }
 TEXTS = [  # some of them shorter than a window, and than the 128 pieces of one function
     "The doctor bought the car at the shop in winter.",

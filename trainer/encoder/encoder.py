@@ -42,9 +42,9 @@ logger = logging.getLogger(__name__)
 # Backbones whose attention goes through transformers' interface (MPNet's: mpnet.py), and whose positions, learned or
 # rotary, are told.
 PACKED_MODEL_TYPES = frozenset(
-    {"albert", "bert", "camembert", "distilbert", "electra", "ernie", "eurobert", "gemma3_text", "gte"}
+    {"albert", "bert", "camembert", "data2vec-text", "distilbert", "electra", "ernie", "eurobert", "gemma3_text", "gte"}
     | {"jina_embeddings_v3", "llama", "mistral", "modernbert", "mpnet", "nomic_bert", "qwen2", "qwen3", "roberta"}
-    | {"xlm-roberta"}
+    | {"roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl"}
 )
 # Their convolutions, Fourier transforms and hashes know of no mask: padding would change the text beside it.
 _UNMASKED_MODEL_TYPES = frozenset({"convbert", "fnet", "mobilebert", "yoso"})
