@@ -5,9 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
+import re
 import shutil
+import subprocess
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -306,3 +310,42 @@ def test_rows_are_dropped_from_where_a_run_goes_on(tmp_path: Path) -> None:
     assert path.read_text() == ""
     drop_rows_after(tmp_path / "none.jsonl", 3)
     assert sorted(tmp_path.iterdir()) == [path]
+
+
+class FillDisk(Callback):
+    """Fills a disk before one step and frees it before another."""
+
+    def __init__(self, folder: Path, full_at: int, free_at: int) -> None:
+        self.filler, self.full_at, self.free_at = folder / "filler", full_at, free_at
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self.full_at:
+            with suppress(OSError), open(self.filler, "wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(256))
+        if trainer.global_step == self.free_at:
+            self.filler.unlink()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_rows_wait_for_a_disk_that_is_full(
+    tiny_encoder: Path, demo_texts: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The steps behind the last checkpoint are worth more than a line of a log."""
+    small = tmp_path / "small"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(small)], check=True, timeout=20)
+    try:
+        module, data = make_parts(tiny_encoder, write_rows(tmp_path, demo_texts))
+        callbacks = [FillDisk(small, full_at=1, free_at=20), MetricsLog()]
+        options: dict[str, Any] = {"max_epochs": 4, "log_every_n_steps": 1}
+        make_trainer(small, callbacks, **options).fit(module, data)
+        rows = (small / "metrics.jsonl").read_text().splitlines()
+    finally:
+        subprocess.run(["umount", str(small)], check=True, timeout=20)
+    assert [json.loads(row)["step"] for row in rows] == list(range(1, 4 * STEPS_PER_EPOCH + 1))
+    full, written = (record.getMessage() for record in caplog.records if "metrics.jsonl" in record.getMessage())
+    assert full.startswith(f"{small}/metrics.jsonl can't be written (No space left on device): the run goes on, ")
+    number = re.fullmatch(r".*/metrics.jsonl: (\d+) rows that had waited are written", written)
+    assert number
+    assert 0 < int(number[1]) < 20

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from trainer.batch import PackedBatch
 from trainer.distributed import gather
 from trainer.encoder.flops import Arithmetic, count_arithmetic
 from trainer.encoder.size import UNCOUNTED
-from trainer.files import write_whole, writing
+from trainer.files import write_whole
 from trainer.manifest import read_state
 from trainer.tracking.about import names_of_sources, peak_memory, write_about
 from trainer.tracking.runs import METRICS_FILE, read_row
@@ -80,6 +81,7 @@ class MetricsLog(Callback):
         self._gpu_hours = 0.0
         self._ticked: float | None = None
         self._sources: list[str] = []  # none where there is one
+        self._unwritten: list[str] = []  # lines that the disk did not take
         self._trainer: Trainer | None = None
 
     # -- for other callbacks ------------------------------------------------------------------------------
@@ -95,10 +97,8 @@ class MetricsLog(Callback):
         if not trainer.is_global_zero:
             return
         row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        path = _path(trainer)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with writing(path), open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **row, **histograms}) + "\n")
+        self._unwritten.append(json.dumps({"step": step, **row, **histograms}) + "\n")
+        self._append_rows(_path(trainer))
         for logger in trainer.loggers:
             if isinstance(logger, RunLogger):
                 logger.log_metrics(dict(metrics), step, histograms)
@@ -194,6 +194,29 @@ class MetricsLog(Callback):
         self._sums.leave_to_rank_0()
 
     # -- inside -------------------------------------------------------------------------------------------
+
+    def _append_rows(self, path: Path) -> None:
+        """Rows that the disk does not take wait for the next log: a checkpoint may have room by then, or elsewhere."""
+        waited = len(self._unwritten) - 1
+        size = path.stat().st_size if path.exists() else 0
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "a", encoding="utf-8") as file:
+                file.writelines(self._unwritten)
+        except OSError as error:
+            with suppress(OSError):
+                os.truncate(path, size)  # or a row would stand behind the half of another
+            if not waited:
+                logger.warning(
+                    "%s can't be written (%s): the run goes on, and its rows wait until they can be; make room before "
+                    "the next checkpoint, which needs some too",
+                    path,
+                    error.strerror,
+                )
+            return
+        if waited:
+            logger.warning("%s: %d rows that had waited are written", path, waited)
+        self._unwritten.clear()
 
     def _start_clock(self, trainer: Trainer) -> None:
         self._since, self._paused = time.perf_counter(), 0.0
