@@ -3,6 +3,7 @@
 #
 #   eval "$(slurm/local-cluster.sh start)"     starts it, or finds it running, and sets SLURM_CONF
 #   sbatch --nodes 2 slurm/train.sh configs/stsb.yaml
+#   sbatch --partition urgent --nodes 2 --exclusive --wrap 'sleep 30'    preempts it
 #   slurm/local-cluster.sh status
 #   slurm/local-cluster.sh stop
 #
@@ -97,7 +98,10 @@ ReturnToService=2
 $gres_types
 NodeName=n1 NodeHostname=$host NodeAddr=127.0.0.1 Port=${ports[1]} CPUs=2 RealMemory=$memory_mb $gres
 NodeName=n2 NodeHostname=$host NodeAddr=127.0.0.1 Port=${ports[2]} CPUs=2 RealMemory=$memory_mb $gres
-PartitionName=local Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=local Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP GraceTime=60
+PartitionName=urgent Nodes=n1,n2 MaxTime=INFINITE State=UP PriorityTier=2
 CONF
     write_fake_gpus
 }

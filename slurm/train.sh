@@ -14,7 +14,8 @@
 #
 # 120 s before the time limit Slurm sends USR1. The program saves a checkpoint and leaves with 85, which asks this script
 # to requeue the job. Where saving takes longer: sbatch --signal=USR1@300 ... (no "B:": the program must get the signal).
-# Other exit codes: 0 done, 2 wrong command, config or node, 130 and 143 told to stop, anything else a failure.
+# So it does with 143, told to stop, when that was a preemption. Other exit codes: 0 done, 2 wrong command, config or node,
+# 130 and 143 told to stop, anything else a failure.
 # shellcheck disable=SC2317,SC2329  # finish and what it calls are reached by the trap
 #SBATCH --job-name=trainer
 #SBATCH --nodes=1
@@ -234,6 +235,15 @@ is_requeued() {
     ((${restarts:-0} > ${SLURM_RESTART_COUNT:-0}))
 }
 
+# Where preemption has a grace time, Slurm ends the job by TERM, as scancel does, and does not requeue one that has left
+# by the end of that time. The time of a preemption may be that of an earlier start.
+is_preempted() {
+    local start="" preempted=""
+    read -r start preempted < <(scontrol show job -o "$SLURM_JOB_ID" 2>/dev/null |
+        sed -n "s/^JobId=$SLURM_JOB_ID .* StartTime=\([^ ]*\) .* PreemptTime=\([0-9][^ ]*\) .*/\1 \2/p") || true
+    [[ -n $preempted && ! $preempted < $start ]]
+}
+
 # The command with which somebody goes on. The config of the run directory is all of it, and holds no secrets.
 say_how_to_go_on() {
     local script=$0 job place=(--nodes="$nodes" --ntasks-per-node="$tasks")
@@ -265,7 +275,9 @@ finish() {
         echo "train.sh: Slurm has put job $SLURM_JOB_ID back into the queue itself: it goes on by itself, don't submit it again"
         return 0
     fi
-    if [[ $code == 85 ]] && requeue; then return 0; fi
+    if [[ $code == 85 ]] || { [[ $code == 143 ]] && is_preempted; }; then
+        if requeue; then return 0; fi
+    fi
     if [[ $code != [02] && -n $checkpoint ]]; then say_how_to_go_on "$folder"; fi
 }
 

@@ -88,6 +88,21 @@ def test_a_requeue_by_slurm_itself_asks_nobody_to_submit_again(slurm: Slurm, tmp
     assert "to go on" not in job.log
 
 
+def test_a_job_that_leaves_in_the_grace_time_of_a_preemption_is_requeued(slurm: Slurm, tmp_path: Path) -> None:
+    """By another job, of the partition with the higher priority. Slurm itself would have it fail."""
+    python = stand_in(tmp_path, PROGRAM.replace("USR1", "TERM").replace("85", "143"))
+    number = slurm.submit("--nodes 2", ["configs/pairs.yaml"], python)
+    wait_for(slurm, number, "ready", count=2)
+    urgent = "sbatch --parsable --partition urgent --nodes 2 --exclusive --output /dev/null --wrap true"
+    slurm.output(urgent.split())
+    slurm.start_again(number)
+    job = slurm.finished(number)
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "1"), job.log
+    first, second = job.log.split(f"requeueing job {number} to go on from the checkpoint (restart 1 of at most 50)")
+    assert "ended with exit code 143" in first
+    assert second.count("goes on") == 2
+
+
 @pytest.mark.parametrize(
     ("most", "reason"),
     [
