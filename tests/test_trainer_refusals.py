@@ -122,6 +122,23 @@ def test_a_job_script_without_srun_has_one_rank(
     )
 
 
+def test_the_shell_of_salloc_waits_for_no_other_node(
+    recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody starts the ranks there. Who starts one on each node by hand numbers the nodes."""
+    for name, value in {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "interactive", "SLURM_NNODES": "2"}.items():
+        monkeypatch.setenv(name, value)
+    two = ("--trainer.num_nodes", "2", "--trainer.devices", "3", "--trainer.accelerator", "cpu")
+    assert refused(capsys, recipe, *two).endswith(
+        "trainer.devices 3 x trainer.num_nodes 2 is 6 rank(s), but this shell of a Slurm job has started 3: start it "
+        "with slurm/train.sh, or with srun --nodes 2 --ntasks-per-node 3; or set the two to what is started"
+    )
+    monkeypatch.setenv("NODE_RANK", "0")
+    monkeypatch.setenv("MASTER_PORT", "none")  # and so it comes as far as the meeting of the ranks
+    assert main(["fit", "--config", str(recipe), *two]) == 1
+    assert "invalid literal for int() with base 10: 'none'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_two_tasks_under_salloc_are_no_two_runs(
     recipe: Path, rank: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -22,7 +22,7 @@ from lightning.pytorch.callbacks import (
     Timer,
     WeightAveraging,
 )
-from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
@@ -287,8 +287,12 @@ def refuse_ranks_apart(trainer: Trainer) -> None:
     environment = trainer._accelerator_connector.cluster_environment
     asked, started = trainer.num_devices * trainer.num_nodes, environment.world_size()
     shape = f"trainer.devices {trainer.num_devices} x trainer.num_nodes {trainer.num_nodes}"
+    who = "Slurm" if isinstance(environment, SLURMEnvironment) else "the launcher"
+    by_hand = "NODE_RANK" in os.environ or "GROUP_RANK" in os.environ  # one process on each node
+    in_shell = isinstance(environment, LightningEnvironment) and "SLURM_JOB_ID" in os.environ and not by_hand
+    if in_shell and trainer.num_nodes > 1:  # under salloc, or srun --pty: it would wait for the other nodes
+        who, started = "this shell of a Slurm job", trainer.num_devices
     if asked != started:
-        who = "Slurm" if isinstance(environment, SLURMEnvironment) else "the launcher"
         raise ConfigError(
             f"{shape} is {asked} rank(s), but {who} has started {started}: start it with slurm/train.sh, or with srun "
             f"--nodes {trainer.num_nodes} --ntasks-per-node {trainer.num_devices}; or set the two to what is started"
