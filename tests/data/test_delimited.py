@@ -199,7 +199,8 @@ def test_a_first_line_that_may_be_a_row_is_said(suffix: str, tmp_path: Path, cap
     assert len(load(Source(str(path), {"anchor": 0, "positive": 1}, holdout=0.01), tmp_path / "c")) == 2
     assert [record.getMessage() for record in caplog.records] == [said]
     caplog.clear()
-    delimited.warn_of_headers(Source(str(path), {"anchor": 0, "positive": 1}, streaming=True), [str(path)])
+    header = delimited.stream_delimited(str(path)).columns
+    delimited.warn_of_header(Source(str(path), {"anchor": 0, "positive": 1}, streaming=True), str(path), header)
     assert [record.getMessage() for record in caplog.records] == [said]
     caplog.clear()
     load(Source(str(path), {"anchor": "0", "positive": "1"}, where={"1": ["dos", "tres"]}), tmp_path / "c")

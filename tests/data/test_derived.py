@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,9 @@ from hypothesis import strategies as st
 from trainer.data.derived import draw, held_out, triplets
 from trainer.data.evalsource import EvalSource
 from trainer.data.loading import fingerprint, load
+from trainer.data.module import PairData
 from trainer.data.sources import Source
+from trainer.encoder import EncoderSpec
 
 NLI = {"anchor": "premise", "positive": "hypothesis", "label": "label"}
 
@@ -308,6 +311,42 @@ def test_columns_by_position(tmp_path: Path) -> None:
     assert load(named, tmp_path / "cache")[0] == {"anchor": "a", "positive": "c"}, "a name goes before a position"
     with pytest.raises(ValueError, match=r"no column 5 \(columns.positive\); there are 3, 0 to 2: id, left, right"):
         load(Source(str(tmp_path / "rows.csv"), {"anchor": 1, "positive": 5}), tmp_path / "cache")
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_position_that_means_another_column_in_a_later_file_is_refused(
+    kind: str, streaming: bool, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    """Else questions and answers would change places from there on."""
+    frame = pd.DataFrame({"question": ["a", "b"], "answer": ["c", "d"]})
+    files = [tmp_path / f"{number}.{kind}" for number in range(3)]
+
+    def write(frame: pd.DataFrame, path: Path) -> None:
+        if kind == "parquet":
+            frame.to_parquet(path)
+        else:
+            text = frame.to_csv(index=False) if kind == "csv" else frame.to_json(orient="records", lines=True)
+            path.write_text(text)
+
+    def set_up(columns: dict[str, int | str]) -> None:
+        source = Source(str(tmp_path / f"*.{kind}"), columns, streaming=streaming)
+        data = PairData([source], EncoderSpec(str(tiny_encoder)), batch_size=2, cache_dir=str(tmp_path / "cache"))
+        data.trainer = SimpleNamespace(global_step=0, max_steps=2, limit_train_batches=1.0)  # type: ignore[assignment]
+        data.setup("fit")
+
+    write(frame, files[0])
+    write(frame.set_axis(["query", "reply"], axis=1), files[1])  # what positions are for
+    set_up({"anchor": 0, "positive": 1})
+    write(frame[["answer", "question"]], files[2])
+    message = (
+        f"{files[2]}: column 0 (columns.anchor) is 'answer', in {files[0]} 'question': its columns are answer, "
+        "question, there question, answer; name them (columns.anchor: question) in place of positions"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        set_up({"anchor": 0, "positive": 1})
+    files[1].unlink()
+    set_up({"anchor": "question", "positive": "answer"})
 
 
 def test_names_and_positions_side_by_side(tmp_path: Path) -> None:

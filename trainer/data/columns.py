@@ -91,6 +91,30 @@ def find_column(wanted: str | int, file: str, found: Sequence[str], asked_by: st
     return Column(name, tuple(fields))
 
 
+def refuse_moved(
+    asked: Sequence[tuple[str, str | int]], file: str, found: Sequence[str], earlier: dict[tuple[str, ...], str]
+) -> None:
+    """Raises ValueError where a position means another column than in an earlier file, whose column is here too.
+
+    Args:
+        asked: columns as in the config, each behind its key.
+        file: its name.
+        found: its columns.
+        earlier: columns -> the first file that has them; this one joins them.
+    """
+    if not found or tuple(found) in earlier:
+        return
+    for columns, other in earlier.items():
+        for key, wanted in asked:
+            here, there = find_column(wanted, file, found, key).name, find_column(wanted, other, columns, key).name
+            if is_position(wanted) and here != there and there in found:
+                raise ValueError(
+                    f"{file}: column {wanted} ({key}) is '{here}', in {other} '{there}': its columns are "
+                    f"{', '.join(found)}, there {', '.join(columns)}; name them ({key}: {there}) in place of positions"
+                )
+    earlier[tuple(found)] = file
+
+
 def _other_separator(file: str, found: Sequence[str]) -> str:
     """What to do with a CSV or TSV whose only column is a header split by another character, else nothing."""
     suffix = data_format(Path(file))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,7 +54,7 @@ def read_delimited(
     cells_of = _cells_of(path)
     header, head, blocks = _begin(path)
     if source:
-        _warn_of_header(source, path, header)
+        warn_of_header(source, path, header)
     columns = source and _columns(source, path, header, [cells for _, cells in head])
 
     def parse(lines: bytes) -> pa.RecordBatch | None:
@@ -87,26 +87,16 @@ def stream_delimited(url: str) -> Rows:
     return Rows(url, ":", header, (_record(url, header, *one) for one in chain(head, behind)))
 
 
-def warn_of_headers(source: Source, urls: Sequence[str]) -> None:
-    """Do of files that are streamed what ``read_delimited`` does of its own: say which first lines may be rows."""
-    if _by_position(source):
-        for url in urls:
-            _warn_of_header(source, url, _begin(url)[0])
-
-
-def _warn_of_header(source: Source, path: Path | str, header: list[str]) -> None:
-    if header and _by_position(source) and not any(str(place) in header for place in source.columns.values()):
+def warn_of_header(source: Source, path: Path | str, header: list[str]) -> None:
+    """Say of a first line that it may be a row, where the config has no name that such a file would lack."""
+    by_position = all(is_position(column) for _, column in source.asked)
+    if header and by_position and not any(str(place) in header for place in source.columns.values()):
         names = ", ".join(f"'{name:.40}'" for name in header[:_QUOTED]) + (", ..." if len(header) > _QUOTED else "")
         gather.warn(
             logger,
             f"{path}: its first line is taken for the names of its columns: {names}; if it is a row, write a header "
             "above it",
         )
-
-
-def _by_position(source: Source) -> bool:
-    """Whether the config has no name that a file without a header would lack."""
-    return all(map(is_position, (*source.columns.values(), *(source.where or {}))))
 
 
 def _cells_of(path: Path | str) -> Callable[[Block, Iterator[Block]], Iterator[_Cells]]:

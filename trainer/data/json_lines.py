@@ -98,8 +98,8 @@ def _begin(path: Path | str, source: Source | None) -> tuple[list[str], set[str]
         if len(head) >= PEEKED:
             break
     columns = _keys(head[:PEEKED])
-    asked = [*source.columns.values(), *(source.where or {})] if source and columns else []
-    names = [str(name) for name in asked if not is_position(name)]
+    asked = source.asked if source and columns else []
+    names = [str(name) for _, name in asked if not is_position(name)]
     lacking = {name.split(".")[0] for name in names if name not in columns} - set(columns)
     columns += [name for name in _keys(head) if name in lacking]
     return columns, lacking.difference(columns), head, blocks

@@ -17,7 +17,7 @@ from datasets import Dataset, load_dataset
 from trainer.data.blocks import no_batch
 from trainer.data.cache import place_of, use
 from trainer.data.checks import BadRows, checked_rows
-from trainer.data.columns import find_column
+from trainer.data.columns import find_column, refuse_moved
 from trainer.data.delimited import read_delimited
 from trainer.data.derived import draw, draw_groups, held_out, triplets
 from trainer.data.files import JSON_LINES, data_files, data_format, is_hub_id
@@ -270,8 +270,11 @@ def _open(source: Source, accept: Callable[[pa.RecordBatch], None]) -> Iterator[
         here = rows.select_columns([c for c in rows.column_names if wanted is None or c in wanted])
         yield table_rows(source.path, rows.features.arrow_schema, here.with_format("arrow").iter(1000))
     else:
+        earlier: dict[tuple[str, ...], str] = {}
         for file in data_files(source.path, source.split):
-            yield file_rows(file, source, accept)
+            of_file = file_rows(file, source, accept)
+            refuse_moved(source.asked, of_file.name, of_file.columns, earlier)
+            yield of_file
 
 
 def file_rows(file: Path, source: Optional[Source] = None, accept: Callable[[pa.RecordBatch], None] = no_batch) -> Rows:

@@ -25,7 +25,8 @@ from trainer.batch import PackedBatch
 from trainer.data.blocks import PEEKED
 from trainer.data.checks import checked_rows
 from trainer.data.collate import pack, pack_towers, targets_of
-from trainer.data.delimited import stream_delimited, warn_of_headers
+from trainer.data.columns import is_position, refuse_moved
+from trainer.data.delimited import stream_delimited, warn_of_header
 from trainer.data.files import JSON_LINES, data_format, is_hub_id
 from trainer.data.json_lines import stream_json_lines
 from trainer.data.order import split_rows
@@ -72,18 +73,26 @@ class OpaqueStream:
         return "; copy it to this machine" if "://" in self.source.path else ""
 
     def look(self) -> None:
-        """Say before the first step what reading says without streaming: of the first rows of the first file.
+        """Say before the first step what reading says without streaming: of the first rows of the first file, and
+        of what a position means in each.
 
         Raises:
             ValueError: there is no such file, a column is missing, or a row is bad.
         """
         urls = self._text_urls()
-        warn_of_headers(self.source, [url for url in urls if data_format(Path(url)) in _DELIMITED])
         if not urls:
             return
         bad = StreamedBadRows(self.source)
+        earlier: dict[tuple[str, ...], str] = {}
+        # What a position means is seen of all files together; later a reader sees some of them only.
+        by_position = any(is_position(column) for _, column in self.source.asked)
         try:
             rows = _text_file(urls[0], self.source)
+            for url in urls if by_position else ():
+                columns = rows.columns if url == urls[0] else _text_file(url, self.source).columns
+                if data_format(Path(url)) in _DELIMITED:
+                    warn_of_header(self.source, url, columns)
+                refuse_moved(self.source.asked, url, columns, earlier)
             first = islice(rows.records, min(PEEKED, self.max_rows or PEEKED))
             for _ in checked_rows(self.source, replace(rows, records=first), bad):
                 pass

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trainer.data.columns import find_column
+from trainer.data.columns import find_column, refuse_moved
 from trainer.data.files import data_files, data_format, is_hub_id, names_of_split
 from trainer.data.parts import SLICE_ROWS
 from trainer.data.rows import wanted_columns
@@ -78,10 +78,12 @@ def group_files(source: Source) -> list[GroupFile] | None:
         )
     with ThreadPoolExecutor(_READERS) as pool:
         files = list(pool.map(_read_footer, urls, [_stamp(url) for url in urls]))
+    earlier: dict[tuple[str, ...], str] = {}
     for file in files:
         wanted_columns(file.url, file.columns, source.read_columns)
-        for canonical, column in source.columns.items():
-            find_column(column, file.url, file.columns, f"columns.{canonical}")
+        for key, column in source.asked:
+            find_column(column, file.url, file.columns, key)
+        refuse_moved(source.asked, file.url, file.columns, earlier)
     if not sum(sum(file.group_sizes) for file in files):
         raise ValueError(f"{source.path}: there is no row")
     return files

@@ -311,9 +311,17 @@ class Source:
         return [prompt + text for text in texts]
 
     @property
+    def asked(self) -> list[tuple[str, Union[int, str]]]:
+        """Columns of the data, each behind the key that asks for it."""
+        return [
+            *((f"columns.{name}", column) for name, column in self.columns.items()),
+            *(("where", column) for column in self.where or {}),
+        ]
+
+    @property
     def read_columns(self) -> Optional[set[str]]:
         """Columns of the data to read, None for all: a position has no name before the file is open."""
-        asked = [*self.columns.values(), *(self.where or {})]
-        if any(map(is_position, asked)):
+        names = [str(column) for _, column in self.asked]
+        if any(map(is_position, names)):
             return None
-        return {part for column in asked for part in (str(column), str(column).split(".")[0])}
+        return {part for name in names for part in (name, name.split(".")[0])}
