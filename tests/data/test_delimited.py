@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import random
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,28 @@ def test_columns_without_a_name_are_let_be(suffix: str, tmp_path: Path) -> None:
     assert records == [(2, {"a": "x", "b": "y", "2": "z", "3": "w"})]
     assert ":1: the header names column 'a' twice" in failure(source("a,a,,\nx,y,,\n", "a", 1), tmp_path / "c2")
     assert ":1: the header names column '' twice" in failure(source(",,\na,b,c\n", 0, 1), tmp_path / "c2")
+
+
+@pytest.mark.parametrize("again", ["a,b", "b, a", '"b","a"', '\ufeff"a","b"'])
+@pytest.mark.parametrize("num_rows", [1, 50_000])
+def test_a_second_header_is_refused(num_rows: int, again: str, tmp_path: Path) -> None:
+    """Of files that were joined: it is no row, and its columns may stand in another order."""
+    parts = ["a,b\n" + "x,y\n" * num_rows, f"{again}\nz,w\n"]
+    path = tmp_path / "x.csv.gz"
+    path.write_bytes(b"".join(gzip.compress(part.encode()) for part in parts))
+    said = re.escape(f"{path}:{num_rows + 2}: a second header, ")
+    with pytest.raises(ValueError, match=said):
+        load(Source(str(path), {"anchor": "a", "positive": "b"}, on_bad_row="skip"), tmp_path / "c")
+    with pytest.raises(ValueError, match=said):
+        list(delimited.stream_delimited(str(path)).records)
+
+
+def test_a_name_of_a_column_may_be_a_text(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("a,b\n" + "x,y\n" * 50_000 + "a,y\nb,b\n")
+    (tmp_path / "y.csv").write_text("word\nnoun\nword\n")
+    pairs = load(Source(str(tmp_path / "x.csv"), {"anchor": "a", "positive": "b"}), tmp_path / "c")
+    assert pairs[-2:] == {"anchor": ["a", "b"], "positive": ["y", "b"]}
+    assert load(Source(str(tmp_path / "y.csv"), {"text": "word"}), tmp_path / "c")["text"][:] == ["noun", "word"]
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".tsv.gz"])

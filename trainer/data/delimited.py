@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 
 from trainer.data.blocks import PEEKED, checked_batch, is_plain, no_batch, parsed_blocks
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_BOM = b"\xef\xbb\xbf"
 _QUOTED = 5  # names of columns that a warning quotes
 # Cells of a record with the number of its first line, or the reason why there are none.
 _Cells = tuple[int, "list[str] | str"]
@@ -135,6 +137,12 @@ def _record(path: Path | str, header: list[str], number: int, cells: list[str] |
         is_cut = len(cells) < len(header) and data_format(Path(path)) == ".tsv"
         hint = "; a row of a TSV is one line: write texts with line breaks as CSV or JSON lines" if is_cut else ""
         return number, f"{len(cells)} cells, the header has {len(header)}{hint}"
+    # The file behind it may have begun with a byte order mark.
+    if len(header) > 1 and sorted(cell.strip('\ufeff" ') for cell in cells) == sorted(header):
+        raise ValueError(
+            f"{path}:{number}: a second header, {', '.join(cells)}: files were joined here; name them apart in path (a "
+            "glob or a folder), or, where the columns keep their order, take this line out"
+        )
     return number, dict(zip(header, cells, strict=True))
 
 
@@ -231,7 +239,7 @@ def _parse(
     lines: bytes, source: Source, header: list[str], columns: dict[str, str], delimiter: str
 ) -> pa.RecordBatch | None:
     """The checked rows of a block; None where any row is not plainly good."""
-    if b"\r" in lines or b"\0" in lines or not _is_regular(lines, delimiter):
+    if b"\r" in lines or b"\0" in lines or _BOM in lines or not _is_regular(lines, delimiter):
         return None
     used = list(dict.fromkeys(columns.values()))
     try:
@@ -243,6 +251,10 @@ def _parse(
                 column_types=dict.fromkeys(used, pa.large_string()), include_columns=used, strings_can_be_null=False
             ),
         )
+        # In a second header, in whatever order, each cell is a name; a text that is one as well gets a closer look.
+        names = pc.is_in(pc.utf8_trim_whitespace(table.column(used[0])), pa.array(header, pa.large_string()))
+        if len(header) > 1 and pc.any(names).as_py():
+            return None
         cells = {
             name: table.column(column).cast(pa.float64())
             if name in ("score", "label") and name != source.mapped_column
