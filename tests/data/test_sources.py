@@ -423,6 +423,21 @@ def test_a_missing_column_names_the_found_ones_and_the_nearest(kind: str, tmp_pa
     assert message.endswith("Did you mean 'sentence2'?")
 
 
+def test_a_missing_column_of_json_lines_is_told_from_the_first_rows(tmp_path: Path) -> None:
+    """Of a file that is whole only that far: nobody waits for the rest of it to be unpacked."""
+    path = tmp_path / "x.jsonl.gz"
+    packed = gzip.compress(
+        b"".join(json.dumps({"left": f"{i} {i**9}", "right": "y"}).encode() + b"\n" for i in range(50_000))
+    )
+    path.write_bytes(packed[: len(packed) // 2])
+    columns: dict[str, int | str] = {"anchor": "lefft", "positive": "right"}
+    assert "no column 'lefft' (columns.anchor); found: left, right" in failure(
+        Source(str(path), columns), tmp_path / "c"
+    )
+    for reason in ({"on_bad_row": "skip"}, {"where": {"left": "0 0"}}):  # a later row may have it
+        assert "cut short" in failure(Source(str(path), columns, **reason), tmp_path / "c")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("name", "separator", "columns", "remedy"),
     [

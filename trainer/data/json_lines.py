@@ -63,7 +63,6 @@ def stream_json_lines(url: str, source: Source) -> Rows:
         ValueError: no row in the first part of a file has negatives, and nobody knows whether one far behind has.
     """
     columns, lacking, head, blocks = _begin(url, source)
-    lacking &= {str(source.columns.get("negatives")).split(".")[0]}  # without another column the first row is bad
     held: list[Block] = []
 
     def first_look() -> Iterator[Block]:
@@ -89,7 +88,7 @@ def _begin(path: Path | str, source: Source | None) -> tuple[list[str], set[str]
     """The columns, the first rows, which say what columns there are (there is no header), and the blocks behind.
 
     A column that is asked for may be null, and so left out, in all of the first rows: the second set of names is to be
-    looked for behind them.
+    looked for behind them. It has none whose lack makes these rows bad.
     """
     blocks = text_blocks(path)
     head: list[Record] = []
@@ -102,6 +101,8 @@ def _begin(path: Path | str, source: Source | None) -> tuple[list[str], set[str]
     names = [str(name) for _, name in asked if not is_position(name)]
     lacking = {name.split(".")[0] for name in names if name not in columns} - set(columns)
     columns += [name for name in _keys(head) if name in lacking]
+    if source and source.on_bad_row == "fail" and not source.where:
+        lacking &= {str(source.columns.get("negatives")).split(".")[0]}
     return columns, lacking.difference(columns), head, blocks
 
 
