@@ -104,6 +104,48 @@ def no_wandb_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path
 
 
+FULL_DISK = """
+import sys, time
+from pathlib import Path
+from trainer.tracking import wandb
+from trainer.tracking.wandb import Tracking, make_logger
+
+wandb.STALLED_S = 2.0
+logger, filler = make_logger(Tracking(wandb="offline"), sys.argv[1], {}), Path(sys.argv[1], "filler")
+for step in range(60):
+    logger.log_metrics({"train/loss": 1.0}, step)
+    time.sleep(0.2)
+    if step == 25 and sys.argv[2] == "full":
+        with open(filler, "wb", buffering=0) as file:
+            try:
+                while True:
+                    file.write(bytes(256))
+            except OSError:
+                pass
+    if step == 45:
+        filler.unlink(missing_ok=True)  # W&B's service does not come back
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+@pytest.mark.parametrize("disk", ["full", "free"])
+def test_an_offline_run_whose_disk_is_full_says_so_once(no_wandb_settings: Path, disk: str) -> None:
+    small = no_wandb_settings / "small"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(small)], check=True, timeout=20)
+    try:
+        command = [sys.executable, "-c", FULL_DISK, str(small), disk]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=90)
+        assert done.returncode == 0, done.stderr
+        (fragment,) = small.glob("wandb/offline-run-*/run-*.wandb")
+        stored = sum(record.get("type") == "history" for record in records(fragment))
+    finally:
+        subprocess.run(["umount", str(small)], check=True, timeout=20)
+    said = re.findall(rf"W&B writes nothing to {fragment} any more; its disk has [\d,]+ bytes free", done.stderr)
+    assert len(said) == (disk == "full"), done.stderr
+    assert stored < 60 if disk == "full" else stored == 60
+
+
 def test_two_runs_of_one_process_are_two(no_wandb_settings: Path) -> None:
     """A notebook fits twice: the second run does not go on in the first one's files. And nobody has asked for W&B: by
     default a run without a key writes offline files."""

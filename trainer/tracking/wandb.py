@@ -4,8 +4,10 @@ import math
 import os
 import secrets
 import shlex
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +32,7 @@ from trainer.tracking.wandb_mode import choose_mode, has_key
 ID_FILE = "wandb_id"
 INIT_TIMEOUT_S = 30.0
 FINISH_TIMEOUT_S = 120.0
+STALLED_S = 30.0  # without a byte behind a row: W&B flushes each second
 _SHOWN = ("project", "entity", "group", "job_type", "tags", "name")
 _SLURM = (
     *("SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_JOB_NODELIST", "SLURM_JOB_PARTITION", "SLURM_CLUSTER_NAME"),
@@ -117,6 +120,8 @@ class RunLogger(WandbLogger):
 
     _defined: frozenset[str] = frozenset()
     _has_ended = False
+    _size = -1  # of the offline file, when it was last looked at
+    _look_at = 0.0
 
     @property
     @rank_zero_experiment
@@ -138,6 +143,9 @@ class RunLogger(WandbLogger):
     ) -> None:
         """One row. The counts of a histogram are those of equal bins from -1 to 1."""
         run = self.experiment
+        if run.settings._offline and time.monotonic() >= self._look_at:
+            self._look_at = time.monotonic() + STALLED_S
+            self._tell_if_stalled(Path(run.settings.sync_file))
         for name in metrics.keys() - self._defined:
             # By its whole name: of two globs that fit, W&B takes the first, which is the one of the step.
             if which := direction(name):
@@ -151,6 +159,18 @@ class RunLogger(WandbLogger):
                 edges = np.linspace(-1.0, 1.0, len(counts) + 1)
                 shown[name] = wandb.Histogram(np_histogram=(np.asarray(counts), edges))
         super().log_metrics(shown, step)
+
+    def _tell_if_stalled(self, file: Path) -> None:
+        """Behind the first error of writing, W&B's service drops all rows of this process without a word."""
+        size = file.stat().st_size if file.exists() else 0
+        if size == self._size:
+            self._look_at = math.inf
+            rank_zero_warn(
+                f"W&B writes nothing to {file} any more; its disk has {shutil.disk_usage(file.parent).free:,} bytes "
+                f"free. The run goes on, {METRICS_FILE} has what is missing; make room, and W&B has the rows from the "
+                "next start on"
+            )
+        self._size = size
 
     @rank_zero_only
     def log_about(self, about: Mapping[str, Any]) -> None:
