@@ -4,6 +4,7 @@ import gzip
 import json
 import logging
 import math
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -199,6 +200,20 @@ def test_a_length_that_does_not_fit_is_refused(tmp_path: Path, tiny_encoder: Pat
     held_out = EvalSource(name="dev", path="x.jsonl", columns=COLUMNS, max_lengths={"anchor": 5})
     with pytest.raises(ValueError, match=r"max_lengths is for data\.train; an evaluation embeds as the exported model"):
         PairData([], EncoderSpec("x"), validation=[held_out])
+
+
+@pytest.mark.parametrize("keys", [{"subset": "en"}, {"revision": "v1"}])
+def test_what_chooses_from_a_hub_set_is_refused_of_files(keys: dict[str, str], tmp_path: Path) -> None:
+    """Files are read whole: the run would take rows of all languages, or of another version, for those asked for."""
+    (tmp_path / "x.jsonl").touch()
+    spec, (key, value) = EncoderSpec("x"), *keys.items()
+    for path in (str(tmp_path), str(tmp_path / "x.jsonl"), f"{tmp_path}/*.jsonl", "memory://x.jsonl"):
+        said = re.escape(f"{path}: {key} is {value}, which chooses from a data set of the hub; path names files")
+        with pytest.raises(ValueError, match=said):
+            PairData([Source(path, COLUMNS, **keys, streaming="://" in path)], spec)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=said):
+            PairData([], spec, validation=[EvalSource(name="dev", path=path, columns=COLUMNS, **keys)])  # type: ignore[arg-type]
+    PairData([Source("org/set", COLUMNS, **keys)], spec)  # type: ignore[arg-type]
 
 
 def test_a_prompt_of_a_column_that_fills_its_length_is_refused(tmp_path: Path, tiny_encoder: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from trainer.data.evalsource import EvalSource
+from trainer.data.files import is_hub_id
 from trainer.data.sources import Source
 from trainer.encoder.text import TextPreparation
 from trainer.messages import refuse_not_positive
@@ -20,6 +21,7 @@ def refuse_training(source: Source, no_duplicates: bool, mixing: str, has_docume
         mixing: data.mixing.
         has_documents: documents have an encoder of their own.
     """
+    _refuse_hub_keys(source)
     if source.streaming and source.on_bad_row == "skip":
         raise ValueError(
             f"{source.path}: on_bad_row: skip does not go with streaming: true, for rows are numbered before "
@@ -61,6 +63,7 @@ def refuse_held_out(sources: Sequence[EvalSource]) -> None:
                 f"{held_out.path}: the metrics of one would replace those of the other; give each a name of its own"
             )
         paths[held_out.name] = held_out.path
+        _refuse_hub_keys(held_out)
         if held_out.streaming:
             raise ValueError(
                 f"{held_out.path}: streaming: true is for data.train; an evaluation takes all rows: set it to false"
@@ -69,6 +72,16 @@ def refuse_held_out(sources: Sequence[EvalSource]) -> None:
             raise ValueError(
                 f"{held_out.path}: max_lengths is for data.train; an evaluation embeds as the exported model will, "
                 "with model.encoder.max_length: leave it out"
+            )
+
+
+def _refuse_hub_keys(source: Source) -> None:
+    for key in ("subset", "revision"):
+        value = getattr(source, key)
+        if value is not None and not is_hub_id(source.path):
+            raise ValueError(
+                f"{source.path}: {key} is {value}, which chooses from a data set of the hub; path names files, which "
+                f"are read whole: leave {key} out, or set it to null"
             )
 
 
