@@ -234,7 +234,8 @@ def write_group(file: GroupFile, number: int, wanted: Collection[str] | None, pa
             batches: Iterable[pa.RecordBatch]
             if _suffix(file.url) == ".parquet":
                 # Far reads are joined into few; near ones page by page, so that memory holds a page and not a group.
-                parquet = pq.ParquetFile(opened, pre_buffer=file.local is None)
+                meta = _metadata(file.url, _stamp(file.url))
+                parquet = pq.ParquetFile(opened, metadata=meta, pre_buffer=file.local is None)
                 schema = parquet.schema_arrow
                 names = [name for name in schema.names if wanted is None or name in wanted]
                 batches = parquet.iter_batches(SLICE_ROWS, row_groups=[number], columns=names, use_threads=False)
@@ -257,6 +258,13 @@ def read_arrow_rows(file: GroupFile, number: int, wanted: Collection[str] | None
     names = [name for name in found.schema.names if wanted is None or name in wanted]
     batch = found.batches[number].select(names)
     return pa.Table.from_batches([batch.replace_schema_metadata(found.schema.metadata)]).slice(start, stop - start)
+
+
+@lru_cache(maxsize=16)
+def _metadata(url: str, stamp: tuple[int, int]) -> pq.FileMetaData:
+    """Of a Parquet file whose groups are being read: the more there are, the longer its footer."""
+    with _opened(url) as file:
+        return pq.read_metadata(file)
 
 
 @lru_cache(maxsize=16)
