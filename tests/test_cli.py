@@ -560,7 +560,7 @@ BAD_COMMANDS = {
     "export run model --legcy": "'--legcy' is no flag of trainer export. Did you mean '--legacy'?",
     "export configs model --private": "--private is about a repository: give --push OWNER/NAME too",
     "export configs model --push mine": "--push mine: a repository has an owner and a name, --push OWNER/NAME",
-    "export nowhere model": "there is no run or checkpoint nowhere",
+    "export nowhere model": "there is no run or checkpoint nowhere; give the folder that a fit wrote",
     "validate --config configs/x.yaml --ckpt_path auto": "--ckpt_path auto: there is no checkpoint in run",
     "test --config configs/x.yaml --ckpt_path best": "--ckpt_path best: there is no checkpoint in run",
     "validate --config configs/x.yaml --data.validation null": "flag --data.validation: data.validation is empty: "

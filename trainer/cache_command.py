@@ -30,14 +30,18 @@ def cache(args: Sequence[str]) -> int:
     while rest:
         flag, equals, text = rest.pop(0).partition("=")
         rest[:0] = [text] if equals else []
-        if flag == "--data.cache_dir" and rest:
+        if not rest and (flag == "--data.cache_dir" or (flag == "--older-than" and action == "clean")):
+            raise ConfigError(f"{flag}: expected one argument; see trainer cache --help")
+        if flag == "--data.cache_dir":
             folder = Path(os.path.expanduser(rest.pop(0)))  # no shell expands what --key=~/x says
-        elif flag == "--all" and action == "clean":
-            older_than_s = 0.0
-        elif flag == "--older-than" and action == "clean" and rest:
-            older_than_s = _seconds(rest.pop(0))
+        elif flag in ("--all", "--older-than") and action == "clean":
+            if older_than_s is not None:
+                raise ConfigError("give --all or --older-than, once: each says what is removed")
+            older_than_s = 0.0 if flag == "--all" else _seconds(rest.pop(0))
         else:
             raise ConfigError(f"'{flag}' is not understood here; see trainer cache --help")
+    if folder.is_file():
+        raise ConfigError(f"--data.cache_dir {folder} is a file; give the folder of the cache")
     if action == "ls":
         _list(folder)
     else:

@@ -434,12 +434,14 @@ def test_damaged_rows_of_the_cache_are_read_again(
     ("flags", "code", "said"),
     [
         ([], 2, "trainer mine also needs --model, or --anchor-embeddings; see trainer mine --help"),
+        (["--model", "m", "--min-score", "0.9", "--max-score", "0.1"], 2, "--min-score is 0.9, above --max-score, 0.1"),
         (["--model", "m", "--corpus", "c.jsonl"], 2, "--corpus and --text go together: a file, and the column"),
         (["--model", "m", "--out", "mined.csv"], 2, "--out is mined.csv; its name must end in .jsonl or .jsonl.gz"),
         (["--model", "m", "--num-negative", "3"], 2, "is no flag of trainer mine. Did you mean '--num-negatives'?"),
         (["--model", "m", "--margin", "nan"], 2, "--margin: is 'nan'; it must be a number"),
         (["--model", "m", "--positive", "aa"], 1, "no column 'aa' (columns.positive); found: q, a."),
         (["--model", "m"], 1, "--model 'm' is neither a model folder nor a reachable hub id"),
+        (["--model", "TINY", "--out", f"{__file__}/x.jsonl"], 1, "x.jsonl.work: Not a directory; name another place"),
         (["--model", "TINY", "--range-min", "9", "--range-max", "10"], 2, "ranks 9 to 10 hold 1 candidates; raise"),
     ],
 )

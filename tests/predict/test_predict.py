@@ -21,6 +21,7 @@ from numpy.testing import assert_allclose
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
+from tests.other_user import open_folder, without_permissions
 from tests.two_ranks import TwoRanks
 from trainer.cli import main
 from trainer.data.loading import load
@@ -373,6 +374,19 @@ def test__another_runs_shards_are_not_touched(
     assert "holds other files and no _manifest.json; give an empty or a new folder" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"has no _manifest.json; give a folder that trainer predict wrote"):
         open_shards(corpus.parent)
+    with pytest.raises(ValueError, match=r"corpus.jsonl has no _manifest.json; give a folder"):
+        open_shards(corpus)  # a file, which nobody shall remove
+
+
+def test_embeddings_of_another_user_are_not_to_be_removed(tiny_encoder: Path, corpus: Path) -> None:
+    with open_folder() as folder:
+        assert run(tiny_encoder, corpus, folder / "out") == 0
+        (folder / "out" / "_manifest.json").chmod(0)
+        with (
+            without_permissions(),
+            pytest.raises(ValueError, match=r"_manifest.json: Permission denied; ask who wrote"),
+        ):
+            open_shards(folder / "out")
 
 
 def test_other_weights_are_another_run(

@@ -36,8 +36,8 @@ def export(args: Sequence[str]) -> int:
     if len(words) != 2:
         raise ConfigError(_USAGE)
     source, out = map(Path, words)
-    if not source.exists():
-        raise ConfigError(f"there is no run or checkpoint {source}")
+    if not source.is_dir():
+        raise ConfigError(f"there is no run or checkpoint {source}; give the folder that a fit wrote")
     if options.push is None:
         if options.private:
             raise ConfigError("--private is about a repository: give --push OWNER/NAME too")

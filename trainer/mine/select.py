@@ -47,8 +47,12 @@ class Rules:
         """range_max, as sentence-transformers chooses it.
 
         Raises:
-            ValueError: the ranks left hold fewer candidates than negatives are wanted.
+            ValueError: the ranks, or the scores, left hold fewer candidates than negatives are wanted.
         """
+        if self.min_score is not None and self.max_score is not None and self.min_score > self.max_score:
+            raise ValueError(
+                f"--min-score is {self.min_score:g}, above --max-score, {self.max_score:g}: no negative is between them"
+            )
         spare = 10 if any(rule is not None for rule in (self.margin, self.relative_margin, self.max_score)) else 1
         range_max = self.range_max
         if range_max is None:

@@ -118,8 +118,10 @@ def on_first_rank(function: Callable[[], Value]) -> Value:
     if gather.rank() == 0:
         try:
             found = function()
-        except (ConfigError, ValueError, OSError) as error:  # whatever it is, nobody may wait for this rank
+        except (ConfigError, ValueError) as error:  # whatever it is, nobody may wait for this rank
             refused = in_flags(str(error))
+        except OSError as error:
+            refused = f"{error.filename}: {error.strerror}; name another place" if error.filename else str(error)
     found, refused = gather.broadcast_object((found, refused))
     if refused:
         raise gather.SharedError(refused)

@@ -201,9 +201,11 @@ def _read_manifest(folder: Path) -> tuple[Shards, dict[str, Any]]:
         said: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         version = said.pop("version")
         layout = {field.name: said[field.name] for field in dataclasses.fields(Shards) if field.name != "folder"}
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(f"{folder} has no {MANIFEST}; give a folder that trainer predict wrote") from error
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except OSError as error:
+        raise ValueError(f"{folder / MANIFEST}: {error.strerror}; ask who wrote it, or give another folder") from error
+    except (ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"{folder / MANIFEST} can't be read; remove {folder} and embed again") from error
     if version != _VERSION:
         raise ValueError(f"{folder / MANIFEST} is of version {version}, this program reads {_VERSION}; embed again")
