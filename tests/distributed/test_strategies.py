@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +30,7 @@ from tests.batches import norm_of, relative_error
 from tests.evaluation.test_informationretrieval import write_set
 from tests.tracking.small_run import LiveGroup, make_trainer
 from tests.two_ranks import RankError, TwoRanks, message_of
+from trainer.batch import Targets
 from trainer.checkpoint import DirectoryCheckpointIO
 from trainer.data.evalsource import EvalSource
 from trainer.data.module import PairData
@@ -362,6 +364,75 @@ def test_what_zero_cannot_share_out_is_refused(ranks: TwoRanks, folder: Path) ->
     )
     said = ranks(message_of, fit_with, replace(run, stage=2), Scaled(), {})
     assert said == ["loss.scale has no length, so ZeRO can't share it out: make it of shape (1,)"] * 2
+
+
+class Forked(CosineSimilarity):
+    """Of a user, whose graph on the second rank is another one from the second step on: its heads come in another
+    order, or it leaves out the other one of them."""
+
+    def __init__(self, drops: bool) -> None:
+        super().__init__()
+        self.drops, self.num_steps = drops, 0
+
+    def build(self, embedding_dimension: int) -> None:
+        self.one, self.other = (nn.Linear(embedding_dimension, embedding_dimension, bias=False) for _ in range(2))
+
+    def forward(self, columns: Sequence[Tensor], targets: Targets) -> Tensor:
+        self.num_steps += 1
+        heads = [self.one, self.other]
+        if self.num_steps > 1 and gather.rank() == 1:
+            heads.reverse()
+        if self.drops and self.num_steps > 1:
+            heads.pop()
+        return super().forward([column + sum(head(column) for head in heads) for column in columns], targets)
+
+
+class Kept(Callback):
+    """The weights before the last step, and those that the run ended with."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.num_steps, self.before = trainer.global_step, keep_on_first_rank(whole_weights(trainer.strategy))
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.after = keep_on_first_rank(whole_weights(trainer.strategy))
+
+
+def fork(run: Run, drops: bool) -> tuple[str, int, bool]:
+    """What the run ends with, the steps that it has taken, and whether the refused one has left the weights alone."""
+    kept = Kept()
+    module, data, trainer = build(run, [kept])
+    module.loss = Forked(drops)
+    said = message_of(partial(trainer.fit, module, datamodule=data))
+    assert not any(parameter._post_accumulate_grad_hooks for parameter in module.parameters())
+    return said, kept.num_steps, all(torch.equal(kept.after[name], value) for name, value in kept.before.items())
+
+
+@pytest.mark.parametrize(("stage", "drops"), [(2, False), (1, True), (2, True)])
+def test_gradients_of_different_weights_are_not_added_up(
+    ranks: TwoRanks, folder: Path, stage: int, drops: bool
+) -> None:
+    """Of the same sizes, so that the collectives see no difference."""
+    first, second = ranks(fork, Run(str(folder), stage), drops)
+    assert first == second
+    said, num_steps, kept = first
+    assert said.startswith("step 2: ZeRO adds up the gradient of loss.o")
+    assert re.search(r"of loss\.(one|other)\.weight on rank 0 and that of loss\.(?!\1)\w+\.weight on rank 1, for", said)
+    assert said.endswith("no weight was changed. Take DDP (configs/hardware/ddp.yaml)")
+    assert (num_steps, kept) == (1, True)
+
+
+def test_stage_1_takes_gradients_in_any_order(ranks: TwoRanks, folder: Path) -> None:
+    """It walks over the weights in an order of its own."""
+    ours, alone = ranks(fit_forked, Run(str(folder), 1, steps=4)), fit_forked(Run(str(folder), steps=4))
+    assert weight_error(ours[0], alone) < 1e-5
+
+
+def fit_forked(run: Run) -> Result:
+    watch = Watch(run)
+    module, data, trainer = build(run, [watch])
+    module.loss = Forked(drops=False)
+    trainer.fit(module, datamodule=data)
+    return watch.result
 
 
 def test_less_than_no_parameters_are_refused() -> None:

@@ -11,8 +11,9 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import chain
+from itertools import chain, zip_longest
 from typing import Any, Literal
 
 import torch
@@ -20,6 +21,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 from trainer.distributed import gather
 
@@ -44,6 +46,8 @@ class ZeRO(DDPStrategy):
         self.offload = offload
         self.live_parameters = live_parameters
         self._groups: list[list[nn.Parameter]] = []  # as configure_optimizers made them
+        self._arrived: list[str] = []  # weights of this step's gradients, in the order in which these came
+        self._hooks: list[RemovableHandle] = []
         self._linear = F.linear
 
     @property
@@ -101,6 +105,10 @@ class ZeRO(DDPStrategy):
             config=self._engine_config(trainer),
         )
         self._groups, self.optimizers = groups, [shared]
+        for name, parameter in module.named_parameters() if self.world_size > 1 else ():
+            if parameter.requires_grad:
+                hook = parameter.register_post_accumulate_grad_hook(lambda _, name=name: self._arrived.append(name))
+                self._hooks.append(hook)
 
     def _engine_config(self, trainer: Trainer) -> dict[str, Any]:
         zero: dict[str, Any] = {
@@ -140,6 +148,8 @@ class ZeRO(DDPStrategy):
         if self._groups:
             self.engine.destroy()
             F.linear = self._linear  # stage 3 puts its own in place, for the whole process
+        for hook in self._hooks:
+            hook.remove()
 
     # -- one step -----------------------------------------------------------------------------------------
 
@@ -152,8 +162,32 @@ class ZeRO(DDPStrategy):
     def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         assert self.lightning_module is not None
         output = self.precision_plugin._wrap_closure(self.lightning_module, optimizer, closure)
+        self._refuse_mixed_gradients(self.lightning_module.trainer.global_step)
         self.engine.step()  # clips, too
         return output
+
+    def _refuse_mixed_gradients(self, step: int) -> None:
+        """The engine adds up flat buffers of gradients and does not look whose they are. Stage 1 fills them in an order
+        of its own, with what a rank has. Stages 2 and 3 go by the order in which gradients come; stage 3 sorts a
+        buffer, but which gradients are in it, and which weights are gathered next, hangs on the order.
+
+        Raises:
+            SharedError: ranks have gradients of different weights, or had them in different orders. A collective.
+        """
+        arrived = sorted(self._arrived) if self.stage == 1 else self._arrived
+        checksum = zlib.crc32("\n".join(arrived).encode())
+        largest, smallest = gather.start_max([checksum, -checksum], self.root_device)()
+        self._arrived = []
+        if largest == -smallest:
+            return
+        first, *others = gather.gather_objects(arrived)
+        rank, other = next((rank, other) for rank, other in enumerate(others, 1) if other != first)
+        pairs = zip_longest(first, other, fillvalue="no weight")
+        ours, theirs = next(pair for pair in pairs if pair[0] != pair[1])
+        raise gather.SharedError(
+            f"step {step + 1}: ZeRO adds up the gradient of {ours} on rank 0 and that of {theirs} on rank {rank}, for "
+            "the ranks' graphs differ; no weight was changed. Take DDP (configs/hardware/ddp.yaml)"
+        )
 
     def gradient_norm(self) -> Tensor:
         """Global norm before clipping, inf if it is not finite, equal on all ranks; between backward and step only.
