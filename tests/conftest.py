@@ -32,6 +32,7 @@ LONG = (
     "tests/distributed/test_preemption.py",
     "tests/distributed/test_watch.py",
     "tests/test_configs.py",
+    "tests/test_gpu.py",
     "tests/predict/test_predict.py",
     "tests/test_prepare.py",
     "tests/test_security.py",
