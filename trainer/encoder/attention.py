@@ -208,9 +208,10 @@ def packed_attention(
         return attend_on_host(query, key, value, host, packing.bin_bias), None
     if sliding_window is not None and sliding_window >= packing.lengths[-1]:
         sliding_window = None
-    streams = [x[0].transpose(0, 1) for x in (query, key, value)]
+    # Not x[0], whose backward fills a whole gradient.
+    streams = [x.squeeze(0).transpose(0, 1) for x in (query, key, value)]
     if packing.device.type in _GPUS and packing.position_bias is None:
-        if dropout == 0.0 and _takes_varlen(value):
+        if dropout == 0.0 and takes_varlen(value.device, value.dtype, value.shape[-1]):
             return _attend_by_varlen(streams, packing, scaling, sliding_window, is_causal)[None], None
         if sliding_window is None and not is_causal:
             return _attend_jagged(streams, packing, dropout, scaling)[None], None
@@ -224,10 +225,10 @@ def _has_varlen(device: torch.device) -> bool:
     return has_windows and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def _takes_varlen(value: Tensor) -> bool:
-    head_size = value.shape[-1]
-    is_half = value.dtype in (torch.bfloat16, torch.float16)
-    return is_half and head_size % 8 == 0 and head_size <= 256 and _has_varlen(value.device)
+def takes_varlen(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
+    """Whether a GPU's kernel takes a stream of segments as it is."""
+    is_half = dtype in (torch.bfloat16, torch.float16)
+    return is_half and head_size % 8 == 0 and head_size <= 256 and _has_varlen(device)
 
 
 def _attend_by_varlen(

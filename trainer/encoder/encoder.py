@@ -27,7 +27,7 @@ from trainer.batch import PackedBatch
 from trainer.distributed import gather
 from trainer.encoder.attention import PACKED_ATTENTION, Packing, padded_layout, plan_buckets
 from trainer.encoder.dropout import HostDropout, use_host_dropout
-from trainer.encoder.host_layer import use_host_layers
+from trainer.encoder.fused_layer import use_fused_layers
 from trainer.encoder.mpnet import take_packing
 from trainer.encoder.shell import drop_messages, override_modules, share_tokenizer, take_route
 from trainer.encoder.spec import EncoderSpec
@@ -147,7 +147,7 @@ class Encoder(nn.Module):
             for layer in blocks(self.backbone):
                 layer.compile(dynamic=True)  # once for all of them, for any number of tokens
         elif self.packed:
-            use_host_layers(self.backbone)
+            use_fused_layers(self.backbone)
         self._has_adapters = spec.lora is not None
         self._keeps_base = spec.lora is not None or spec.freeze is not None
 
@@ -296,7 +296,9 @@ class Encoder(nn.Module):
                 packing=packing,
                 **self._kinds_of(input_ids_T[None]),
                 **self._options,
-            ).last_hidden_state[0, :num_tokens]
+            ).last_hidden_state.squeeze(0)
+            if len(hidden_TH) > num_tokens:
+                hidden_TH = hidden_TH[:num_tokens]
         else:
             hidden_TH = self._padded_forward(input_ids_T, lengths)
         lengths_S = torch.tensor(lengths)

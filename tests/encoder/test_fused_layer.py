@@ -24,10 +24,10 @@ from transformers import (
     XLMRobertaConfig,
 )
 
-from trainer.encoder import host_layer
+from trainer.encoder import fused_layer
 from trainer.encoder.attention import PACKED_ATTENTION, Packing, plan_buckets
 from trainer.encoder.dropout import use_host_dropout
-from trainer.encoder.host_layer import use_host_layers
+from trainer.encoder.fused_layer import use_fused_layers
 
 H, HEADS, LENGTHS = 16, 2, (2, 3, 5, 5, 33)
 T = sum(LENGTHS) + 4  # and padding at the end
@@ -74,7 +74,7 @@ def _stream(dtype: torch.dtype = torch.float32) -> Tensor:
 def _results(layer: nn.Module, out: Tensor, stream: Tensor) -> dict[str, Tensor]:
     """The output of the tokens, and all gradients for one direction of it."""
     tokens = out[:, : sum(LENGTHS)]
-    direction = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(2)).to(out.dtype)
+    direction = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(2)).to(out)
     names, weights = zip(*layer.named_parameters(), strict=True)
     gradients = torch.autograd.grad((tokens * direction).sum(), [stream, *weights])
     return {"out": tokens.detach(), **dict(zip(("stream", *names), gradients, strict=True))}
@@ -83,7 +83,7 @@ def _results(layer: nn.Module, out: Tensor, stream: Tensor) -> dict[str, Tensor]
 def _pair(config_class: Any = BertConfig, dtype: torch.dtype = torch.float32, **kwargs: Any) -> tuple[Any, Any]:
     """One layer twice: ours, and transformers'."""
     ours, theirs = (_backbone(config_class, dtype, **kwargs).eval() for _ in range(2))
-    use_host_layers(ours)
+    use_fused_layers(ours)
     assert _is_ours(ours)
     return _layer(ours), _layer(theirs)
 
@@ -108,8 +108,8 @@ def test_without_dropout(config_class: Any, dtype: torch.dtype, tolerance: float
 def test_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where torch has no such products."""
     results = []
-    for product in (host_layer._onednn, None):
-        monkeypatch.setattr(host_layer, "_onednn", product)
+    for product in (fused_layer._onednn, None):
+        monkeypatch.setattr(fused_layer, "_onednn", product)
         layer, stream = _pair()[0], _stream()
         results.append(_results(layer, layer(stream, packing=_packing()), stream))
     for name, expected in results[1].items():
@@ -187,7 +187,7 @@ def test_hooks_inside_are_called() -> None:
 def test_padded_batches_take_the_layer_itself() -> None:
     """As an export does, whose attention is stock."""
     ours, theirs = (_backbone().eval() for _ in range(2))
-    use_host_layers(ours)
+    use_fused_layers(ours)
     for backbone in (ours, theirs):
         backbone.set_attn_implementation("sdpa")
     ids = torch.arange(10).view(2, 5)
@@ -198,12 +198,12 @@ def test_padded_batches_take_the_layer_itself() -> None:
 @pytest.mark.parametrize("kwargs", [{"hidden_act": "relu"}, {"is_decoder": True}], ids=["relu", "decoder"])
 def test_other_layers_stay(kwargs: dict[str, Any]) -> None:
     backbone = _backbone(**kwargs)
-    use_host_layers(backbone)
+    use_fused_layers(backbone)
     assert not _is_ours(backbone)
 
 
 def test_adapters_stay() -> None:
     backbone = _backbone()
     inject_adapter_in_model(LoraConfig(r=2, target_modules=["query"]), backbone)
-    use_host_layers(backbone)
+    use_fused_layers(backbone)
     assert not _is_ours(backbone)
